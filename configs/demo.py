@@ -1,0 +1,36 @@
+# The demo: pixels at 32 px, a tiny XUT, minutes on two CPU cores. First: python prepare.py demo
+out_dir = "out/demo"
+data = "data/demo"
+vae = ""                       # pixels
+text_encoder = "data/demo_te"
+image_size = 32
+text_length = 8                # tokens: one for each word of a caption
+mask_padding = True            # the empty caption is one pad token in training as in sampling
+
+dim = 128
+heads = 2
+head_dim = 64
+mlp_dim = 384
+depth = 2
+enc_blocks = 1
+dec_blocks = 1
+pre_blocks = 1
+post_blocks = 1
+patch_size = 4
+
+images = 40_000
+batch_size = 32
+global_batch = 32
+lr = 0.5
+warmup = 100
+tread_rate = 0.0
+t_shift = 4.0
+ema = 0.998
+sample_cfg = 4.0
+
+compile = False
+workers = 0
+log_every = 50
+eval_every = 400
+sample_every = 400
+save_every = 400

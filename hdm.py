@@ -1,0 +1,1201 @@
+"""HDM, the Home-made Diffusion Model, in one file: text in, picture out, 343M parameters.
+
+    text  -> frozen causal LM, last hidden state --+
+    image -> frozen VAE latent -> + noise -> XUT --+-> flow velocity -> MSE (training) or one Euler step (sampling)
+
+train.py, sample.py and prepare.py are the programs; everything that a person must understand to know the method is
+here, in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
+matching; samplers; VAE; text encoder and captions; weights in and out; plumbing.
+
+Where XUT differs from a plain DiT:
+  1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
+  2. the blocks form a U, and the decoder reads the encoder through cross-attention instead of a concatenation;
+  3. one AdaLN for all blocks (three small MLPs), not one for each block;
+  4. every sub-layer restarts the residual stream from its modulated input (residual="normed");
+  5. RoPE over two axes with learned frequencies; positions belong to the whole image, so a crop knows where it was;
+  6. in training a random half of the image tokens skips the U (TREAD).
+
+Paper: arXiv 2509.06068 (HDM). Where paper and published weights disagree both are options of XUTConfig; the defaults
+are the weights'. Attribute names of XUT and VAE are the parameter names of the published files: do not rename them.
+
+Letters, in every shape comment:
+  B batch, N image tokens, T text tokens, S = N + T the sequence, R image tokens that TREAD keeps, D width, H heads,
+  K head size, C latent channels, h w latent height and width (pixels where there is no VAE), p patch size.
+Time runs from t = 0 (data) to t = 1 (pure noise).
+"""
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+
+class UserError(Exception):
+    """A mistake that its user can mend: shown as one line `error: ...` with exit code 2, never as a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass(frozen=True)
+class XUTConfig:
+    dim: int = 1024            # D, the width of every token
+    ctx_dim: int = 1024        # width of the text encoder's states
+    heads: int = 16            # H; heads * head_dim = dim
+    head_dim: int = 64         # K, a multiple of 4: RoPE rotates K/2 pairs, half of them for each axis
+    mlp_dim: int = 3072        # inner width of the SwiGLU
+    depth: int = 4             # levels of the U
+    enc_blocks: int = 1        # blocks in each encoder level
+    dec_blocks: int = 3        # blocks in each decoder level; the first of them cross-attends
+    pre_blocks: int = 1        # blocks before the TREAD region: all tokens pass
+    post_blocks: int = 3       # blocks after it: all tokens pass
+    patch_size: int = 2        # p, latent cells on a token's side
+    in_channels: int = 4       # C, channels of the latent (3 for pixels)
+    aspect_cond: bool = True   # feed ln(width / height); the published runs have it from the 768 stage on
+    skips: str = "last"        # "last": every decoder level reads the deepest encoder level, as the published weights
+                               # do; "mirror": level i reads encoder level depth-1-i, as in the paper's figure
+    residual: str = "normed"   # "normed": x = m + (1+gate) f(m), m the modulated norm of x, as the published weights
+                               # do; "raw": x = x + (1+gate) f(m), the textbook's pre-norm
+    pos: str = "long_side"     # "long_side": the longer side spans [-1, 1] (published weights); "unit_area": the two
+                               # half-ranges multiply to 1 (paper's text)
+
+    def __post_init__(self):
+        if self.heads * self.head_dim != self.dim:
+            raise UserError(f"heads={self.heads} x head_dim={self.head_dim} is {self.heads * self.head_dim}, but "
+                            f"dim={self.dim}; set them so that heads * head_dim = dim")
+        if self.head_dim % 4:
+            raise UserError(f"head_dim={self.head_dim} is not a multiple of 4 (RoPE: two axes, pairs of features)")
+        for name, least in dict(dim=2, ctx_dim=1, mlp_dim=1, depth=1, enc_blocks=1, dec_blocks=1, pre_blocks=0,
+                                post_blocks=0, patch_size=1, in_channels=1).items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: at least {least}")
+        for name, known in dict(skips=("last", "mirror"), residual=("normed", "raw"),
+                                pos=("long_side", "unit_area")).items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)}")
+
+
+PRESETS = {  # SPEC of the published family: 237,290,128 / 343,176,208 / 555,628,816 parameters
+    "small": XUTConfig(dim=896, ctx_dim=640, heads=14, head_dim=64, dec_blocks=2),   # text: Gemma3-270M
+    "base": XUTConfig(),                                                             # text: Qwen3-0.6B
+    "large": XUTConfig(dim=1280, ctx_dim=1152, heads=10, head_dim=128, mlp_dim=4096),  # text: Gemma3-1B
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+class PreNorm(nn.Module):
+    """RMSNorm with a weight, eps 1e-6, one level down because the published name is `attn_pre_norm.norm.weight`."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), a and b the halves of w12(x) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dim, mlp_dim):
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * mlp_dim)
+        self.w3 = nn.Linear(mlp_dim, dim)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+def time_frequencies(dim):
+    """(1, D/2) float32: exp(-ln(10000) i / (D/2))."""
+    half = dim // 2
+    return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)[None]
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) in [0, 1] -> (B, 1, D)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        # Part of the published files, so part of ours. It is not read below: in a half-precision file it is rounded,
+        # and 1000 t times that error turns the fastest angles by up to 0.24 rad.
+        self.register_buffer("freqs", time_frequencies(dim))
+        self.proj = nn.Sequential(nn.Linear(dim, dim), nn.Mish())
+
+    def forward(self, t):
+        freqs = time_frequencies(2 * self.freqs.shape[1]).to(t.device)
+        angle = 1000.0 * t.float()[:, None] * freqs                                   # (B, D/2), always float32
+        emb = torch.cat([angle.cos(), angle.sin()], dim=-1)                           # (B, D)
+        return self.proj(emb.to(self.proj[0].weight.dtype))[:, None]                  # (B, 1, D)
+
+
+class PatchIn(nn.Module):
+    """(B, C, h, w) -> (B, N, D), tokens row by row."""
+
+    def __init__(self, in_channels, dim, patch_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class PatchOut(nn.Module):
+    """(B, N, D) -> (B, C, h, w); a token's features are ordered (row in patch, column in patch, channel)."""
+
+    def __init__(self, dim, out_channels, patch_size):
+        super().__init__()
+        self.proj = nn.Linear(dim, patch_size * patch_size * out_channels)
+        self.patch_size = patch_size
+
+    def forward(self, x, height, width):
+        p = self.patch_size
+        x = self.proj(x).unflatten(-1, (p, p, -1))                                    # (B, N, p, p, C)
+        x = x.unflatten(1, (height // p, width // p))                                 # (B, h/p, w/p, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                # (B, C, h, w)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Positions and RoPE
+
+def half_ranges(height, width, convention="long_side"):
+    """How far the positions of a whole height x width image reach from 0, as (y, x)."""
+    if convention == "long_side":
+        return height / max(height, width), width / max(height, width)
+    return math.sqrt(height / width), math.sqrt(width / height)                       # "unit_area"
+
+
+def crop_positions(height, width, top, left, size, patch, convention="long_side"):
+    """((size//patch)**2, 2) float32, order (y, x): the positions of a square crop's tokens in the whole image.
+
+    All lengths are in one unit (pixels online, latent cells for a cached latent). Offsets need not be multiples of
+    the patch: positions are continuous, and every offset is a crop of its own (HDM, shifted square crop).
+    """
+    half_y, half_x = half_ranges(height, width, convention)
+    cells = torch.arange(size // patch, dtype=torch.float64) + 0.5
+    y = -half_y + (top + patch * cells) * 2 * half_y / height
+    x = -half_x + (left + patch * cells) * 2 * half_x / width
+    return torch.cartesian_prod(y, x).float()
+
+
+def grid_positions(rows, cols, convention="long_side"):
+    """(rows*cols, 2) float32, order (y, x), row by row: the centres of the cells of a whole image of rows x cols."""
+    half_y, half_x = half_ranges(rows, cols, convention)
+    y = -half_y + (torch.arange(rows, dtype=torch.float64) + 0.5) * 2 * half_y / rows
+    x = -half_x + (torch.arange(cols, dtype=torch.float64) + 0.5) * 2 * half_x / cols
+    return torch.cartesian_prod(y, x).float()
+
+
+class RoPE(nn.Module):
+    """Rotary positions with one learned frequency for each head, pair and axis (RoFormer, arXiv 2104.09864).
+
+    The paper says that half of each head is rotated; the published weights rotate all of it, and so do we.
+    """
+
+    def __init__(self, heads, head_dim):
+        super().__init__()
+        self.freqs = nn.Parameter(torch.empty(heads, head_dim // 4, 2))               # log space
+
+    def forward(self, pos):
+        """pos (B or 1, S, 2) -> cos, sin, each (B or 1, H, S, K/2), float32 whatever the model's type."""
+        freqs = self.freqs.float().exp()                                              # (H, K/4, 2)
+        angle = pos.float()[:, None, :, None, :] * freqs[None, :, None]               # (B, H, S, K/4, 2)
+        angle = angle.flatten(-2)                                                     # y and x alternate
+        return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the feature pairs (2j, 2j+1) of x (B, H, S, K) by the angles whose cos and sin are (B, H, S, K/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+
+def split_heads(x, head_dim):
+    """(B, S, H*K) -> (B, H, S, K)"""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """(B, H, S, K) -> (B, S, H*K)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim)
+        self.rope = RoPE(config.heads, config.head_dim)
+
+    def forward(self, x, pos, mask):
+        q, k, v = (split_heads(y, self.head_dim) for y in self.qkv(x).chunk(3, dim=-1))   # (B, H, S, K)
+        cos, sin = self.rope(pos)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+class CrossAttention(nn.Module):
+    """The skip connection of XUT: the decoder's stream asks, an encoder level's output answers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(config.dim, config.dim, bias=False)
+        self.kv = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim)
+        self.rope = RoPE(config.heads, config.head_dim)
+
+    def forward(self, x, skip, pos, mask):
+        """x, skip (B, S, D): one sequence at two depths, so both have the same positions."""
+        q = split_heads(self.q(x), self.head_dim)                                     # (B, H, S, K)
+        k, v = (split_heads(y, self.head_dim) for y in self.kv(skip).chunk(2, dim=-1))
+        cos, sin = self.rope(pos)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shared AdaLN and the block
+
+class SharedAdaLN(nn.Sequential):
+    """The time embedding (B, 1, D) -> 1 + scale, shift, 1 + gate, each (B, 1, D); one for all blocks of XUT."""
+
+    def __init__(self, dim):
+        super().__init__(nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, 3 * dim))
+
+    def forward(self, emb):
+        scale, shift, gate = super().forward(emb).chunk(3, dim=-1)
+        return 1 + scale, shift, 1 + gate                    # the ones are added here once, not in every block
+
+
+class Block(nn.Module):
+    """Self-attention, [cross-attention to a skip], SwiGLU; each modulated by the shared AdaLN."""
+
+    def __init__(self, config, cross=False):
+        super().__init__()
+        self.residual = config.residual
+        self.attn = SelfAttention(config)
+        self.attn_pre_norm = PreNorm(config.dim)
+        if cross:
+            self.xattn = CrossAttention(config)
+            self.xattn_pre_norm = PreNorm(config.dim)
+        self.mlp = SwiGLU(config.dim, config.mlp_dim)
+        self.mlp_pre_norm = PreNorm(config.dim)
+
+    def sublayer(self, x, norm, mod, f):
+        scale1, shift, gate1 = mod
+        m = torch.addcmul(shift, norm(x), scale1)            # shift + norm(x) * (1 + scale)
+        # "normed" looks like a bug (the stream x itself is dropped, only m goes on), and the published weights need
+        # it exactly so: change it and a downloaded model draws noise.
+        return torch.addcmul(m if self.residual == "normed" else x, gate1, f(m))
+
+    def forward(self, x, pos, mods, mask=None, skip=None):
+        """x (B, S, D), pos (B or 1, S, 2), mods the three AdaLN outputs, mask (B, 1, 1, S) or None, skip (B, S, D)."""
+        attn_mod, xattn_mod, mlp_mod = mods
+        x = self.sublayer(x, self.attn_pre_norm, attn_mod, lambda m: self.attn(m, pos, mask))
+        if skip is not None:
+            x = self.sublayer(x, self.xattn_pre_norm, xattn_mod, lambda m: self.xattn(m, skip, pos, mask))
+        return self.sublayer(x, self.mlp_pre_norm, mlp_mod, self.mlp)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# TREAD: a random part of the image tokens takes a road around the U (arXiv 2501.04765)
+
+def pick_tokens(batch, n, rate, generator=None):
+    """(B, R) sorted int64: for each image a fresh uniform choice of R = n - floor(n * rate) of its n tokens to keep.
+
+    rate is in [0, 1): 0 keeps all, 0.5 sends half of them around. The generator, if any, is a CPU one.
+    """
+    if not 0 <= rate < 1:
+        raise UserError(f"tread_rate={rate}: a share of the tokens in [0, 1)")
+    kept = n - math.floor(n * rate)
+    return torch.rand(batch, n, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+def take_tokens(x, keep):
+    """x (B, N, D), keep (B, R) -> (B, R, D)"""
+    return x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put_back_tokens(x, keep, kept):
+    """x (B, N, D) with its tokens at keep (B, R) replaced by kept (B, R, D); the others come back unchanged."""
+    return x.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# XUT
+
+class Stack(nn.Module):
+    def __init__(self, config, count):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(count))
+
+    def forward(self, x, pos, mods, mask):
+        for block in self.blocks:
+            x = block(x, pos, mods, mask)
+        return x
+
+
+class Backbone(nn.Module):
+    """The U: encoder levels, whose outputs are kept, then decoder levels, whose first block reads one of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.skips = config.skips
+        self.enc_blocks = nn.ModuleList(nn.ModuleList(Block(config) for _ in range(config.enc_blocks))
+                                        for _ in range(config.depth))
+        self.dec_blocks = nn.ModuleList(nn.ModuleList(Block(config, cross=i == 0) for i in range(config.dec_blocks))
+                                        for _ in range(config.depth))
+
+    def forward(self, x, pos, mods, mask):
+        outputs = []
+        for level in self.enc_blocks:
+            for block in level:
+                x = block(x, pos, mods, mask)
+            outputs.append(x)
+        for level in self.dec_blocks:
+            # "last" never takes an output off the list. The paper's figure does ("mirror"), the published code did
+            # not, and the published weights were trained that way.
+            skip = outputs[-1] if self.skips == "last" else outputs.pop()
+            for i, block in enumerate(level):
+                x = block(x, pos, mods, mask, skip if i == 0 else None)
+        return x
+
+
+def join_text(pos, T, ctx_mask):
+    """Positions and key mask of [image | text]: pos (B or 1, N, 2) -> (B or 1, S, 2), and (B, 1, 1, S) or None.
+
+    Text sits at (0, 0), where RoPE turns nothing: its order comes from the causal LM.
+    """
+    all_pos = F.pad(pos, (0, 0, 0, T))
+    if ctx_mask is None:
+        return all_pos, None
+    return all_pos, F.pad(ctx_mask.bool(), (pos.shape[1], 0), value=True)[:, None, None]
+
+
+class XUT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D = config.dim
+        self.in_patch = PatchIn(config.in_channels, D, config.patch_size)
+        self.ctx_proj = nn.Linear(config.ctx_dim, D)
+        self.time_emb = TimeEmbedding(D)
+        if config.aspect_cond:
+            self.addon_info_embs_proj = nn.Sequential(nn.Linear(1, D), nn.Mish(), nn.Linear(D, D))
+        self.shared_adaln_attn = SharedAdaLN(D)
+        self.shared_adaln_xattn = SharedAdaLN(D)
+        self.shared_adaln_ffw = SharedAdaLN(D)
+        self.prev_tread_trns = Stack(config, config.pre_blocks)
+        self.backbone = Backbone(config)
+        self.post_tread_trns = Stack(config, config.post_blocks)
+        self.out_patch = PatchOut(D, config.in_channels, config.patch_size)
+        self.init_weights()
+
+    def init_weights(self):
+        """PyTorch's defaults, except what follows, in the model's order."""
+        if self.config.aspect_cond:                          # zero: the aspect input starts without effect
+            nn.init.zeros_(self.addon_info_embs_proj[2].weight)
+            nn.init.zeros_(self.addon_info_embs_proj[2].bias)
+        for adaln in (self.shared_adaln_attn, self.shared_adaln_xattn, self.shared_adaln_ffw):
+            nn.init.zeros_(adaln[3].weight)                  # zero: scale, shift and gate start without effect
+            nn.init.zeros_(adaln[3].bias)
+        for module in self.modules():
+            if isinstance(module, RoPE):                     # from half a turn to two and a half turns per unit
+                steps = torch.linspace(math.log(math.pi), math.log(5 * math.pi), module.freqs.shape[1])
+                module.freqs.data.copy_(steps[None, :, None].expand_as(module.freqs))
+        nn.init.normal_(self.out_patch.proj.weight, std=1 / self.config.dim ** 2)
+
+    def forward(self, x, t, ctx, aspect=None, pos=None, keep=None, ctx_mask=None):
+        """The flow velocity (B, C, h, w) = noise - data that XUT sees in x, in x's own type.
+
+        x (B, C, h, w) the noisy latent, h and w multiples of p; t (B,) in [0, 1]; ctx (B, T, ctx_dim) text states.
+        aspect (B,): ln(width / height) of the whole image; None: of x. pos (B or 1, N, 2) or (N, 2): each token's
+        (y, x) in the whole image; None: x's own grid. keep (B, R): the image tokens that go through the U; None: all.
+        ctx_mask (B, T) bool: True is a real token; False ones are seen by nothing; None: all are real.
+        """
+        B, _, h, w = x.shape
+        dtype = self.in_patch.proj.weight.dtype
+        if aspect is None:
+            aspect = torch.full((B,), math.log(w / h), device=x.device)
+        if pos is None:
+            pos = grid_positions(h // self.config.patch_size, w // self.config.patch_size, self.config.pos)
+        pos = pos.to(x.device, torch.float32)
+        if pos.dim() == 2:
+            pos = pos[None]                                                           # (1, N, 2), for all images
+        if keep is not None:
+            pos = pos.expand(B, -1, -1)                                               # each image keeps tokens of its own
+        cond = self.time_emb(t)                                                       # (B, 1, D)
+        if self.config.aspect_cond:
+            cond = cond + self.addon_info_embs_proj(aspect.to(dtype)[:, None])[:, None]
+        mods = self.shared_adaln_attn(cond), self.shared_adaln_xattn(cond), self.shared_adaln_ffw(cond)
+
+        image = self.in_patch(x.to(dtype))                                            # (B, N, D)
+        text = self.ctx_proj(ctx.to(dtype))                                           # (B, T, D)
+        N, T = image.shape[1], text.shape[1]
+        z = torch.cat([image, text], dim=1)                                           # (B, S, D)
+        all_pos, all_mask = join_text(pos, T, ctx_mask)
+        z = self.prev_tread_trns(z, all_pos, mods, all_mask)
+        if keep is None:
+            z = self.backbone(z, all_pos, mods, all_mask)
+        else:
+            R = keep.shape[1]
+            image, text = z.split([N, T], dim=1)
+            part = torch.cat([take_tokens(image, keep), text], dim=1)                 # (B, R + T, D)
+            part_pos, part_mask = join_text(take_tokens(pos, keep), T, ctx_mask)
+            part, text = self.backbone(part, part_pos, mods, part_mask).split([R, T], dim=1)
+            z = torch.cat([put_back_tokens(image, keep, part), text], dim=1)          # (B, S, D)
+        z = self.post_tread_trns(z, all_pos, mods, all_mask)
+        return self.out_patch(z[:, :N], h, w).to(x.dtype)                             # (B, C, h, w)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Flow matching (arXiv 2210.02747): x_t = t noise + (1 - t) x0, velocity v = noise - x0
+
+def shift_time(t, shift):
+    """t' = s t / (1 + (s - 1) t): s > 1 moves times toward noise, 1 leaves them (SD3, arXiv 2403.03206, eq. 23).
+
+    Large smooth areas survive much noise, so the layout of a picture is decided at a t' near 1.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def draw_time(n, shift=1.0, generator=None):
+    """(n,) training times: shift_time(sigmoid(N(0, 1)), shift)."""
+    return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
+
+
+def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None, reduction="mean"):
+    """Mean squared error of the velocity over everything; reduction="none": one loss for each image, (B,).
+
+    x0 (B, C, h, w) clean latents; t (B,) and noise like x0 are drawn where None; the rest as in XUT.forward.
+    """
+    if t is None:
+        t = draw_time(x0.shape[0]).to(x0.device)
+    if noise is None:
+        noise = torch.randn_like(x0)
+    at = t[:, None, None, None].to(x0.dtype)
+    v = model(at * noise + (1 - at) * x0, t, ctx, aspect=aspect, pos=pos, keep=keep, ctx_mask=ctx_mask)
+    loss = (v - (noise - x0)).float().square().mean(dim=(1, 2, 3))                    # (B,)
+    return loss if reduction == "none" else loss.mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samplers and guidance: a sampler is a function of v(x, t), x and the times; guidance makes v from the model
+
+def sampling_times(steps, shift=1.0):
+    """(steps + 1,) float32 times from 1 to 0; with shift 1 in equal steps."""
+    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+
+
+def euler(v, x, times):
+    """Integrate dx/dt = v from times[0] to times[-1]; exact where v is constant along the path."""
+    for t, following in zip(times[:-1].tolist(), times[1:].tolist()):
+        x = x + (following - t) * v(x, t)
+    return x
+
+
+def stack_texts(a, a_mask, b, b_mask):
+    """Two text batches (B, T, ctx_dim) of any two lengths T -> one of 2B, and its mask: padding is False."""
+    if a.shape[1] == b.shape[1] and a_mask is None and b_mask is None:
+        return torch.cat([a, b]), None                       # no padding, no mask: attention is faster without one
+    T = max(a.shape[1], b.shape[1])
+    states, masks = [], []
+    for x, mask in ((a, a_mask), (b, b_mask)):
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+        states.append(F.pad(x, (0, 0, 0, T - x.shape[1])))
+        masks.append(F.pad(mask, (0, T - x.shape[1])))
+    return torch.cat(states), torch.cat(masks)
+
+
+def guided_velocity(model, ctx, uncond, cfg, aspect, pos, ctx_mask, uncond_mask, one_pass):
+    """v(x, t) with classifier-free guidance: v_u + cfg (v_c - v_u) (arXiv 2207.12598); see sample for the arguments."""
+    if cfg == 1:
+        return lambda x, t: model(x, x.new_full((len(x),), t), ctx, aspect=aspect, pos=pos, ctx_mask=ctx_mask)
+    if uncond is None:
+        raise ValueError(f"cfg={cfg} needs uncond, the text states of the negative prompt")
+    both, both_mask = stack_texts(ctx, ctx_mask, uncond, uncond_mask)
+    both_aspect = None if aspect is None else torch.cat([aspect, aspect])
+    own_pos = pos is not None and pos.dim() == 3 and len(pos) > 1                     # not one grid for all images
+    both_pos = torch.cat([pos, pos]) if own_pos else pos
+
+    def velocity(x, t):
+        time = x.new_full((len(x),), t)
+        if one_pass:
+            v_c, v_u = model(torch.cat([x, x]), torch.cat([time, time]), both, aspect=both_aspect, pos=both_pos,
+                             ctx_mask=both_mask).chunk(2)
+        else:
+            v_c = model(x, time, ctx, aspect=aspect, pos=pos, ctx_mask=ctx_mask)
+            v_u = model(x, time, uncond, aspect=aspect, pos=pos, ctx_mask=uncond_mask)
+        return v_u + cfg * (v_c - v_u)
+    return velocity
+
+
+@torch.no_grad()
+def sample(model, ctx, uncond=None, *, noise, steps=24, cfg=3.0, aspect=None, pos=None, ctx_mask=None,
+           uncond_mask=None, t_shift=1.0, one_pass=True):
+    """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0.
+
+    ctx (B, T, ctx_dim), uncond (B, any T, ctx_dim) with their masks (B, T), None: all real. cfg 1: uncond is not used.
+    one_pass runs both halves of the guidance as one batch of 2B, else as two batches: less memory, same result.
+    """
+    v = guided_velocity(model, ctx, uncond, cfg, aspect, pos, ctx_mask, uncond_mask, one_pass)
+    return euler(v, noise, sampling_times(steps, t_shift))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752)
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input (through a 1x1 conv only where the widths differ)."""
+
+    def __init__(self, width_in, width_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class PixelAttention(nn.Module):
+    """One head over all channels, every pixel attends to every pixel."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        y = self.group_norm(x).flatten(2).transpose(1, 2)                             # (B, h*w, width)
+        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        return x + self.to_out[0](y).transpose(1, 2).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, width, groups):
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(width, groups)])
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))             # right and bottom only: symmetric padding shifts by a pixel
+
+
+class Upsample(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class VAELevel(nn.Module):
+    """The ResNets of one resolution, then a change of resolution except on the last level."""
+
+    def __init__(self, width_in, width_out, layers, groups, downsample=False, upsample=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(width_in if i == 0 else width_out, width_out, groups)
+                                     for i in range(layers))
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(width_out)])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(width_out)])
+
+    def forward(self, x):
+        for module in self.children():
+            for layer in module:
+                x = layer(x)
+        return x
+
+
+class VAEEncoder(nn.Module):
+    def __init__(self, widths, layers, latent_channels, groups):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            VAELevel(widths[max(i - 1, 0)], width, layers, groups, downsample=i < len(widths) - 1)
+            for i, width in enumerate(widths))
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class VAEDecoder(nn.Module):
+    def __init__(self, widths, layers, latent_channels, groups):
+        super().__init__()
+        widths = widths[::-1]
+        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            VAELevel(widths[max(i - 1, 0)], width, layers + 1, groups, upsample=i < len(widths) - 1)
+            for i, width in enumerate(widths))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Frozen image <-> latent. Images are (B, 3, height, width) in [-1, 1]; latents (B, C, height/8, width/8).
+
+    Latents are normalised here and nowhere else: (z - latents_mean) / latents_std for each channel where the VAE has
+    these numbers (EQ-SDXL-VAE: in its config.json), else (z - shift_factor) * scaling_factor. The defaults leave
+    latents as they are.
+    """
+
+    def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                 norm_num_groups=32, latents_mean=None, latents_std=None, scaling_factor=1.0, shift_factor=0.0):
+        super().__init__()
+        widths = tuple(block_out_channels)
+        if any(width % norm_num_groups for width in widths):
+            raise UserError(f"VAE widths {widths} are not all multiples of norm_num_groups={norm_num_groups}")
+        self.encoder = VAEEncoder(widths, layers_per_block, latent_channels, norm_num_groups)
+        self.decoder = VAEDecoder(widths, layers_per_block, latent_channels, norm_num_groups)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.latent_channels = latent_channels
+        self.factor = 2 ** (len(widths) - 1)                 # pixels on the side of a latent cell
+        # Python numbers, not buffers: half() must not round them, and they are no parameters of the file's.
+        self.mean = tuple(latents_mean or [shift_factor] * latent_channels)
+        self.std = tuple(latents_std or [1 / scaling_factor] * latent_channels)
+        self.eval().requires_grad_(False)
+
+    def statistics(self, z):
+        return z.new_tensor(self.mean).view(1, -1, 1, 1), z.new_tensor(self.std).view(1, -1, 1, 1)
+
+    @torch.no_grad()
+    def moments(self, images):
+        """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalised."""
+        weight = self.quant_conv.weight
+        out = self.quant_conv(self.encoder(images.to(weight.dtype))).float()
+        mean, logvar = out.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, images, sample=False, generator=None, noise=None):
+        """-> normalised latents, float32: the mean, or with sample=True a draw mean + exp(logvar / 2) * noise.
+
+        noise (B, C, h, w), or drawn by the generator (a CPU one: the same latents on any device).
+        """
+        z, logvar = self.moments(images)
+        if sample:
+            if noise is None:
+                noise = torch.randn(z.shape, generator=generator)
+            z = z + torch.exp(logvar / 2) * noise.to(z.device)
+        mean, std = self.statistics(z)
+        return (z - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Normalised latents -> images, float32, not clamped."""
+        mean, std = self.statistics(latents)
+        z = (latents * std + mean).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(z)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text encoder and captions
+
+class TextEncoder:
+    """A frozen Hugging Face causal LM: its last hidden state, after the final norm, is what XUT reads.
+
+    path_or_hub_id goes to AutoTokenizer and AutoModel (the decoder body, no head), so any of them will do; texts are
+    cut at max_length tokens. dtype None: float32 on a CPU, else 16 bit.
+    """
+
+    def __init__(self, path_or_hub_id, max_length=256, device="cpu", dtype=None):
+        import transformers                                  # seconds to import, and not every command needs it
+        if looks_local(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
+            raise UserError(f"text_encoder {path_or_hub_id}: no such folder (a Hugging Face causal LM with its "
+                            f"tokenizer, or a hub id such as {TEXT_ENCODER})")
+        dtype = pick_dtype("auto", device) if dtype is None else dtype
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_hub_id)
+            model = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype)
+        except (OSError, ValueError) as error:               # offline, not in the cache, or not a model's folder
+            raise UserError(f"text encoder {path_or_hub_id} cannot be loaded ({first_line(error)}); download it once "
+                            f"with a connection, or give --text_encoder the folder of a local copy") from error
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.max_length = max_length
+        self.dim = model.config.hidden_size
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = self.tokenizer.eos_token_id if pad is None else pad
+
+    @torch.no_grad()
+    def __call__(self, prompts, pad_to=None):
+        """list of B strings -> states (B, T, ctx_dim), mask (B, T) bool, True on real tokens.
+
+        T is the longest of the batch, or pad_to. An empty prompt is one pad token, and that one counts as real: XUT
+        never sees zero tokens. Padding is on the right, so real states do not depend on T.
+        """
+        limit = self.max_length if pad_to is None else min(self.max_length, pad_to)
+        ids = self.tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
+        ids = [row or [self.pad_id] for row in ids]
+        T = max(map(len, ids)) if pad_to is None else pad_to
+        tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
+        mask = torch.tensor([[True] * len(row) + [False] * (T - len(row)) for row in ids])
+        tokens, mask = tokens.to(self.model.device), mask.to(self.model.device)
+        states = self.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        return states, mask
+
+
+def parse_caption(text, rng=None, drop_tag=0.25, drop_group=0.3):
+    """The caption grammar of HDM's data: `kept $$ kept ||| tag $$ tag %% tag $$ tag` -> one line of text.
+
+    Before `|||` everything stays, in order. After it groups are split at `%%` and tags at `$$`: with rng (a
+    random.Random) the groups are shuffled, the tags inside each too, and a tag is dropped with probability drop_tag,
+    a group with drop_group; rng None: everything is kept, in order. A plain sentence comes back as it is.
+    """
+    head, _, tail = text.partition("|||")
+    groups = [group.split("$$") for group in tail.split("%%")]
+    if rng is not None:
+        groups = [[tag for tag in group if rng.random() >= drop_tag] for group in groups if rng.random() >= drop_group]
+        rng.shuffle(groups)
+        for group in groups:
+            rng.shuffle(group)
+    tags = head.split("$$") + [tag for group in groups for tag in group]
+    return ", ".join(tag.strip() for tag in tags if tag.strip())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights in and out
+
+RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
+RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
+TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, not part of its file
+SAMPLING = dict(steps=24, cfg=3.0, t_shift=1.0)              # its advised settings; every checkpoint records its own
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def looks_local(name):
+    """True for a path, False for what can only be a hub id such as Qwen/Qwen3-0.6B."""
+    return os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+
+
+def fetch(name, filename, what):
+    """Path of a file in the folder `name`, or of one fetched from the hub repository `name` (or from its cache)."""
+    if looks_local(name):
+        path = Path(name) / filename
+        if not path.is_file():
+            raise UserError(f"{what} {name}: no {filename} there")
+        return path
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, filename))
+    except Exception as error:                               # its errors have no common class; all mean "not to be had"
+        raise UserError(f"{what} {name}: {filename} is neither in the local cache nor to be downloaded "
+                        f"({first_line(error)}); put a copy on this machine and name its path") from error
+
+
+def read_safetensors(path):
+    """-> {name: tensor on the CPU, as stored}, {metadata}"""
+    import safetensors
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({first_line(error)}); is it complete?") from error
+
+
+def load_strict(build, tensors, path, device="cpu", dtype=torch.float32):
+    """build() filled with exactly these tensors; a file that does not fit is refused, naming what does not."""
+    with torch.device("meta"):                               # no memory and no random numbers for weights to come
+        module = build()
+    want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    have = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = {"missing": [name for name in want if name not in have],
+             "unexpected": [name for name in have if name not in want],
+             "wrong shape": [f"{name} {have[name]}, not {want[name]}" for name in want
+                             if name in have and have[name] != want[name]]}
+    if any(wrong.values()):
+        parts = [f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                 for kind, names in wrong.items() if names]
+        raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(parts)}")
+    tensors = {name: value.to(device, dtype) for name, value in tensors.items()}
+    if "time_emb.freqs" in tensors:                          # may have been rounded to fp16 on its way; a formula
+        tensors["time_emb.freqs"] = time_frequencies(2 * want["time_emb.freqs"][1]).to(device)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.eval()
+
+
+def config_from_tensors(tensors, path):
+    """The XUTConfig that a file without one must have, read from its names and shapes.
+
+    skips, residual and pos leave no trace in the weights: they take the published values.
+    """
+    def count(pattern):
+        return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
+    try:
+        dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape
+        heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape
+        ctx_dim = tensors["ctx_proj.weight"].shape[1]
+        mlp_dim = tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape[1]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not an XUT checkpoint ({first_line(error)} is missing or misshapen)") from error
+    return XUTConfig(
+        dim=dim, ctx_dim=ctx_dim, heads=heads, head_dim=4 * quarter, mlp_dim=mlp_dim,
+        depth=count(r"backbone\.enc_blocks\.(\d+)\."),
+        enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."), dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
+        pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."), post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."),
+        patch_size=patch_size, in_channels=in_channels, aspect_cond="addon_info_embs_proj.0.weight" in tensors)
+
+
+def vae_from_tensors(tensors, path, device, dtype, **statistics):
+    """A VAE whose widths and layers are read from names and shapes; statistics: the normalisation arguments of VAE."""
+    def level(i, j):
+        return tensors.get(f"encoder.down_blocks.{i}.resnets.{j}.conv1.weight")
+    widths = []
+    while level(len(widths), 0) is not None:
+        widths.append(level(len(widths), 0).shape[0])
+    layers = 0
+    while level(0, layers) is not None:
+        layers += 1
+    if not widths or "post_quant_conv.weight" not in tensors:
+        raise UserError(f"{path}: not a VAE in the diffusers layout (no encoder.down_blocks or no post_quant_conv)")
+    channels = tensors["post_quant_conv.weight"].shape[0]
+    return load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
+
+
+def vae_dtype(dtype, device):
+    """The VAE's type beside a model in dtype: never float16, in which SDXL-type VAEs overflow and decode to black."""
+    if dtype != torch.float16:
+        return dtype
+    return torch.bfloat16 if "cuda" in str(device) and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
+    """A VAE from a folder (or hub repository) in the diffusers layout: config.json and one safetensors file."""
+    config_file = fetch(path_or_hub_id, "config.json", "vae")
+    tensors, _ = read_safetensors(fetch(path_or_hub_id, "diffusion_pytorch_model.safetensors", "vae"))
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config_file}: not a json file ({first_line(error)})") from error
+    names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    return vae_from_tensors(tensors, path_or_hub_id, device, dtype, **given)
+
+
+def list_checkpoints(out_dir):
+    """The complete checkpoints of a run, oldest first (a checkpoint gets its name when it is complete)."""
+    return sorted(path for path in Path(out_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d{8}", path.name))
+
+
+def find_weights(name, ema=True):
+    """A run's folder, one checkpoint, a file or a hub id -> the safetensors file to read."""
+    if not looks_local(name):
+        return fetch(name, RELEASED_FILE, "checkpoint")
+    path = Path(name)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"checkpoint {name}: no such file or folder")
+    if not (path / "model.safetensors").is_file():
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise UserError(f"checkpoint {name}: a folder without model.safetensors and without ckpt_* folders")
+        path = checkpoints[-1]
+    return path / "ema.safetensors" if ema and (path / "ema.safetensors").is_file() else path / "model.safetensors"
+
+
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
+    """-> (XUT, VAE or None, settings) from our checkpoints or from the published single-file layout.
+
+    settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and the
+    sampling defaults steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
+    """
+    path = find_weights(path_or_hub_id, ema)
+    tensors, metadata = read_safetensors(path)
+    if "hdm" in metadata:                                    # ours: the settings stand in the header
+        settings = json.loads(metadata["hdm"])
+        if settings["vae"] and (path.parent / "vae").is_dir():
+            settings["vae"] = str(path.parent / "vae")       # a small one lies in the checkpoint, so that it can move
+        settings["config"] = config = XUTConfig(**settings["config"])
+        vae = load_vae(settings["vae"], device, vae_dtype(dtype, device)) if settings["vae"] else None
+    else:
+        prefix = "unet.model."
+        weights = {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+        if not weights:
+            raise UserError(f"{path}: neither one of our checkpoints (no settings in the header) nor in the published "
+                            f"layout (no unet.model.* tensors); it holds {', '.join(list(tensors)[:3])}, ...")
+        config = config_from_tensors(weights, path)
+        vae = published_vae(tensors, path, device, vae_dtype(dtype, device))
+        settings = dict(config=config, text_encoder=TEXT_ENCODER, text_length=512, vae=str(path) if vae else "",
+                        image_size=1024, step=0, images=0, **SAMPLING)
+        tensors = weights
+    if (path.parent / "text_encoder").is_dir():
+        settings["text_encoder"] = str(path.parent / "text_encoder")
+    return load_strict(lambda: XUT(config), tensors, path, device, dtype), vae, settings
+
+
+def published_vae(tensors, path, device, dtype):
+    """The VAE inside a published single file (vae.*, vae_mean, vae_std), or None where it has none."""
+    weights = {name[4:]: value for name, value in tensors.items() if name.startswith("vae.")}
+    if not weights:
+        return None
+    statistics = {}
+    if "vae_mean" in tensors:
+        statistics = dict(latents_mean=tensors["vae_mean"].flatten().tolist(),
+                          latents_std=tensors["vae_std"].flatten().tolist())
+    return vae_from_tensors(weights, path, device, dtype, **statistics)
+
+
+def load_text_encoder(settings, device="cpu", dtype=None):
+    """The TextEncoder that a checkpoint's settings name."""
+    return TextEncoder(settings["text_encoder"], settings["text_length"], device, dtype)
+
+
+def save_model(path, tensors, settings):
+    """Write tensors with the settings (as from load_model) in the safetensors header."""
+    from safetensors.torch import save_file
+    settings = dict(settings, config=dataclasses.asdict(settings["config"]))
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
+              metadata={"format": "pt", "hdm": json.dumps(settings)})
+
+
+def check_size(height, width, config, vae):
+    """Refuse a picture that the model cannot do, naming the nearest that it can."""
+    step = config.patch_size * (vae.factor if vae is not None else 1)
+    if height < step or width < step or height % step or width % step:
+        near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
+        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch {config.patch_size} "
+                        f"x VAE factor {step // config.patch_size}); the nearest is --width={near_w} --height={near_h}")
+
+
+@torch.no_grad()
+def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=None, cfg=None, height=None, width=None,
+             batch_size=32):
+    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; None: the checkpoint's setting.
+
+    The noise of a picture is drawn on the CPU from its own seed alone: the same picture in any batch, on any device.
+    """
+    height = settings["image_size"] if height is None else height
+    width = settings["image_size"] if width is None else width
+    steps = settings["steps"] if steps is None else steps
+    cfg = settings["cfg"] if cfg is None else cfg
+    check_size(height, width, model.config, vae)
+    factor = 1 if vae is None else vae.factor
+    device = model.in_patch.proj.weight.device
+    shape = (model.config.in_channels, height // factor, width // factor)
+    uncond, uncond_mask = te([negative])
+    pictures = []
+    for i in range(0, len(prompts), batch_size):
+        ctx, mask = te(prompts[i:i + batch_size])
+        B = len(ctx)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                             for seed in seeds[i:i + batch_size]]).to(device)         # (B, C, h, w)
+        x0 = sample(model, ctx, uncond.expand(B, -1, -1), noise=noise, steps=steps, cfg=cfg, ctx_mask=mask,
+                    aspect=torch.full((B,), math.log(width / height), device=device),
+                    uncond_mask=uncond_mask.expand(B, -1), t_shift=settings["t_shift"])
+        pictures.append(to_uint8(x0 if vae is None else vae.decode(x0)))
+    return np.concatenate(pictures)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing: pictures, devices, settings
+
+def to_uint8(images):
+    """(B, 3, height, width) in [-1, 1], anything beyond is clipped -> (B, height, width, 3) uint8 numpy."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def image_grid(images, columns, scale=1, gap=2):
+    """Pictures (height, width, 3) uint8 of any sizes, row by row -> one PIL image, each enlarged `scale` times."""
+    height = max(image.shape[0] for image in images) * scale + gap
+    width = max(image.shape[1] for image in images) * scale + gap
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for i, image in enumerate(images):
+        picture = Image.fromarray(image)
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+        sheet.paste(picture, (gap + i % columns * width, gap + i // columns * height))
+    return sheet
+
+
+def pick_device(name):
+    """"auto": CUDA, else MPS, else the CPU; any other name must be there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device={name}: one of auto, cpu, cuda, cuda:N, mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device={name}: this torch ({torch.__version__}) sees no CUDA device; use --device=cpu, or "
+                        f"install a CUDA build of torch")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={name}: this torch ({torch.__version__}) sees no MPS device; use --device=cpu")
+    return name
+
+
+def pick_dtype(name, device):
+    """"auto": float32 on a CPU, else bfloat16 where the device has it, else float16."""
+    known = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+    if name != "auto" and name not in known:
+        raise UserError(f"--dtype={name}: one of auto, {', '.join(known)}")
+    if name != "auto":
+        return known[name]
+    if "cuda" not in str(device):
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def setting_types(classes):
+    """{name: type} over all fields of some dataclasses: settings are flat, a name means one thing."""
+    types = {}
+    for cls in classes:
+        for name, kind in typing.get_type_hints(cls).items():
+            if name in types:
+                raise TypeError(f"setting {name} stands in two dataclasses")
+            options = typing.get_args(kind)
+            types[name] = options[0] if type(None) in options else kind               # int | None is set by an int
+    return types
+
+
+def setting_value(where, value, kind):
+    """A typed value from a flag's text or from a config file's object; where is what an error quotes."""
+    text = isinstance(value, str)
+    if kind in (str, bool | str) and text:
+        return value
+    if kind in (bool, bool | str) and isinstance(value, bool):
+        return value
+    if kind is bool and text and value.lower() in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+        return value.lower() in ("true", "1", "yes", "on")
+    if kind == list[str]:
+        return [value] if text else list(value)
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            exact = int(value) if kind is int and text and re.fullmatch(r"[+-]?[\d_]+", value) else number
+        except (TypeError, ValueError):
+            number = math.nan                                # told below, with the other wrong values
+        if math.isfinite(number) and (kind is float or number == int(number)):
+            return kind(exact)
+    expected = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
+
+
+def check_name(where, name, types):
+    if name not in types:
+        near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+        raise UserError(f"{where}: no option named {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+
+
+def parse_args(argv, classes, positionals=(), doc=""):
+    """Command line -> (positional words, {name: typed value} of the settings that were given).
+
+    classes are the dataclasses whose fields are the settings, flat: `--key=value`, `--key value`, booleans also bare.
+    A `list[str]` may be given several times. A `bool | str` is True when bare. Their source is the --help text.
+    """
+    types = setting_types(classes)
+    if "--help" in argv or "-h" in argv:
+        print(doc.strip() + "\n\nSettings, as --name=value:")
+        for cls in classes:
+            source = inspect.getsource(cls).split("\n    def ")[0].splitlines()
+            print("\n".join(line for line in source if line.startswith("    ")), end="\n\n")
+        sys.exit(0)
+    words, values, rest = [], {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, text = word[2:].partition("=")
+        check_name(word, name, types)
+        value = text
+        if not equals:
+            kind, following = types[name], rest[0] if rest else "--"
+            if kind is bool and following.lower() not in ("true", "false") \
+                    or kind == bool | str and (following.startswith("--") or following.endswith(".py")):
+                value = True
+            elif following.startswith("--"):
+                raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
+            else:
+                value = rest.pop(0)
+        value = setting_value(f"--{name}={value}", value, types[name])
+        values[name] = values.get(name, []) + value if types[name] == list[str] else value
+    if len(words) != len(positionals):
+        wanted = " ".join(positionals) or "no words"
+        raise UserError(f"{wanted} expected before the --settings, got {' '.join(words) or 'none'}; see --help")
+    return words, values
+
+
+def read_config(path, classes):
+    """A config file, plain Python `name = value` lines -> {name: typed value}; names with a leading _ are its own."""
+    if not os.path.isfile(path):
+        raise UserError(f"config {path}: no such file")
+    names = {}
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+    except Exception as error:                               # whatever a user's own lines raise
+        line = getattr(error, "lineno", None) or error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno
+        raise UserError(f"config {path}, line {line}: {first_line(error)}") from error
+    types, values = setting_types(classes), {}
+    for name, value in names.items():
+        if not name.startswith("_") and not inspect.ismodule(value):
+            check_name(f"{path}: {name} = {value!r}", name, types)
+            values[name] = setting_value(f"{path}: {name} = {value!r}", value, types[name])
+    return values
+
+
+def pick_settings(cls, values):
+    """The dataclass cls from those of the values that are its own."""
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
+
+def run(main):
+    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, every other error keeps its traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
