@@ -1,28 +1,29 @@
 """HDM, the Home-made Diffusion Model, in one file: text in, picture out, 343M parameters.
 
     text  -> frozen causal LM, last hidden state --+
-    image -> frozen VAE latent -> + noise -> XUT --+-> flow velocity -> MSE (training) or one Euler step (sampling)
+    image -> frozen VAE latent -> + noise -> XUT --+-> flow velocity -> MSE to train, an Euler step to sample
 
-train.py, sample.py and prepare.py are the programs; everything that a person must understand to know the method is
-here, in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
+train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
+in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
 matching; samplers; VAE; text encoder and captions; weights in and out; plumbing.
 
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
-  2. the blocks form a U, and the decoder reads the encoder through cross-attention instead of a concatenation;
+  2. the blocks form a U, and the decoder reads the encoder through cross-attention, not by concatenation;
   3. one AdaLN for all blocks (three small MLPs), not one for each block;
   4. every sub-layer restarts the residual stream from its modulated input (residual="normed");
-  5. RoPE over two axes with learned frequencies; positions belong to the whole image, so a crop knows where it was;
+  5. RoPE over two axes with learned frequencies; a crop keeps the positions that it had in the whole image;
   6. in training a random half of the image tokens skips the U (TREAD).
 
-Paper: arXiv 2509.06068 (HDM). Where paper and published weights disagree both are options of XUTConfig; the defaults
-are the weights'. Attribute names of XUT and VAE are the parameter names of the published files: do not rename them.
+Paper: arXiv 2509.06068 (HDM). Where paper and published weights disagree both are options of XUTConfig, and
+the defaults are the weights'. Attribute names of XUT and VAE are the published files' names: keep them.
 
 Letters, in every shape comment:
-  B batch, N image tokens, T text tokens, S = N + T the sequence, R image tokens that TREAD keeps, D width, H heads,
-  K head size, C latent channels, h w latent height and width (pixels where there is no VAE), p patch size.
+  B batch, N image tokens, T text tokens, S = N + T the sequence, R image tokens that TREAD keeps, D width,
+  H heads, K head size, C latent channels, h w latent height and width (pixels without a VAE), p patch size.
 Time runs from t = 0 (data) to t = 1 (pure noise).
 """
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -43,11 +44,10 @@ from PIL import Image
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: shown as one line `error: ...` with exit code 2, never as a traceback."""
+    """A mistake that its user can mend: shown as one line `error: ...` with exit code 2, no traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class XUTConfig:
@@ -64,41 +64,39 @@ class XUTConfig:
     patch_size: int = 2        # p, latent cells on a token's side
     in_channels: int = 4       # C, channels of the latent (3 for pixels)
     aspect_cond: bool = True   # feed ln(width / height); the published runs have it from the 768 stage on
-    skips: str = "last"        # "last": every decoder level reads the deepest encoder level, as the published weights
-                               # do; "mirror": level i reads encoder level depth-1-i, as in the paper's figure
-    residual: str = "normed"   # "normed": x = m + (1+gate) f(m), m the modulated norm of x, as the published weights
-                               # do; "raw": x = x + (1+gate) f(m), the textbook's pre-norm
-    pos: str = "long_side"     # "long_side": the longer side spans [-1, 1] (published weights); "unit_area": the two
-                               # half-ranges multiply to 1 (paper's text)
+    skips: str = "last"        # "last": every decoder level reads the deepest encoder level (the weights);
+                               # "mirror": level i reads encoder level depth-1-i (paper's figure)
+    residual: str = "normed"   # "normed": x = m + (1+gate) f(m), m the modulated norm of x (the weights);
+                               # "raw": x = x + (1+gate) f(m), the textbook's pre-norm
+    pos: str = "long_side"     # "long_side": the longer side spans [-1, 1] (the weights);
+                               # "unit_area": the two half-ranges multiply to 1 (paper's text)
 
     def __post_init__(self):
         if self.heads * self.head_dim != self.dim:
-            raise UserError(f"heads={self.heads} x head_dim={self.head_dim} is {self.heads * self.head_dim}, but "
-                            f"dim={self.dim}; set them so that heads * head_dim = dim")
+            raise UserError(f"dim={self.dim} is not heads={self.heads} times head_dim={self.head_dim}")
         if self.head_dim % 4:
-            raise UserError(f"head_dim={self.head_dim} is not a multiple of 4 (RoPE: two axes, pairs of features)")
-        for name, least in dict(dim=2, ctx_dim=1, mlp_dim=1, depth=1, enc_blocks=1, dec_blocks=1, pre_blocks=0,
-                                post_blocks=0, patch_size=1, in_channels=1).items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: at least {least}")
+            raise UserError(f"head_dim={self.head_dim}: a multiple of 4 (RoPE turns pairs, for two axes)")
+        for name in ("dim", "ctx_dim", "mlp_dim", "depth", "enc_blocks", "dec_blocks", "patch_size",
+                     "in_channels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: at least 1")
         for name, known in dict(skips=("last", "mirror"), residual=("normed", "raw"),
                                 pos=("long_side", "unit_area")).items():
             if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)}")
+                raise UserError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
 
 
-PRESETS = {  # SPEC of the published family: 237,290,128 / 343,176,208 / 555,628,816 parameters
-    "small": XUTConfig(dim=896, ctx_dim=640, heads=14, head_dim=64, dec_blocks=2),   # text: Gemma3-270M
-    "base": XUTConfig(),                                                             # text: Qwen3-0.6B
-    "large": XUTConfig(dim=1280, ctx_dim=1152, heads=10, head_dim=128, mlp_dim=4096),  # text: Gemma3-1B
+PRESETS = {  # the paper's family, with its text encoders and parameter counts
+    "small": XUTConfig(dim=896, ctx_dim=640, heads=14, dec_blocks=2),           # Gemma3-270M, 237,290,128
+    "base": XUTConfig(),                                                        # Qwen3-0.6B, 343,176,208
+    "large": XUTConfig(dim=1280, ctx_dim=1152, heads=10, head_dim=128, mlp_dim=4096),  # Gemma3-1B, 555,628,816
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Parts
+# ---- Parts -----------------------------------------------------------------------------------------------
 
 class PreNorm(nn.Module):
-    """RMSNorm with a weight, eps 1e-6, one level down because the published name is `attn_pre_norm.norm.weight`."""
+    """RMSNorm with a weight; one level down, as the published name is `attn_pre_norm.norm.weight`."""
 
     def __init__(self, dim):
         super().__init__()
@@ -132,16 +130,16 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        # Part of the published files, so part of ours. It is not read below: in a half-precision file it is rounded,
-        # and 1000 t times that error turns the fastest angles by up to 0.24 rad.
+        # In the published files, so in ours, but not read below: half precision rounds it, and 1000 t times
+        # that error turns the angles by up to 0.24 rad.
         self.register_buffer("freqs", time_frequencies(dim))
         self.proj = nn.Sequential(nn.Linear(dim, dim), nn.Mish())
 
     def forward(self, t):
         freqs = time_frequencies(2 * self.freqs.shape[1]).to(t.device)
-        angle = 1000.0 * t.float()[:, None] * freqs                                   # (B, D/2), always float32
-        emb = torch.cat([angle.cos(), angle.sin()], dim=-1)                           # (B, D)
-        return self.proj(emb.to(self.proj[0].weight.dtype))[:, None]                  # (B, 1, D)
+        angle = 1000.0 * t.float()[:, None] * freqs                               # (B, D/2), always float32
+        emb = torch.cat([angle.cos(), angle.sin()], dim=-1)                       # (B, D)
+        return self.proj(emb.to(self.proj[0].weight.dtype))[:, None]              # (B, 1, D)
 
 
 class PatchIn(nn.Module):
@@ -165,39 +163,41 @@ class PatchOut(nn.Module):
 
     def forward(self, x, height, width):
         p = self.patch_size
-        x = self.proj(x).unflatten(-1, (p, p, -1))                                    # (B, N, p, p, C)
-        x = x.unflatten(1, (height // p, width // p))                                 # (B, h/p, w/p, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                # (B, C, h, w)
+        x = self.proj(x).unflatten(-1, (p, p, -1))                                # (B, N, p, p, C)
+        x = x.unflatten(1, (height // p, width // p))                             # (B, h/p, w/p, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)            # (B, C, h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Positions and RoPE
+# ---- Positions and RoPE ----------------------------------------------------------------------------------
 
-def half_ranges(height, width, convention="long_side"):
+def half_ranges(height, width, convention):
     """How far the positions of a whole height x width image reach from 0, as (y, x)."""
     if convention == "long_side":
         return height / max(height, width), width / max(height, width)
     return math.sqrt(height / width), math.sqrt(width / height)                       # "unit_area"
 
 
-def crop_positions(height, width, top, left, size, patch, convention="long_side"):
-    """((size//patch)**2, 2) float32, order (y, x): the positions of a square crop's tokens in the whole image.
+def cell_centres(half, length, start, cells, patch=1):
+    """Positions on an axis of this length over [-half, half]: of cells of size patch, from start on."""
+    return -half + (start + patch * (torch.arange(cells, dtype=torch.float64) + 0.5)) * 2 * half / length
 
-    All lengths are in one unit (pixels online, latent cells for a cached latent). Offsets need not be multiples of
-    the patch: positions are continuous, and every offset is a crop of its own (HDM, shifted square crop).
+
+def crop_positions(height, width, top, left, size, patch, convention="long_side"):
+    """((size//patch)**2, 2) float32, order (y, x): where a square crop's tokens lie in the whole image.
+
+    All lengths are in one unit (pixels online, latent cells for a cached latent). Offsets need not be
+    multiples of the patch: positions are continuous (HDM's shifted square crop).
     """
     half_y, half_x = half_ranges(height, width, convention)
-    cells = torch.arange(size // patch, dtype=torch.float64) + 0.5
-    y = -half_y + (top + patch * cells) * 2 * half_y / height
-    x = -half_x + (left + patch * cells) * 2 * half_x / width
+    y = cell_centres(half_y, height, top, size // patch, patch)
+    x = cell_centres(half_x, width, left, size // patch, patch)
     return torch.cartesian_prod(y, x).float()
 
 
 def grid_positions(rows, cols, convention="long_side"):
-    """(rows*cols, 2) float32, order (y, x), row by row: the centres of the cells of a whole image of rows x cols."""
+    """(rows*cols, 2) float32, order (y, x), row by row: the cell centres of a whole image of rows x cols."""
     half_y, half_x = half_ranges(rows, cols, convention)
-    y = -half_y + (torch.arange(rows, dtype=torch.float64) + 0.5) * 2 * half_y / rows
-    x = -half_x + (torch.arange(cols, dtype=torch.float64) + 0.5) * 2 * half_x / cols
+    y, x = cell_centres(half_y, rows, 0, rows), cell_centres(half_x, cols, 0, cols)
     return torch.cartesian_prod(y, x).float()
 
 
@@ -220,71 +220,63 @@ class RoPE(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Turn the feature pairs (2j, 2j+1) of x (B, H, S, K) by the angles whose cos and sin are (B, H, S, K/2)."""
+    """Turn the feature pairs (2j, 2j+1) of x (B, H, S, K) by angles with these cos and sin (B, H, S, K/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Attention
+# ---- Attention -------------------------------------------------------------------------------------------
 
-def split_heads(x, head_dim):
-    """(B, S, H*K) -> (B, H, S, K)"""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+class Attention(nn.Module):
+    """What self- and cross-attention share: positions, scaled dot product, output."""
 
-
-def merge_heads(x):
-    """(B, H, S, K) -> (B, S, H*K)"""
-    return x.transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim)
         self.rope = RoPE(config.heads, config.head_dim)
+
+    def attend(self, q, k, v, pos, mask):
+        """q, k, v (B, S, D), pos (B or 1, S, 2) of both, mask (B, 1, 1, S) of the keys or None -> (B, S, D)"""
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))   # (B, H, S, K)
+        cos, sin = self.rope(pos)
+        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    def __init__(self, config):
+        super().__init__(config)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
 
     def forward(self, x, pos, mask):
-        q, k, v = (split_heads(y, self.head_dim) for y in self.qkv(x).chunk(3, dim=-1))   # (B, H, S, K)
-        cos, sin = self.rope(pos)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+        return self.attend(*self.qkv(x).chunk(3, dim=-1), pos, mask)
 
 
-class CrossAttention(nn.Module):
-    """The skip connection of XUT: the decoder's stream asks, an encoder level's output answers."""
+class CrossAttention(Attention):
+    """XUT's skip connection: the decoder's stream asks, an encoder level's raw output answers."""
 
     def __init__(self, config):
-        super().__init__()
-        self.head_dim = config.head_dim
+        super().__init__(config)
         self.q = nn.Linear(config.dim, config.dim, bias=False)
         self.kv = nn.Linear(config.dim, 2 * config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim)
-        self.rope = RoPE(config.heads, config.head_dim)
 
     def forward(self, x, skip, pos, mask):
-        """x, skip (B, S, D): one sequence at two depths, so both have the same positions."""
-        q = split_heads(self.q(x), self.head_dim)                                     # (B, H, S, K)
-        k, v = (split_heads(y, self.head_dim) for y in self.kv(skip).chunk(2, dim=-1))
-        cos, sin = self.rope(pos)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+        return self.attend(self.q(x), *self.kv(skip).chunk(2, dim=-1), pos, mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shared AdaLN and the block
+# ---- Shared AdaLN and the block --------------------------------------------------------------------------
 
 class SharedAdaLN(nn.Sequential):
-    """The time embedding (B, 1, D) -> 1 + scale, shift, 1 + gate, each (B, 1, D); one for all blocks of XUT."""
+    """The time embedding (B, 1, D) -> 1 + scale, shift, 1 + gate, each (B, 1, D), for all blocks of XUT."""
 
     def __init__(self, dim):
-        super().__init__(nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, 3 * dim))
+        mlp = nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, 3 * dim)
+        super().__init__(nn.LayerNorm(dim, eps=1e-5), *mlp)
 
     def forward(self, emb):
         scale, shift, gate = super().forward(emb).chunk(3, dim=-1)
-        return 1 + scale, shift, 1 + gate                    # the ones are added here once, not in every block
+        return 1 + scale, shift, 1 + gate                    # the ones are added here, not in every block
 
 
 class Block(nn.Module):
@@ -304,12 +296,12 @@ class Block(nn.Module):
     def sublayer(self, x, norm, mod, f):
         scale1, shift, gate1 = mod
         m = torch.addcmul(shift, norm(x), scale1)            # shift + norm(x) * (1 + scale)
-        # "normed" looks like a bug (the stream x itself is dropped, only m goes on), and the published weights need
-        # it exactly so: change it and a downloaded model draws noise.
+        # "normed" looks like a bug (x itself is dropped, only m goes on), and the published weights need it
+        # exactly so: change it and a downloaded model draws noise.
         return torch.addcmul(m if self.residual == "normed" else x, gate1, f(m))
 
     def forward(self, x, pos, mods, mask=None, skip=None):
-        """x (B, S, D), pos (B or 1, S, 2), mods the three AdaLN outputs, mask (B, 1, 1, S) or None, skip (B, S, D)."""
+        """x, skip (B, S, D); pos (B or 1, S, 2); mods: the AdaLNs' outputs; mask (B, 1, 1, S) or None."""
         attn_mod, xattn_mod, mlp_mod = mods
         x = self.sublayer(x, self.attn_pre_norm, attn_mod, lambda m: self.attn(m, pos, mask))
         if skip is not None:
@@ -317,13 +309,12 @@ class Block(nn.Module):
         return self.sublayer(x, self.mlp_pre_norm, mlp_mod, self.mlp)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# TREAD: a random part of the image tokens takes a road around the U (arXiv 2501.04765)
+# ---- TREAD: a random part of the image tokens takes a road around the U (arXiv 2501.04765) ---------------
 
 def pick_tokens(batch, n, rate, generator=None):
-    """(B, R) sorted int64: for each image a fresh uniform choice of R = n - floor(n * rate) of its n tokens to keep.
+    """(B, R) sorted int64: for each image a fresh uniform choice of R = n - floor(n * rate) tokens to keep.
 
-    rate is in [0, 1): 0 keeps all, 0.5 sends half of them around. The generator, if any, is a CPU one.
+    rate is in [0, 1): 0 keeps all n, 0.5 sends half of them around. The generator, if any, is a CPU one.
     """
     if not 0 <= rate < 1:
         raise UserError(f"tread_rate={rate}: a share of the tokens in [0, 1)")
@@ -337,12 +328,11 @@ def take_tokens(x, keep):
 
 
 def put_back_tokens(x, keep, kept):
-    """x (B, N, D) with its tokens at keep (B, R) replaced by kept (B, R, D); the others come back unchanged."""
-    return x.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), kept)
+    """x (B, N, D) with its tokens at keep (B, R) replaced by kept (B, R, D), the others unchanged."""
+    return x.scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), kept.to(x.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# XUT
+# ---- XUT -------------------------------------------------------------------------------------------------
 
 class Stack(nn.Module):
     def __init__(self, config, count):
@@ -356,15 +346,16 @@ class Stack(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The U: encoder levels, whose outputs are kept, then decoder levels, whose first block reads one of them."""
+    """The U: encoder levels, then decoder levels, whose first block reads an encoder level's output."""
 
     def __init__(self, config):
         super().__init__()
         self.skips = config.skips
-        self.enc_blocks = nn.ModuleList(nn.ModuleList(Block(config) for _ in range(config.enc_blocks))
-                                        for _ in range(config.depth))
-        self.dec_blocks = nn.ModuleList(nn.ModuleList(Block(config, cross=i == 0) for i in range(config.dec_blocks))
-                                        for _ in range(config.depth))
+        def levels(blocks, cross):
+            return nn.ModuleList(nn.ModuleList(Block(config, cross and i == 0) for i in range(blocks))
+                                 for _ in range(config.depth))
+        self.enc_blocks = levels(config.enc_blocks, cross=False)
+        self.dec_blocks = levels(config.dec_blocks, cross=True)
 
     def forward(self, x, pos, mods, mask):
         outputs = []
@@ -373,8 +364,8 @@ class Backbone(nn.Module):
                 x = block(x, pos, mods, mask)
             outputs.append(x)
         for level in self.dec_blocks:
-            # "last" never takes an output off the list. The paper's figure does ("mirror"), the published code did
-            # not, and the published weights were trained that way.
+            # The paper's figure takes an output off the list ("mirror"). The published code never did, and
+            # the published weights were trained that way.
             skip = outputs[-1] if self.skips == "last" else outputs.pop()
             for i, block in enumerate(level):
                 x = block(x, pos, mods, mask, skip if i == 0 else None)
@@ -382,7 +373,7 @@ class Backbone(nn.Module):
 
 
 def join_text(pos, T, ctx_mask):
-    """Positions and key mask of [image | text]: pos (B or 1, N, 2) -> (B or 1, S, 2), and (B, 1, 1, S) or None.
+    """pos (B or 1, N, 2), ctx_mask (B, T) -> those of [image | text]: (B or 1, S, 2), (B, 1, 1, S) or None.
 
     Text sits at (0, 0), where RoPE turns nothing: its order comes from the causal LM.
     """
@@ -417,10 +408,10 @@ class XUT(nn.Module):
             nn.init.zeros_(self.addon_info_embs_proj[2].weight)
             nn.init.zeros_(self.addon_info_embs_proj[2].bias)
         for adaln in (self.shared_adaln_attn, self.shared_adaln_xattn, self.shared_adaln_ffw):
-            nn.init.zeros_(adaln[3].weight)                  # zero: scale, shift and gate start without effect
+            nn.init.zeros_(adaln[3].weight)                  # zero: so do scale, shift and gate
             nn.init.zeros_(adaln[3].bias)
         for module in self.modules():
-            if isinstance(module, RoPE):                     # from half a turn to two and a half turns per unit
+            if isinstance(module, RoPE):                     # from a half to 2.5 turns per unit of position
                 steps = torch.linspace(math.log(math.pi), math.log(5 * math.pi), module.freqs.shape[1])
                 module.freqs.data.copy_(steps[None, :, None].expand_as(module.freqs))
         nn.init.normal_(self.out_patch.proj.weight, std=1 / self.config.dim ** 2)
@@ -428,10 +419,11 @@ class XUT(nn.Module):
     def forward(self, x, t, ctx, aspect=None, pos=None, keep=None, ctx_mask=None):
         """The flow velocity (B, C, h, w) = noise - data that XUT sees in x, in x's own type.
 
-        x (B, C, h, w) the noisy latent, h and w multiples of p; t (B,) in [0, 1]; ctx (B, T, ctx_dim) text states.
-        aspect (B,): ln(width / height) of the whole image; None: of x. pos (B or 1, N, 2) or (N, 2): each token's
-        (y, x) in the whole image; None: x's own grid. keep (B, R): the image tokens that go through the U; None: all.
-        ctx_mask (B, T) bool: True is a real token; False ones are seen by nothing; None: all are real.
+        x (B, C, h, w) the noisy latent, h and w multiples of p; t (B,); ctx (B, T, ctx_dim).
+        aspect (B,): ln(width / height) of the whole image; None: of x.
+        pos (B or 1, N, 2) or (N, 2): each token's (y, x) in the whole image; None: x's own grid.
+        keep (B, R): the image tokens that go through the U; None: all.
+        ctx_mask (B, T) bool: False tokens are seen by nothing; None: all are real.
         """
         B, _, h, w = x.shape
         dtype = self.in_patch.proj.weight.dtype
@@ -441,18 +433,18 @@ class XUT(nn.Module):
             pos = grid_positions(h // self.config.patch_size, w // self.config.patch_size, self.config.pos)
         pos = pos.to(x.device, torch.float32)
         if pos.dim() == 2:
-            pos = pos[None]                                                           # (1, N, 2), for all images
+            pos = pos[None]                                                       # (1, N, 2), for all images
         if keep is not None:
-            pos = pos.expand(B, -1, -1)                                               # each image keeps tokens of its own
-        cond = self.time_emb(t)                                                       # (B, 1, D)
+            pos = pos.expand(B, -1, -1)                                           # each keeps its own
+        cond = self.time_emb(t)                                                   # (B, 1, D)
         if self.config.aspect_cond:
             cond = cond + self.addon_info_embs_proj(aspect.to(dtype)[:, None])[:, None]
         mods = self.shared_adaln_attn(cond), self.shared_adaln_xattn(cond), self.shared_adaln_ffw(cond)
 
-        image = self.in_patch(x.to(dtype))                                            # (B, N, D)
-        text = self.ctx_proj(ctx.to(dtype))                                           # (B, T, D)
+        image = self.in_patch(x.to(dtype))                                        # (B, N, D)
+        text = self.ctx_proj(ctx.to(dtype))                                       # (B, T, D)
         N, T = image.shape[1], text.shape[1]
-        z = torch.cat([image, text], dim=1)                                           # (B, S, D)
+        z = torch.cat([image, text], dim=1)                                       # (B, S, D)
         all_pos, all_mask = join_text(pos, T, ctx_mask)
         z = self.prev_tread_trns(z, all_pos, mods, all_mask)
         if keep is None:
@@ -460,19 +452,18 @@ class XUT(nn.Module):
         else:
             R = keep.shape[1]
             image, text = z.split([N, T], dim=1)
-            part = torch.cat([take_tokens(image, keep), text], dim=1)                 # (B, R + T, D)
+            part = torch.cat([take_tokens(image, keep), text], dim=1)             # (B, R + T, D)
             part_pos, part_mask = join_text(take_tokens(pos, keep), T, ctx_mask)
             part, text = self.backbone(part, part_pos, mods, part_mask).split([R, T], dim=1)
-            z = torch.cat([put_back_tokens(image, keep, part), text], dim=1)          # (B, S, D)
+            z = torch.cat([put_back_tokens(image, keep, part), text], dim=1)      # (B, S, D)
         z = self.post_tread_trns(z, all_pos, mods, all_mask)
-        return self.out_patch(z[:, :N], h, w).to(x.dtype)                             # (B, C, h, w)
+        return self.out_patch(z[:, :N], h, w).to(x.dtype)                         # (B, C, h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Flow matching (arXiv 2210.02747): x_t = t noise + (1 - t) x0, velocity v = noise - x0
+# ---- Flow matching (arXiv 2210.02747): x_t = t noise + (1 - t) x0, velocity v = noise - x0 ---------------
 
 def shift_time(t, shift):
-    """t' = s t / (1 + (s - 1) t): s > 1 moves times toward noise, 1 leaves them (SD3, arXiv 2403.03206, eq. 23).
+    """t' = s t / (1 + (s - 1) t): s > 1 moves times toward noise, 1 leaves them (SD3, arXiv 2403.03206).
 
     Large smooth areas survive much noise, so the layout of a picture is decided at a t' near 1.
     """
@@ -484,7 +475,8 @@ def draw_time(n, shift=1.0, generator=None):
     return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
 
 
-def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None, reduction="mean"):
+def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None,
+              reduction="mean"):
     """Mean squared error of the velocity over everything; reduction="none": one loss for each image, (B,).
 
     x0 (B, C, h, w) clean latents; t (B,) and noise like x0 are drawn where None; the rest as in XUT.forward.
@@ -499,8 +491,7 @@ def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=No
     return loss if reduction == "none" else loss.mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Samplers and guidance: a sampler is a function of v(x, t), x and the times; guidance makes v from the model
+# ---- Samplers: functions of v(x, t), x and the times; guidance makes v from the model 
 
 def sampling_times(steps, shift=1.0):
     """(steps + 1,) float32 times from 1 to 0; with shift 1 in equal steps."""
@@ -517,7 +508,7 @@ def euler(v, x, times):
 def stack_texts(a, a_mask, b, b_mask):
     """Two text batches (B, T, ctx_dim) of any two lengths T -> one of 2B, and its mask: padding is False."""
     if a.shape[1] == b.shape[1] and a_mask is None and b_mask is None:
-        return torch.cat([a, b]), None                       # no padding, no mask: attention is faster without one
+        return torch.cat([a, b]), None                       # attention is faster without a mask
     T = max(a.shape[1], b.shape[1])
     states, masks = [], []
     for x, mask in ((a, a_mask), (b, b_mask)):
@@ -528,21 +519,22 @@ def stack_texts(a, a_mask, b, b_mask):
 
 
 def guided_velocity(model, ctx, uncond, cfg, aspect, pos, ctx_mask, uncond_mask, one_pass):
-    """v(x, t) with classifier-free guidance: v_u + cfg (v_c - v_u) (arXiv 2207.12598); see sample for the arguments."""
+    """v(x, t) with classifier-free guidance (arXiv 2207.12598): v_u + cfg (v_c - v_u); see sample."""
     if cfg == 1:
         return lambda x, t: model(x, x.new_full((len(x),), t), ctx, aspect=aspect, pos=pos, ctx_mask=ctx_mask)
     if uncond is None:
         raise ValueError(f"cfg={cfg} needs uncond, the text states of the negative prompt")
     both, both_mask = stack_texts(ctx, ctx_mask, uncond, uncond_mask)
     both_aspect = None if aspect is None else torch.cat([aspect, aspect])
-    own_pos = pos is not None and pos.dim() == 3 and len(pos) > 1                     # not one grid for all images
-    both_pos = torch.cat([pos, pos]) if own_pos else pos
+    shared_pos = pos is None or pos.dim() == 2 or len(pos) == 1                   # one grid for all images
+    both_pos = pos if shared_pos else torch.cat([pos, pos])
 
     def velocity(x, t):
         time = x.new_full((len(x),), t)
         if one_pass:
-            v_c, v_u = model(torch.cat([x, x]), torch.cat([time, time]), both, aspect=both_aspect, pos=both_pos,
-                             ctx_mask=both_mask).chunk(2)
+            v = model(torch.cat([x, x]), torch.cat([time, time]), both, aspect=both_aspect, pos=both_pos,
+                      ctx_mask=both_mask)
+            v_c, v_u = v.chunk(2)
         else:
             v_c = model(x, time, ctx, aspect=aspect, pos=pos, ctx_mask=ctx_mask)
             v_u = model(x, time, uncond, aspect=aspect, pos=pos, ctx_mask=uncond_mask)
@@ -555,18 +547,17 @@ def sample(model, ctx, uncond=None, *, noise, steps=24, cfg=3.0, aspect=None, po
            uncond_mask=None, t_shift=1.0, one_pass=True):
     """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0.
 
-    ctx (B, T, ctx_dim), uncond (B, any T, ctx_dim) with their masks (B, T), None: all real. cfg 1: uncond is not used.
-    one_pass runs both halves of the guidance as one batch of 2B, else as two batches: less memory, same result.
+    ctx (B, T, ctx_dim), uncond (B, any T, ctx_dim); their masks (B, T), None: all real. cfg 1: no uncond.
+    one_pass runs both halves of the guidance as one batch of 2B, else as two: less memory, same result.
     """
     v = guided_velocity(model, ctx, uncond, cfg, aspect, pos, ctx_mask, uncond_mask, one_pass)
     return euler(v, noise, sampling_times(steps, t_shift))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752)
+# ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus the input (through a 1x1 conv only where the widths differ)."""
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input (by a 1x1 conv only where the widths differ)."""
 
     def __init__(self, width_in, width_out, groups):
         super().__init__()
@@ -615,7 +606,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))             # right and bottom only: symmetric padding shifts by a pixel
+        return self.conv(F.pad(x, (0, 1, 0, 1)))             # right and bottom: not symmetric, or it shifts
 
 
 class Upsample(nn.Module):
@@ -684,19 +675,20 @@ class VAEDecoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Frozen image <-> latent. Images are (B, 3, height, width) in [-1, 1]; latents (B, C, height/8, width/8).
+    """Frozen image <-> latent: images (B, 3, height, width) in [-1, 1], latents (B, C, height/8, width/8).
 
-    Latents are normalised here and nowhere else: (z - latents_mean) / latents_std for each channel where the VAE has
-    these numbers (EQ-SDXL-VAE: in its config.json), else (z - shift_factor) * scaling_factor. The defaults leave
-    latents as they are.
+    Latents are normalised here and nowhere else: (z - latents_mean) / latents_std for each channel where the
+    VAE has these numbers (EQ-SDXL-VAE: in its config.json), else (z - shift_factor) * scaling_factor. The
+    defaults leave latents as they are.
     """
 
     def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                 norm_num_groups=32, latents_mean=None, latents_std=None, scaling_factor=1.0, shift_factor=0.0):
+                 norm_num_groups=32, latents_mean=None, latents_std=None, scaling_factor=1.0,
+                 shift_factor=0.0):
         super().__init__()
         widths = tuple(block_out_channels)
         if any(width % norm_num_groups for width in widths):
-            raise UserError(f"VAE widths {widths} are not all multiples of norm_num_groups={norm_num_groups}")
+            raise UserError(f"VAE widths {widths}: not all multiples of norm_num_groups={norm_num_groups}")
         self.encoder = VAEEncoder(widths, layers_per_block, latent_channels, norm_num_groups)
         self.decoder = VAEDecoder(widths, layers_per_block, latent_channels, norm_num_groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -720,7 +712,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images, sample=False, generator=None, noise=None):
-        """-> normalised latents, float32: the mean, or with sample=True a draw mean + exp(logvar / 2) * noise.
+        """-> normalised latents, float32: the mean, or with sample a draw mean + exp(logvar / 2) * noise.
 
         noise (B, C, h, w), or drawn by the generator (a CPU one: the same latents on any device).
         """
@@ -740,48 +732,44 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z)).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Text encoder and captions
+# ---- Text encoder and captions ---------------------------------------------------------------------------
 
 class TextEncoder:
     """A frozen Hugging Face causal LM: its last hidden state, after the final norm, is what XUT reads.
 
-    path_or_hub_id goes to AutoTokenizer and AutoModel (the decoder body, no head), so any of them will do; texts are
-    cut at max_length tokens. dtype None: float32 on a CPU, else 16 bit.
+    path_or_hub_id goes to AutoTokenizer and AutoModel (the decoder body, no head): any of them will do. Texts
+    are cut at max_length tokens. dtype None: float32 on a CPU, else 16 bit.
     """
 
     def __init__(self, path_or_hub_id, max_length=256, device="cpu", dtype=None):
-        import transformers                                  # seconds to import, and not every command needs it
-        if looks_local(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
-            raise UserError(f"text_encoder {path_or_hub_id}: no such folder (a Hugging Face causal LM with its "
-                            f"tokenizer, or a hub id such as {TEXT_ENCODER})")
+        import transformers                                  # takes seconds, and not all commands need it
+        transformers.utils.logging.disable_progress_bar()
         dtype = pick_dtype("auto", device) if dtype is None else dtype
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_hub_id)
             model = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype)
-        except (OSError, ValueError) as error:               # offline, not in the cache, or not a model's folder
-            raise UserError(f"text encoder {path_or_hub_id} cannot be loaded ({first_line(error)}); download it once "
-                            f"with a connection, or give --text_encoder the folder of a local copy") from error
+        except (OSError, ValueError) as error:               # no such folder, offline, or not a model's
+            raise UserError(f"text encoder {path_or_hub_id}: cannot be loaded ({first_line(error)}); give "
+                            f"--text_encoder a folder that holds a causal LM and its tokenizer") from error
         self.model = model.to(device).eval().requires_grad_(False)
         self.max_length = max_length
         self.dim = model.config.hidden_size
-        pad = self.tokenizer.pad_token_id
-        self.pad_id = self.tokenizer.eos_token_id if pad is None else pad
+        ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self.pad_id = next(token for token in ends if token is not None)
 
     @torch.no_grad()
     def __call__(self, prompts, pad_to=None):
         """list of B strings -> states (B, T, ctx_dim), mask (B, T) bool, True on real tokens.
 
-        T is the longest of the batch, or pad_to. An empty prompt is one pad token, and that one counts as real: XUT
+        T is the longest of the batch, or pad_to. An empty prompt is one pad token that counts as real: XUT
         never sees zero tokens. Padding is on the right, so real states do not depend on T.
         """
         limit = self.max_length if pad_to is None else min(self.max_length, pad_to)
         ids = self.tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
         ids = [row or [self.pad_id] for row in ids]
         T = max(map(len, ids)) if pad_to is None else pad_to
-        tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
-        mask = torch.tensor([[True] * len(row) + [False] * (T - len(row)) for row in ids])
-        tokens, mask = tokens.to(self.model.device), mask.to(self.model.device)
+        tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids]).to(self.model.device)
+        mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids]).to(self.model.device)
         states = self.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
         return states, mask
 
@@ -790,27 +778,26 @@ def parse_caption(text, rng=None, drop_tag=0.25, drop_group=0.3):
     """The caption grammar of HDM's data: `kept $$ kept ||| tag $$ tag %% tag $$ tag` -> one line of text.
 
     Before `|||` everything stays, in order. After it groups are split at `%%` and tags at `$$`: with rng (a
-    random.Random) the groups are shuffled, the tags inside each too, and a tag is dropped with probability drop_tag,
-    a group with drop_group; rng None: everything is kept, in order. A plain sentence comes back as it is.
+    random.Random) the groups are shuffled, the tags inside each too, and a tag is dropped with probability
+    drop_tag, a group with drop_group; rng None: all is kept, in order. A plain sentence comes back as it is.
     """
     head, _, tail = text.partition("|||")
     groups = [group.split("$$") for group in tail.split("%%")]
     if rng is not None:
-        groups = [[tag for tag in group if rng.random() >= drop_tag] for group in groups if rng.random() >= drop_group]
-        rng.shuffle(groups)
-        for group in groups:
-            rng.shuffle(group)
+        groups = [group for group in groups if rng.random() >= drop_group]
+        groups = [[tag for tag in group if rng.random() >= drop_tag] for group in groups]
+        for part in (groups, *groups):
+            rng.shuffle(part)
     tags = head.split("$$") + [tag for group in groups for tag in group]
     return ", ".join(tag.strip() for tag in tags if tag.strip())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights in and out
+# ---- Weights in and out ----------------------------------------------------------------------------------
 
 RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
 RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
-TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, not part of its file
-SAMPLING = dict(steps=24, cfg=3.0, t_shift=1.0)              # its advised settings; every checkpoint records its own
+TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
+SAMPLING = dict(steps=24, cfg=3.0, t_shift=1.0)              # as advised for it; ours hold their own
 
 
 def first_line(error):
@@ -823,18 +810,18 @@ def looks_local(name):
 
 
 def fetch(name, filename, what):
-    """Path of a file in the folder `name`, or of one fetched from the hub repository `name` (or from its cache)."""
+    """Path of a file in the folder `name`, or of one from the hub repository `name` (or its local cache)."""
     if looks_local(name):
-        path = Path(name) / filename
-        if not path.is_file():
+        if not (Path(name) / filename).is_file():
             raise UserError(f"{what} {name}: no {filename} there")
-        return path
+        return Path(name) / filename
     import huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()            # it would tell every one of its tries
     try:
         return Path(huggingface_hub.hf_hub_download(name, filename))
-    except Exception as error:                               # its errors have no common class; all mean "not to be had"
+    except Exception as error:                               # its errors have no class in common
         raise UserError(f"{what} {name}: {filename} is neither in the local cache nor to be downloaded "
-                        f"({first_line(error)}); put a copy on this machine and name its path") from error
+                        f"({type(error).__name__}); put a copy on this machine and name its path") from error
 
 
 def read_safetensors(path):
@@ -844,25 +831,25 @@ def read_safetensors(path):
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({first_line(error)}); is it complete?") from error
+        raise UserError(f"{path}: not a complete safetensors file ({first_line(error)})") from error
 
 
-def load_strict(build, tensors, path, device="cpu", dtype=torch.float32):
-    """build() filled with exactly these tensors; a file that does not fit is refused, naming what does not."""
-    with torch.device("meta"):                               # no memory and no random numbers for weights to come
+def load_strict(build, tensors, path, device, dtype):
+    """build() filled with exactly these tensors; a file that does not fit is refused, naming why."""
+    with torch.device("meta"):                               # no memory, no random numbers: weights will come
         module = build()
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = {"missing": [name for name in want if name not in have],
              "unexpected": [name for name in have if name not in want],
-             "wrong shape": [f"{name} {have[name]}, not {want[name]}" for name in want
-                             if name in have and have[name] != want[name]]}
+             "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in want
+                                  if name in have and have[name] != want[name]]}
     if any(wrong.values()):
-        parts = [f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-                 for kind, names in wrong.items() if names]
-        raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(parts)}")
+        raise UserError(f"{path} does not fit {type(module).__name__}: " + "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for kind, names in wrong.items() if names))
     tensors = {name: value.to(device, dtype) for name, value in tensors.items()}
-    if "time_emb.freqs" in tensors:                          # may have been rounded to fp16 on its way; a formula
+    if "time_emb.freqs" in tensors:                          # by formula: the file's may be rounded to fp16
         tensors["time_emb.freqs"] = time_frequencies(2 * want["time_emb.freqs"][1]).to(device)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
@@ -881,40 +868,40 @@ def config_from_tensors(tensors, path):
         ctx_dim = tensors["ctx_proj.weight"].shape[1]
         mlp_dim = tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape[1]
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not an XUT checkpoint ({first_line(error)} is missing or misshapen)") from error
+        raise UserError(f"{path}: not an XUT checkpoint ({first_line(error)} is missing)") from error
     return XUTConfig(
         dim=dim, ctx_dim=ctx_dim, heads=heads, head_dim=4 * quarter, mlp_dim=mlp_dim,
-        depth=count(r"backbone\.enc_blocks\.(\d+)\."),
-        enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."), dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
-        pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."), post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."),
-        patch_size=patch_size, in_channels=in_channels, aspect_cond="addon_info_embs_proj.0.weight" in tensors)
+        depth=count(r"backbone\.enc_blocks\.(\d+)\."), enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."),
+        dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
+        pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."),
+        post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."),
+        patch_size=patch_size, in_channels=in_channels,
+        aspect_cond="addon_info_embs_proj.0.weight" in tensors)
 
 
 def vae_from_tensors(tensors, path, device, dtype, **statistics):
-    """A VAE whose widths and layers are read from names and shapes; statistics: the normalisation arguments of VAE."""
-    def level(i, j):
-        return tensors.get(f"encoder.down_blocks.{i}.resnets.{j}.conv1.weight")
-    widths = []
-    while level(len(widths), 0) is not None:
-        widths.append(level(len(widths), 0).shape[0])
-    layers = 0
-    while level(0, layers) is not None:
+    """A VAE, its widths and layers read from names and shapes; statistics: VAE's normalisation arguments."""
+    name, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.weight", [], 0
+    while name.format(len(widths), 0) in tensors:
+        widths.append(tensors[name.format(len(widths), 0)].shape[0])
+    while name.format(0, layers) in tensors:
         layers += 1
     if not widths or "post_quant_conv.weight" not in tensors:
-        raise UserError(f"{path}: not a VAE in the diffusers layout (no encoder.down_blocks or no post_quant_conv)")
+        raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, post_quant_conv)")
     channels = tensors["post_quant_conv.weight"].shape[0]
+    dtype = vae_dtype(dtype, device)
     return load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
 
 
 def vae_dtype(dtype, device):
-    """The VAE's type beside a model in dtype: never float16, in which SDXL-type VAEs overflow and decode to black."""
+    """The VAE's type beside a model in dtype: never float16, where SDXL-type VAEs overflow and draw black."""
     if dtype != torch.float16:
         return dtype
     return torch.bfloat16 if "cuda" in str(device) and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
-    """A VAE from a folder (or hub repository) in the diffusers layout: config.json and one safetensors file."""
+    """A VAE from a folder or hub repository in the diffusers layout: config.json and one safetensors file."""
     config_file = fetch(path_or_hub_id, "config.json", "vae")
     tensors, _ = read_safetensors(fetch(path_or_hub_id, "diffusion_pytorch_model.safetensors", "vae"))
     try:
@@ -931,63 +918,51 @@ def list_checkpoints(out_dir):
     return sorted(path for path in Path(out_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d{8}", path.name))
 
 
-def find_weights(name, ema=True):
+def find_weights(name, ema):
     """A run's folder, one checkpoint, a file or a hub id -> the safetensors file to read."""
+    path = Path(name)
     if not looks_local(name):
         return fetch(name, RELEASED_FILE, "checkpoint")
-    path = Path(name)
-    if path.is_file():
-        return path
     if not path.exists():
         raise UserError(f"checkpoint {name}: no such file or folder")
+    if path.is_file():
+        return path
     if not (path / "model.safetensors").is_file():
-        checkpoints = list_checkpoints(path)
-        if not checkpoints:
-            raise UserError(f"checkpoint {name}: a folder without model.safetensors and without ckpt_* folders")
-        path = checkpoints[-1]
-    return path / "ema.safetensors" if ema and (path / "ema.safetensors").is_file() else path / "model.safetensors"
+        if not list_checkpoints(path):
+            raise UserError(f"checkpoint {name}: a folder without model.safetensors or ckpt_* folders")
+        path = list_checkpoints(path)[-1]
+    averaged = path / "ema.safetensors"
+    return averaged if ema and averaged.is_file() else path / "model.safetensors"
 
 
 def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
     """-> (XUT, VAE or None, settings) from our checkpoints or from the published single-file layout.
 
-    settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and the
-    sampling defaults steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
+    settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and
+    for sampling steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_safetensors(path)
+    # Small encoders lie in the checkpoint and move with it; so may those beside a published file.
+    beside = {part: str(path.parent / part) for part in ("text_encoder", "vae")
+              if (path.parent / part).is_dir()}
     if "hdm" in metadata:                                    # ours: the settings stand in the header
-        settings = json.loads(metadata["hdm"])
-        if settings["vae"] and (path.parent / "vae").is_dir():
-            settings["vae"] = str(path.parent / "vae")       # a small one lies in the checkpoint, so that it can move
-        settings["config"] = config = XUTConfig(**settings["config"])
-        vae = load_vae(settings["vae"], device, vae_dtype(dtype, device)) if settings["vae"] else None
+        settings = json.loads(metadata["hdm"]) | beside
+        settings["config"] = XUTConfig(**settings["config"])
+        vae = load_vae(settings["vae"], device, dtype) if settings["vae"] else None
     else:
-        prefix = "unet.model."
-        weights = {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+        weights = {name[11:]: value for name, value in tensors.items() if name.startswith("unet.model.")}
         if not weights:
-            raise UserError(f"{path}: neither one of our checkpoints (no settings in the header) nor in the published "
-                            f"layout (no unet.model.* tensors); it holds {', '.join(list(tensors)[:3])}, ...")
-        config = config_from_tensors(weights, path)
-        vae = published_vae(tensors, path, device, vae_dtype(dtype, device))
-        settings = dict(config=config, text_encoder=TEXT_ENCODER, text_length=512, vae=str(path) if vae else "",
-                        image_size=1024, step=0, images=0, **SAMPLING)
+            raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a published "
+                            f"one (no unet.model.* tensors); it holds {', '.join(list(tensors)[:3])}, ...")
+        settings = dict(config=config_from_tensors(weights, path), text_encoder=TEXT_ENCODER, text_length=512,
+                        vae=str(path), image_size=1024, step=0, images=0, **SAMPLING) | beside
+        vae_weights = {name[4:]: value for name, value in tensors.items() if name.startswith("vae.")}
+        names = dict(latents_mean="vae_mean", latents_std="vae_std")                  # (1, C, 1, 1) each
+        numbers = {name: tensors[key].flatten().tolist() for name, key in names.items() if key in tensors}
+        vae = vae_from_tensors(vae_weights, path, device, dtype, **numbers) if vae_weights else None
         tensors = weights
-    if (path.parent / "text_encoder").is_dir():
-        settings["text_encoder"] = str(path.parent / "text_encoder")
-    return load_strict(lambda: XUT(config), tensors, path, device, dtype), vae, settings
-
-
-def published_vae(tensors, path, device, dtype):
-    """The VAE inside a published single file (vae.*, vae_mean, vae_std), or None where it has none."""
-    weights = {name[4:]: value for name, value in tensors.items() if name.startswith("vae.")}
-    if not weights:
-        return None
-    statistics = {}
-    if "vae_mean" in tensors:
-        statistics = dict(latents_mean=tensors["vae_mean"].flatten().tolist(),
-                          latents_std=tensors["vae_std"].flatten().tolist())
-    return vae_from_tensors(weights, path, device, dtype, **statistics)
+    return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
 
 
 def load_text_encoder(settings, device="cpu", dtype=None):
@@ -1008,16 +983,16 @@ def check_size(height, width, config, vae):
     step = config.patch_size * (vae.factor if vae is not None else 1)
     if height < step or width < step or height % step or width % step:
         near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
-        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch {config.patch_size} "
-                        f"x VAE factor {step // config.patch_size}); the nearest is --width={near_w} --height={near_h}")
+        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE factor), "
+                        f"such as {near_w}x{near_h}")
 
 
 @torch.no_grad()
-def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=None, cfg=None, height=None, width=None,
-             batch_size=32):
-    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; None: the checkpoint's setting.
+def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=None, cfg=None, height=None,
+             width=None, batch_size=32):
+    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; None: as the settings say.
 
-    The noise of a picture is drawn on the CPU from its own seed alone: the same picture in any batch, on any device.
+    A picture's noise is drawn on the CPU from its own seed: the same picture in any batch, on any device.
     """
     height = settings["image_size"] if height is None else height
     width = settings["image_size"] if width is None else width
@@ -1031,18 +1006,17 @@ def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=Non
     pictures = []
     for i in range(0, len(prompts), batch_size):
         ctx, mask = te(prompts[i:i + batch_size])
-        B = len(ctx)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                             for seed in seeds[i:i + batch_size]]).to(device)         # (B, C, h, w)
-        x0 = sample(model, ctx, uncond.expand(B, -1, -1), noise=noise, steps=steps, cfg=cfg, ctx_mask=mask,
-                    aspect=torch.full((B,), math.log(width / height), device=device),
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + batch_size]]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        B = len(noise)
+        x0 = sample(model, ctx, uncond.expand(B, -1, -1), noise=noise.to(device), steps=steps, cfg=cfg,
+                    aspect=torch.full((B,), math.log(width / height), device=device), ctx_mask=mask,
                     uncond_mask=uncond_mask.expand(B, -1), t_shift=settings["t_shift"])
         pictures.append(to_uint8(x0 if vae is None else vae.decode(x0)))
     return np.concatenate(pictures)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Plumbing: pictures, devices, settings
+# ---- Plumbing: pictures, devices, settings ---------------------------------------------------------------
 
 def to_uint8(images):
     """(B, 3, height, width) in [-1, 1], anything beyond is clipped -> (B, height, width, 3) uint8 numpy."""
@@ -1050,11 +1024,10 @@ def to_uint8(images):
 
 
 def image_grid(images, columns, scale=1, gap=2):
-    """Pictures (height, width, 3) uint8 of any sizes, row by row -> one PIL image, each enlarged `scale` times."""
+    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged."""
     height = max(image.shape[0] for image in images) * scale + gap
     width = max(image.shape[1] for image in images) * scale + gap
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    sheet = Image.new("RGB", (columns * width + gap, -(-len(images) // columns) * height + gap), "white")
     for i, image in enumerate(images):
         picture = Image.fromarray(image)
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
@@ -1064,26 +1037,24 @@ def image_grid(images, columns, scale=1, gap=2):
 
 def pick_device(name):
     """"auto": CUDA, else MPS, else the CPU; any other name must be there."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device={name}: one of auto, cpu, cuda, cuda:N, mps")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={name}: this torch ({torch.__version__}) sees no CUDA device; use --device=cpu, or "
-                        f"install a CUDA build of torch")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device={name}: this torch ({torch.__version__}) sees no MPS device; use --device=cpu")
+        return next(kind for kind, is_there in there.items() if is_there)
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device={name}: one of auto, cpu, mps, cuda, cuda:N")
+    if not there[name.split(":")[0]]:
+        raise UserError(f"--device={name}: torch {torch.__version__} finds none; use --device=cpu, or a torch "
+                        f"that is built for it")
     return name
 
 
 def pick_dtype(name, device):
     """"auto": float32 on a CPU, else bfloat16 where the device has it, else float16."""
     known = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
-    if name != "auto" and name not in known:
-        raise UserError(f"--dtype={name}: one of auto, {', '.join(known)}")
-    if name != "auto":
+    if name in known:
         return known[name]
+    if name != "auto":
+        raise UserError(f"--dtype={name}: one of auto, {', '.join(known)}")
     if "cuda" not in str(device):
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -1094,54 +1065,50 @@ def setting_types(classes):
     types = {}
     for cls in classes:
         for name, kind in typing.get_type_hints(cls).items():
-            if name in types:
-                raise TypeError(f"setting {name} stands in two dataclasses")
+            assert name not in types, f"setting {name} stands in two dataclasses"
             options = typing.get_args(kind)
-            types[name] = options[0] if type(None) in options else kind               # int | None is set by an int
+            types[name] = options[0] if type(None) in options else kind          # int | None: set by an int
     return types
 
 
 def setting_value(where, value, kind):
-    """A typed value from a flag's text or from a config file's object; where is what an error quotes."""
+    """value (a flag's text, or a config file's object) in its setting's type; an error quotes where."""
     text = isinstance(value, str)
-    if kind in (str, bool | str) and text:
+    if kind in (str, bool | str) and text or kind in (bool, bool | str) and isinstance(value, bool):
         return value
-    if kind in (bool, bool | str) and isinstance(value, bool):
-        return value
-    if kind is bool and text and value.lower() in ("true", "false", "1", "0", "yes", "no", "on", "off"):
-        return value.lower() in ("true", "1", "yes", "on")
+    if kind is bool and text and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if kind == list[str]:
         return [value] if text else list(value)
     if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            exact = int(value) if kind is int and text and re.fullmatch(r"[+-]?[\d_]+", value) else number
-        except (TypeError, ValueError):
-            number = math.nan                                # told below, with the other wrong values
-        if math.isfinite(number) and (kind is float or number == int(number)):
-            return kind(exact)
-    expected = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+        for parse in (int, float):                           # int first: exact, however long
+            with contextlib.suppress(ValueError):
+                number = parse(str(value))
+                if math.isfinite(number) and number == kind(number):
+                    return kind(number)
+    expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
     raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
 
 
-def check_name(where, name, types):
-    if name not in types:
-        near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-        raise UserError(f"{where}: no option named {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+def check_name(where, name, known):
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else " See --help."
+        raise UserError(f"{where}: no option named {name!r}.{hint}")
 
 
 def parse_args(argv, classes, positionals=(), doc=""):
     """Command line -> (positional words, {name: typed value} of the settings that were given).
 
-    classes are the dataclasses whose fields are the settings, flat: `--key=value`, `--key value`, booleans also bare.
-    A `list[str]` may be given several times. A `bool | str` is True when bare. Their source is the --help text.
+    The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
+    A `list[str]` may be given several times, a `bool | str` is True when bare. --help prints their source.
     """
     types = setting_types(classes)
     if "--help" in argv or "-h" in argv:
         print(doc.strip() + "\n\nSettings, as --name=value:")
         for cls in classes:
-            source = inspect.getsource(cls).split("\n    def ")[0].splitlines()
-            print("\n".join(line for line in source if line.startswith("    ")), end="\n\n")
+            fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
+            print("\n".join(line for line in fields if line.strip()), end="\n\n")
         sys.exit(0)
     words, values, rest = [], {}, list(argv)
     while rest:
@@ -1149,51 +1116,45 @@ def parse_args(argv, classes, positionals=(), doc=""):
         if not word.startswith("--"):
             words.append(word)
             continue
-        name, equals, text = word[2:].partition("=")
+        name, equals, value = word[2:].partition("=")
         check_name(word, name, types)
-        value = text
-        if not equals:
-            kind, following = types[name], rest[0] if rest else "--"
-            if kind is bool and following.lower() not in ("true", "false") \
-                    or kind == bool | str and (following.startswith("--") or following.endswith(".py")):
-                value = True
-            elif following.startswith("--"):
+        kind, following = types[name], rest[0] if rest else "--"
+        if not equals and kind is bool and following.lower() not in ("true", "false"):
+            value = True
+        elif not equals and following.startswith("--"):
+            if kind != bool | str:
                 raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
-            else:
-                value = rest.pop(0)
-        value = setting_value(f"--{name}={value}", value, types[name])
-        values[name] = values.get(name, []) + value if types[name] == list[str] else value
+            value = True
+        elif not equals:
+            value = rest.pop(0)
+        value = setting_value(f"--{name}={value}", value, kind)
+        values[name] = values.get(name, []) + value if kind == list[str] else value
     if len(words) != len(positionals):
-        wanted = " ".join(positionals) or "no words"
-        raise UserError(f"{wanted} expected before the --settings, got {' '.join(words) or 'none'}; see --help")
+        raise UserError(f"{' '.join(positionals) or 'nothing'} expected beside the --settings, got "
+                        f"{' '.join(words) or 'nothing'}; see --help")
     return words, values
 
 
 def read_config(path, classes):
-    """A config file, plain Python `name = value` lines -> {name: typed value}; names with a leading _ are its own."""
+    """A config file, plain Python `name = value` lines -> {name: typed value}; _names are its own."""
     if not os.path.isfile(path):
         raise UserError(f"config {path}: no such file")
-    names = {}
+    names, types = {}, setting_types(classes)
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
-    except Exception as error:                               # whatever a user's own lines raise
-        line = getattr(error, "lineno", None) or error.__traceback__.tb_next and error.__traceback__.tb_next.tb_lineno
-        raise UserError(f"config {path}, line {line}: {first_line(error)}") from error
-    types, values = setting_types(classes), {}
+    except Exception as error:                               # whatever the file's own lines raise
+        raise UserError(f"config {path}: {type(error).__name__}: {first_line(error)}") from error
+    values = {}
     for name, value in names.items():
         if not name.startswith("_") and not inspect.ismodule(value):
-            check_name(f"{path}: {name} = {value!r}", name, types)
-            values[name] = setting_value(f"{path}: {name} = {value!r}", value, types[name])
+            where = f"{path}: {name} = {value!r}"
+            check_name(where, name, types)
+            values[name] = setting_value(where, value, types[name])
     return values
 
 
-def pick_settings(cls, values):
-    """The dataclass cls from those of the values that are its own."""
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
-
-
 def run(main):
-    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, every other error keeps its traceback."""
+    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
     try:
         main(sys.argv[1:])
     except UserError as error:
