@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class UserError(Exception):
@@ -89,7 +89,7 @@ class XUTConfig:
 PRESETS = {  # the paper's family, with its text encoders and parameter counts
     "small": XUTConfig(dim=896, ctx_dim=640, heads=14, dec_blocks=2),           # Gemma3-270M, 237,290,128
     "base": XUTConfig(),                                                        # Qwen3-0.6B, 343,176,208
-    "large": XUTConfig(dim=1280, ctx_dim=1152, heads=10, head_dim=128, mlp_dim=4096),  # Gemma3-1B, 555,628,816
+    "large": XUTConfig(dim=1280, ctx_dim=1152, heads=10, head_dim=128, mlp_dim=4096), # Gemma3-1B, 555,628,816
 }
 
 
@@ -237,7 +237,7 @@ class Attention(nn.Module):
         self.rope = RoPE(config.heads, config.head_dim)
 
     def attend(self, q, k, v, pos, mask):
-        """q, k, v (B, S, D), pos (B or 1, S, 2) of both, mask (B, 1, 1, S) of the keys or None -> (B, S, D)"""
+        """q, k, v (B, S, D), pos (B or 1, S, 2) of both, mask (B, 1, 1, S) of keys or None -> (B, S, D)"""
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))   # (B, H, S, K)
         cos, sin = self.rope(pos)
         x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
@@ -323,7 +323,7 @@ def pick_tokens(batch, n, rate, generator=None):
 
 
 def take_tokens(x, keep):
-    """x (B, N, D), keep (B, R) -> (B, R, D)"""
+    """(B, N, D), (B, R) -> (B, R, D)"""
     return x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -431,11 +431,7 @@ class XUT(nn.Module):
             aspect = torch.full((B,), math.log(w / h), device=x.device)
         if pos is None:
             pos = grid_positions(h // self.config.patch_size, w // self.config.patch_size, self.config.pos)
-        pos = pos.to(x.device, torch.float32)
-        if pos.dim() == 2:
-            pos = pos[None]                                                       # (1, N, 2), for all images
-        if keep is not None:
-            pos = pos.expand(B, -1, -1)                                           # each keeps its own
+        pos = pos.to(x.device, torch.float32).reshape(-1, *pos.shape[-2:])        # (B or 1, N, 2)
         cond = self.time_emb(t)                                                   # (B, 1, D)
         if self.config.aspect_cond:
             cond = cond + self.addon_info_embs_proj(aspect.to(dtype)[:, None])[:, None]
@@ -453,7 +449,7 @@ class XUT(nn.Module):
             R = keep.shape[1]
             image, text = z.split([N, T], dim=1)
             part = torch.cat([take_tokens(image, keep), text], dim=1)             # (B, R + T, D)
-            part_pos, part_mask = join_text(take_tokens(pos, keep), T, ctx_mask)
+            part_pos, part_mask = join_text(take_tokens(pos.expand(B, -1, -1), keep), T, ctx_mask)
             part, text = self.backbone(part, part_pos, mods, part_mask).split([R, T], dim=1)
             z = torch.cat([put_back_tokens(image, keep, part), text], dim=1)      # (B, S, D)
         z = self.post_tread_trns(z, all_pos, mods, all_mask)
@@ -489,6 +485,20 @@ def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=No
     v = model(at * noise + (1 - at) * x0, t, ctx, aspect=aspect, pos=pos, keep=keep, ctx_mask=ctx_mask)
     loss = (v - (noise - x0)).float().square().mean(dim=(1, 2, 3))                    # (B,)
     return loss if reduction == "none" else loss.mean()
+
+
+def parameter_groups(model):
+    """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in.
+
+    One AdamW group for each distinct fan-in (seven for the base model), not for each tensor.
+    Two consequences of the published rule that look like mistakes, and are kept: the aspect input's first
+    weight has fan-in 1, so it takes the whole lr; norms and biases are divided by their length as well.
+    """
+    groups = {}
+    for parameter in model.parameters():
+        fan_in = len(parameter) if parameter.dim() == 1 else math.prod(parameter.shape[1:])
+        groups.setdefault(fan_in, []).append(parameter)
+    return [dict(params=parameters, fan_in=fan_in) for fan_in, parameters in groups.items()]
 
 
 # ---- Samplers: functions of v(x, t), x and the times; guidance makes v from the model 
@@ -920,19 +930,15 @@ def list_checkpoints(out_dir):
 
 def find_weights(name, ema):
     """A run's folder, one checkpoint, a file or a hub id -> the safetensors file to read."""
-    path = Path(name)
     if not looks_local(name):
+        if name == RELEASED:
+            print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
         return fetch(name, RELEASED_FILE, "checkpoint")
-    if not path.exists():
-        raise UserError(f"checkpoint {name}: no such file or folder")
-    if path.is_file():
-        return path
-    if not (path / "model.safetensors").is_file():
-        if not list_checkpoints(path):
-            raise UserError(f"checkpoint {name}: a folder without model.safetensors or ckpt_* folders")
-        path = list_checkpoints(path)[-1]
-    averaged = path / "ema.safetensors"
-    return averaged if ema and averaged.is_file() else path / "model.safetensors"
+    path = (list_checkpoints(name) or [Path(name)])[-1]
+    for file in (path, path / "ema.safetensors", path / "model.safetensors"):
+        if file.is_file() and (ema or file.name != "ema.safetensors" or file == path):
+            return file
+    raise UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or ckpt_*")
 
 
 def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
@@ -953,8 +959,8 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
     else:
         weights = {name[11:]: value for name, value in tensors.items() if name.startswith("unet.model.")}
         if not weights:
-            raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a published "
-                            f"one (no unet.model.* tensors); it holds {', '.join(list(tensors)[:3])}, ...")
+            raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a "
+                            f"published one (no unet.model.*); it holds {', '.join(list(tensors)[:3])}, ...")
         settings = dict(config=config_from_tensors(weights, path), text_encoder=TEXT_ENCODER, text_length=512,
                         vae=str(path), image_size=1024, step=0, images=0, **SAMPLING) | beside
         vae_weights = {name[4:]: value for name, value in tensors.items() if name.startswith("vae.")}
@@ -967,7 +973,11 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
 
 def load_text_encoder(settings, device="cpu", dtype=None):
     """The TextEncoder that a checkpoint's settings name."""
-    return TextEncoder(settings["text_encoder"], settings["text_length"], device, dtype)
+    te = TextEncoder(settings["text_encoder"], settings["text_length"], device, dtype)
+    if te.dim != settings["config"].ctx_dim:
+        raise UserError(f"text encoder {settings['text_encoder']}: {te.dim} wide, but the model was trained "
+                        f"with ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
+    return te
 
 
 def save_model(path, tensors, settings):
@@ -983,56 +993,24 @@ def check_size(height, width, config, vae):
     step = config.patch_size * (vae.factor if vae is not None else 1)
     if height < step or width < step or height % step or width % step:
         near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
-        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE factor), "
-                        f"such as {near_w}x{near_h}")
-
-
-@torch.no_grad()
-def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=None, cfg=None, height=None,
-             width=None, batch_size=32):
-    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; None: as the settings say.
-
-    A picture's noise is drawn on the CPU from its own seed: the same picture in any batch, on any device.
-    """
-    height = settings["image_size"] if height is None else height
-    width = settings["image_size"] if width is None else width
-    steps = settings["steps"] if steps is None else steps
-    cfg = settings["cfg"] if cfg is None else cfg
-    check_size(height, width, model.config, vae)
-    factor = 1 if vae is None else vae.factor
-    device = model.in_patch.proj.weight.device
-    shape = (model.config.in_channels, height // factor, width // factor)
-    uncond, uncond_mask = te([negative])
-    pictures = []
-    for i in range(0, len(prompts), batch_size):
-        ctx, mask = te(prompts[i:i + batch_size])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + batch_size]]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        B = len(noise)
-        x0 = sample(model, ctx, uncond.expand(B, -1, -1), noise=noise.to(device), steps=steps, cfg=cfg,
-                    aspect=torch.full((B,), math.log(width / height), device=device), ctx_mask=mask,
-                    uncond_mask=uncond_mask.expand(B, -1), t_shift=settings["t_shift"])
-        pictures.append(to_uint8(x0 if vae is None else vae.decode(x0)))
-    return np.concatenate(pictures)
+        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
+                        f"factor), such as {near_w}x{near_h}")
 
 
 # ---- Plumbing: pictures, devices, settings ---------------------------------------------------------------
 
-def to_uint8(images):
-    """(B, 3, height, width) in [-1, 1], anything beyond is clipped -> (B, height, width, 3) uint8 numpy."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+def load_image(path):
+    """An upright RGB picture; what is transparent becomes white."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def image_grid(images, columns, scale=1, gap=2):
-    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged."""
-    height = max(image.shape[0] for image in images) * scale + gap
-    width = max(image.shape[1] for image in images) * scale + gap
-    sheet = Image.new("RGB", (columns * width + gap, -(-len(images) // columns) * height + gap), "white")
-    for i, image in enumerate(images):
-        picture = Image.fromarray(image)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-        sheet.paste(picture, (gap + i % columns * width, gap + i // columns * height))
-    return sheet
+def make_folder(path, flag):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be a folder to write in ({error.strerror})") from error
 
 
 def pick_device(name):
@@ -1043,8 +1021,8 @@ def pick_device(name):
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name}: one of auto, cpu, mps, cuda, cuda:N")
     if not there[name.split(":")[0]]:
-        raise UserError(f"--device={name}: torch {torch.__version__} finds none; use --device=cpu, or a torch "
-                        f"that is built for it")
+        raise UserError(f"--device={name}: torch {torch.__version__} finds none; use --device=cpu, or a "
+                        f"torch that is built for it")
     return name
 
 
@@ -1074,10 +1052,10 @@ def setting_types(classes):
 def setting_value(where, value, kind):
     """value (a flag's text, or a config file's object) in its setting's type; an error quotes where."""
     text = isinstance(value, str)
-    if kind in (str, bool | str) and text or kind in (bool, bool | str) and isinstance(value, bool):
+    if kind in (bool, bool | str) and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (str, bool | str) and text:
         return value
-    if kind is bool and text and value.lower() in ("true", "false"):
-        return value.lower() == "true"
     if kind == list[str]:
         return [value] if text else list(value)
     if kind in (int, float) and not isinstance(value, bool):

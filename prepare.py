@@ -4,8 +4,7 @@
     python prepare.py text_encoder FOLDER --out=data/my_te   # a tokenizer and a tiny LM for FOLDER's captions
     python prepare.py judge --ckpt=out/demo --grid=grid.png  # how many unseen captions are drawn right
 
-Add --help to any of them. In this file, in order: the settings; what the demo shows and how it is drawn;
-the demo data set; the text encoder; the judge; the command line.
+In order: the settings; what the demo shows; its data set; the text encoder; the judge; the command line.
 """
 import contextlib
 import functools
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 
 import hdm
+from sample import generate, image_grid
 
 
 @dataclass
@@ -227,7 +227,7 @@ def judge_checkpoint(settings):
     model, vae, defaults = hdm.load_model(settings.ckpt)
     prompts = [line for line in captions for _ in range(settings.seeds)]
     seeds = list(range(settings.seeds)) * len(captions)
-    images = hdm.generate(model, vae, hdm.load_text_encoder(defaults), prompts, seeds, defaults)
+    images = generate(model, vae, hdm.load_text_encoder(defaults), prompts, seeds, defaults)
     right = np.array([[seen[name] == meaning[line][name] for name in ATTRIBUTES]
                       for line, seen in zip(prompts, map(judge, images))])
     right = np.column_stack([right, right.all(1)]).sum(0)
@@ -238,7 +238,7 @@ def judge_checkpoint(settings):
         print(f"{name:<12}{n:>6}{len(images):>6}{100 * n / len(images):>7.1f}{100 / len(choices):>10.1f}")
     if settings.grid:
         Path(settings.grid).parent.mkdir(parents=True, exist_ok=True)
-        hdm.image_grid(images, settings.seeds, scale=2).save(settings.grid, "PNG")
+        image_grid(images, settings.seeds, scale=2).save(settings.grid, "PNG")
 
 
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),

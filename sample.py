@@ -1,16 +1,19 @@
 """Draw pictures from a prompt.
 
     python sample.py --ckpt=out/demo --prompt "a large red circle on a navy background" --num_images=4
-    python sample.py --prompts=prompts.txt --width=1024 --height=1024      # the released model, one prompt a line
+    python sample.py --prompts=prompts.txt          # the released model; one prompt a line
 
-Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and with more than one picture
-OUT/grid.png. Image i of a prompt has the seed SEED + i; a picture depends on its own seed, never on the batch.
-In this file, in order: the settings; the prompts; main.
+Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
+than one, OUT/grid.png. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
+In this file, in order: the settings; the prompts; generate, which train.py and prepare.py use as well; main.
 """
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
 import hdm
@@ -18,7 +21,7 @@ import hdm
 
 @dataclass
 class Sampling:
-    ckpt: str = hdm.RELEASED       # train.py's OUT_DIR, one checkpoint, a published .safetensors file or a hub id
+    ckpt: str = hdm.RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
     prompt: list[str] = field(default_factory=list)  # may be given several times
     prompts: str = ""              # file with one prompt a line
     negative_prompt: str = ""      # what guidance moves away from
@@ -47,10 +50,56 @@ def read_prompts(s):
     return prompts
 
 
+def to_uint8(images):
+    """(B, 3, height, width) in [-1, 1], anything beyond is clipped -> (B, height, width, 3) uint8 numpy."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def image_grid(images, columns, scale=1, gap=2):
+    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged."""
+    height = max(image.shape[0] for image in images) * scale + gap
+    width = max(image.shape[1] for image in images) * scale + gap
+    sheet = Image.new("RGB", (columns * width + gap, -(-len(images) // columns) * height + gap), "white")
+    for i, image in enumerate(images):
+        picture = Image.fromarray(image)
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+        sheet.paste(picture, (gap + i % columns * width, gap + i // columns * height))
+    return sheet
+
+
 def first_free_number(out):
     """One more than the highest number of a picture in the folder, so that none is overwritten."""
     numbers = [int(match.group(1)) for path in out.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
     return max(numbers, default=-1) + 1
+
+
+@torch.no_grad()
+def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=None, cfg=None, height=None,
+             width=None, batch_size=32):
+    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; None: as the settings say.
+
+    A picture's noise is drawn on the CPU from its own seed: the same picture in any batch, on any device.
+    """
+    height = settings["image_size"] if height is None else height
+    width = settings["image_size"] if width is None else width
+    steps = settings["steps"] if steps is None else steps
+    cfg = settings["cfg"] if cfg is None else cfg
+    hdm.check_size(height, width, model.config, vae)
+    factor = 1 if vae is None else vae.factor
+    device = model.in_patch.proj.weight.device
+    shape = (model.config.in_channels, height // factor, width // factor)
+    uncond, uncond_mask = te([negative])
+    pictures = []
+    for i in range(0, len(prompts), batch_size):
+        ctx, mask = te(prompts[i:i + batch_size])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + batch_size]]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        B = len(noise)
+        x0 = hdm.sample(model, ctx, uncond.expand(B, -1, -1), noise=noise.to(device), steps=steps, cfg=cfg,
+                    aspect=torch.full((B,), math.log(width / height), device=device), ctx_mask=mask,
+                    uncond_mask=uncond_mask.expand(B, -1), t_shift=settings["t_shift"])
+        pictures.append(to_uint8(x0 if vae is None else vae.decode(x0)))
+    return np.concatenate(pictures)
 
 
 def main(argv):
@@ -63,8 +112,12 @@ def main(argv):
     seeds = [s.seed + i % s.num_images for i in range(len(prompts))]
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
+    out = Path(s.out)
+    hdm.make_folder(out, "--out")
 
     model, vae, settings = hdm.load_model(s.ckpt, device, dtype, ema=s.ema)
+    if vae is None and model.config.in_channels != 3:
+        raise hdm.UserError(f"--ckpt={s.ckpt}: has no VAE for its {model.config.in_channels}-channel latents")
     if s.text_encoder:
         settings["text_encoder"] = s.text_encoder
     chosen = dict(steps=s.steps, cfg=s.cfg, width=s.width, height=s.height, negative=s.negative_prompt)
@@ -72,18 +125,17 @@ def main(argv):
     hdm.check_size(height, width, model.config, vae)         # before the text encoder takes its time
     te = hdm.load_text_encoder(settings, device, dtype)
 
-    out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
     number, images = first_free_number(out), []
     for i in range(0, len(prompts), s.batch_size):
         part = slice(i, i + s.batch_size)
-        for image, seed in zip(hdm.generate(model, vae, te, prompts[part], seeds[part], settings, **chosen), seeds[part]):
+        pictures = generate(model, vae, te, prompts[part], seeds[part], settings, **chosen)
+        for image, seed in zip(pictures, seeds[part]):
             Image.fromarray(image).save(out / f"{number + len(images):05d}-{seed}.png")
             images.append(image)
         print(f"{len(images)}/{len(prompts)} pictures in {out}", flush=True)
-    if len(images) > 1:                                      # a row for each prompt; small pictures are enlarged
+    if len(images) > 1:                                      # a row for each prompt, small pictures enlarged
         columns = s.num_images if s.num_images > 1 else min(len(images), 8)
-        hdm.image_grid(images, columns, scale=max(1, 128 // width)).save(out / "grid.png")
+        image_grid(images, columns, scale=max(1, 128 // width)).save(out / "grid.png")
 
 
 if __name__ == "__main__":

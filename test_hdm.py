@@ -7,12 +7,21 @@ bad input; training; torch.compile; prepare.py.
 assets/golden.npz holds outputs of the authors' model on made-up weights (its `meta` says with which settings), and
 the names and shapes of the published files as json bytes. `fill` below makes the same weights.
 """
+import collections
+import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
+import random
+import shutil
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 # No test may reach a network, and none may find the released model in this machine's own cache.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.gettempdir() + "/hdm-tests-have-no-cache")
@@ -20,9 +29,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.gettempdir() + "/hdm-test
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import hdm
 import prepare
+import sample
+import train
 
 torch.set_num_threads(1)           # the models here are so small that a second thread costs more than it gives
 HERE = Path(__file__).parent
@@ -39,8 +52,7 @@ def close(a, b, tolerance=1e-4):
     return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The model against the golden numbers
+# ---- The model against the golden numbers ----------------------------------------------------------------
 
 with np.load(HERE / "assets" / "golden.npz") as file:
     GOLDEN = {name: json.loads(value.tobytes()) if value.dtype == np.uint8 else torch.from_numpy(value)
@@ -151,8 +163,7 @@ def test_full_vae_has_the_published_names_shapes_and_size():
     assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Positions and TREAD
+# ---- Positions and TREAD ---------------------------------------------------------------------------------
 
 CONVENTIONS = ["long_side", "unit_area"]
 
@@ -312,8 +323,7 @@ def test_masked_text_is_seen_by_nothing(keep):
     assert close(model(x, t, ctx, keep=keep, ctx_mask=everything), model(x, t, ctx, keep=keep), 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Flow and sampling
+# ---- Flow and sampling -----------------------------------------------------------------------------------
 
 class Velocity:
     """A stand-in for XUT: the velocity is a function of x, t and ctx; calls are recorded."""
@@ -394,3 +404,1266 @@ def test_each_image_may_have_its_own_positions():
         one = slice(i, i + 1)
         alone = hdm.sample(model, ctx[one], uncond[one], noise=noise[one], steps=2, pos=pos[i], aspect=aspect[one])
         assert close(drawn[one], alone)
+
+
+# ---- Padding: sampling never shows the model a pad -------------------------------------------------------
+
+WORDS = "a large small red green blue yellow circle square triangle on navy pink background with".split()
+
+
+@pytest.fixture(scope="session")
+def te_folder(tmp_path_factory):
+    """A text encoder for WORDS, each of them one token: a tokenizer and a tiny random Qwen3."""
+    folder = tmp_path_factory.mktemp("text_encoder")
+    prepare.make_text_encoder([f"{first} {second}" for first in WORDS for second in WORDS], folder, dim=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def te(te_folder):
+    return hdm.TextEncoder(te_folder, max_length=256)
+
+
+def phrase(n, start=0):
+    """A prompt of n tokens."""
+    return " ".join(WORDS[(start + i) % len(WORDS)] for i in range(n))
+
+
+LENGTHS = {phrase(3): 3, phrase(40, 1): 40, phrase(200, 2): 200, "": 1}
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_padding_does_not_change_what_is_drawn(te, one_pass):
+    model = tiny_xut()
+    ctx, mask = te(list(LENGTHS))
+    assert mask.sum(dim=1).tolist() == list(LENGTHS.values())
+    uncond, _ = te([""])
+    noise = torch.randn(4, 3, 8, 8)
+    batched = hdm.sample(model, ctx, uncond.expand(4, -1, -1), noise=noise, steps=3, ctx_mask=mask, one_pass=one_pass)
+    for i, prompt in enumerate(LENGTHS):
+        alone = hdm.sample(model, te([prompt])[0], uncond, noise=noise[i:i + 1], steps=3, one_pass=one_pass)
+        assert close(batched[i:i + 1], alone), prompt
+    unmasked = hdm.sample(model, ctx, uncond.expand(4, -1, -1), noise=noise, steps=3, one_pass=one_pass)
+    assert not close(unmasked[:1], batched[:1], 0.01)        # the mask is what makes them equal
+
+
+def test_a_padded_negative_does_not_change_what_is_drawn(te):
+    model = tiny_xut()
+    ctx, mask = te([phrase(3), phrase(40)])
+    uncond, uncond_mask = te([phrase(5, 7)], pad_to=60)
+    noise = torch.randn(2, 3, 8, 8)
+    uncond, uncond_mask = uncond.expand(2, -1, -1), uncond_mask.expand(2, -1)
+    drawn = [hdm.sample(model, ctx, states, noise=noise, steps=3, ctx_mask=mask, uncond_mask=states_mask, one_pass=one)
+             for states, states_mask in ((uncond, uncond_mask), (uncond[:, :5], None)) for one in (True, False)]
+    assert all(close(other, drawn[0]) for other in drawn[1:])
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(te):
+    """Not on its batch nor on the other prompts in it: within one level of 255."""
+    model, prompts, seeds = tiny_xut(), list(LENGTHS), [5, 5, 6, 7]
+    settings = dict(image_size=8, steps=3, cfg=2.0, t_shift=1.0)
+
+    def draw(prompts, seeds, **others):
+        return sample.generate(model, None, te, prompts, seeds, settings, **others).astype(int)
+
+    together = draw(prompts, seeds)
+    assert together.shape == (4, 8, 8, 3)
+    assert 0.1 < ((together > 0) & (together < 255)).mean()  # else all would be equal, being clipped
+    for i in range(4):
+        assert abs(draw(prompts[i:i + 1], seeds[i:i + 1]) - together[i]).max() <= 1
+    assert abs(draw(prompts, seeds, batch_size=3) - together).max() <= 1
+    assert abs(draw(prompts[1:2], seeds[:1]) - together[0]).max() > 20                # another prompt
+    assert abs(draw(prompts[:1], [8]) - together[0]).max() > 20                       # another seed
+    assert abs(draw(prompts[:1], [5], negative=phrase(4)) - together[0]).max() > 1    # another negative
+    assert draw(prompts[:1], [5], height=6, width=12).shape == (1, 6, 12, 3)
+
+
+# ---- VAE -------------------------------------------------------------------------------------------------
+
+STATISTICS = dict(latents_mean=[-3.0, 1.0, 0.5, 2.0], latents_std=[10.0, 7.0, 0.5, 3.0])
+
+
+def tiny_vae(**statistics):
+    return fill(hdm.VAE((32, 64), layers_per_block=1, **statistics))
+
+
+@pytest.mark.parametrize("statistics, mean, std", [
+    (STATISTICS, STATISTICS["latents_mean"], STATISTICS["latents_std"]),
+    (dict(scaling_factor=0.25, shift_factor=2.0), [2.0] * 4, [4.0] * 4),
+    (dict(scaling_factor=0.5), [0.0] * 4, [2.0] * 4),
+    (STATISTICS | dict(scaling_factor=0.25), STATISTICS["latents_mean"], STATISTICS["latents_std"]),
+    ({}, [0.0] * 4, [1.0] * 4)])
+def test_latents_are_normalised_in_encode_and_back_in_decode(statistics, mean, std):
+    vae, plain = tiny_vae(**statistics), tiny_vae()
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    mean, std = torch.tensor(mean).view(1, 4, 1, 1), torch.tensor(std).view(1, 4, 1, 1)
+    latents, (z, _) = vae.encode(images), vae.moments(images)
+    assert latents.shape == (2, 4, 8, 12)
+    assert close(latents, (z - mean) / std, 1e-6)
+    assert close(vae.decode(latents), plain.decode(z), 1e-5)
+    assert close(vae.moments(images)[0], plain.moments(images)[0], 1e-6)              # moments are never normalised
+
+
+def test_vae_sample_is_the_mean_plus_the_posteriors_own_noise():
+    vae = tiny_vae(**STATISTICS)
+    images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    mean, logvar = vae.moments(images)
+    std = torch.tensor(STATISTICS["latents_std"]).view(1, 4, 1, 1)
+    moved = vae.encode(images, sample=True, noise=noise) - vae.encode(images)
+    assert close(moved * std, torch.exp(logvar / 2) * noise, 1e-4)
+    seeded = [vae.encode(images, sample=True, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
+
+
+def test_vae_clamps_logvar_and_nothing_else():
+    vae = tiny_vae()
+    images = torch.rand(1, 3, 8, 8)
+    vae.quant_conv.bias[:4] = 1000
+    vae.quant_conv.bias[4:6] = 1000
+    vae.quant_conv.bias[6:] = -1000
+    mean, logvar = vae.moments(images)
+    assert mean.min() > 900
+    assert (logvar[:, :2] == 20).all() and (logvar[:, 2:] == -30).all()
+    vae.decoder.conv_out.bias.fill_(5)
+    assert vae.decode(torch.zeros(1, 4, 4, 4)).max() > 2
+
+
+def test_half_precision_rounds_no_statistics():
+    vae = tiny_vae(latents_mean=[-3.865960634760459] * 4, latents_std=[10.036514488374861] * 4).to(torch.bfloat16)
+    z = torch.randn(1, 4, 4, 4)
+    images = torch.rand(1, 3, 8, 8)
+    mean, _ = vae.moments(images)
+    assert vae.encode(images).dtype == vae.decode(z).dtype == torch.float32
+    assert close(vae.encode(images), (mean + 3.865960634760459) / 10.036514488374861, 1e-6)
+
+
+# ---- Text encoder and captions ---------------------------------------------------------------------------
+
+def test_states_are_the_language_models_last_ones(te, te_folder):
+    from transformers import AutoModel, AutoTokenizer
+    ids = AutoTokenizer.from_pretrained(te_folder)(phrase(9), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(te_folder)(ids).last_hidden_state
+    states, mask = te([phrase(9)])
+    torch.testing.assert_close(states, expected)
+    assert mask.shape == (1, 9) and mask.dtype == torch.bool and mask.all()
+    assert te.dim == states.shape[-1] == 32 and not states.requires_grad
+
+
+def test_an_empty_prompt_is_one_real_token(te):
+    states, mask = te([""])
+    assert states.shape == (1, 1, 32) and mask.all()
+    padded, mask = te(["", phrase(6)])
+    assert mask.sum(dim=1).tolist() == [1, 6]
+    torch.testing.assert_close(padded[:1, :1], states)
+
+
+@pytest.mark.parametrize("pad_to", [None, 40, 256])
+def test_padding_is_on_the_right_and_changes_no_real_state(te, pad_to):
+    prompts = list(LENGTHS)[:2] + [""]
+    states, mask = te(prompts, pad_to=pad_to)
+    longest = 40 if pad_to is None else pad_to
+    assert states.shape == (3, longest, 32)
+    for i, prompt in enumerate(prompts):
+        n = LENGTHS[prompt]
+        assert mask[i].tolist() == [True] * n + [False] * (longest - n)
+        torch.testing.assert_close(states[i, :n], te([prompt])[0][0], atol=1e-5, rtol=0)
+
+
+def test_text_is_cut_at_max_length_and_at_pad_to(te, te_folder):
+    short = hdm.TextEncoder(te_folder, max_length=10)
+    for states, mask in (short([phrase(30)]), te([phrase(30)], pad_to=10)):
+        assert mask.shape == (1, 10) and mask.all()
+        torch.testing.assert_close(states, te([phrase(30)])[0][:, :10], atol=1e-5, rtol=0)  # causal: the cut is not felt
+    assert short([phrase(30)], pad_to=16)[1].sum() == 10
+
+
+CAPTION = "first thing $$ second_thing ||| a1 $$ a2 $$ a3 %% b1 $$ b2"
+
+
+def test_a_caption_without_randomness_keeps_everything_in_order():
+    assert hdm.parse_caption(CAPTION) == "first thing, second_thing, a1, a2, a3, b1, b2"
+    for text in ("A plain sentence, with commas; and (more).", "", "price: 5 $ or 5 % | each"):
+        assert hdm.parse_caption(text) == text == hdm.parse_caption(text, random.Random(0))
+    assert hdm.parse_caption(" $$ a $$  ||| %% b $$ ") == "a, b"                      # no empty tags, no spare commas
+
+
+def test_a_random_caption_drops_and_shuffles_only_what_may_move():
+    drawn = [hdm.parse_caption(CAPTION, random.Random(seed)).split(", ") for seed in range(4000)]
+    assert all(tags[:2] == ["first thing", "second_thing"] for tags in drawn)
+    tails = [tags[2:] for tags in drawn]
+    assert all(len(set(tail)) == len(tail) and set(tail) <= {"a1", "a2", "a3", "b1", "b2"} for tail in tails)
+    for tail in tails:                                       # a group's tags stand together
+        assert sum(one[0] != two[0] for one, two in zip(tail, tail[1:])) <= 1
+
+    def share(test, among=tails):
+        among = list(among)
+        return sum(map(test, among)) / len(among)
+
+    group, tag, sigmas = 0.7, 0.75, 0.035                    # sigmas: over four standard errors of a share
+    for name in ("a1", "a3", "b2"):
+        assert share(lambda tail: name in tail) == pytest.approx(group * tag, abs=sigmas)
+    assert share(lambda tail: {"a1", "a2"} <= set(tail)) == pytest.approx(group * tag**2, abs=sigmas)
+    assert share(lambda tail: {"a1", "b1"} <= set(tail)) == pytest.approx(group**2 * tag**2, abs=sigmas)
+    both = [tail for tail in tails if {"a1", "a2", "b1"} <= set(tail)]
+    assert share(lambda tail: tail.index("a1") < tail.index("a2"), both) == pytest.approx(0.5, abs=0.08)
+    assert share(lambda tail: tail.index("a1") < tail.index("b1"), both) == pytest.approx(0.5, abs=0.08)
+    assert drawn[7] == hdm.parse_caption(CAPTION, random.Random(7)).split(", ")
+
+
+# ---- Files in and out ------------------------------------------------------------------------------------
+
+def published_tensors(aspect=True, vae=True):
+    """The released model's single-file layout in widths of no preset, every name spelt out as SPEC has it, fp16."""
+    D, mlp, text = 96, 160, 32
+    shapes = {}
+
+    def layer(name, *shape):
+        shapes[name + ".weight"] = shape
+        shapes[name + ".bias"] = shape[:1]
+
+    def norm(name, width):
+        layer(name, width)
+
+    layer("in_patch.proj", D, 4, 2, 2)
+    layer("out_patch.proj", 2 * 2 * 4, D)
+    layer("time_emb.proj.0", D, D)
+    layer("ctx_proj", D, text)
+    if aspect:
+        layer("addon_info_embs_proj.0", D, 1)
+        layer("addon_info_embs_proj.2", D, D)
+    for adaln in ("shared_adaln_attn", "shared_adaln_xattn", "shared_adaln_ffw"):
+        norm(f"{adaln}.0", D)
+        layer(f"{adaln}.1", 4 * D, D)
+        layer(f"{adaln}.3", 3 * D, 4 * D)
+    blocks = [f"prev_tread_trns.blocks.{i}" for i in range(2)] + ["post_tread_trns.blocks.0"]
+    blocks += [f"backbone.{part}_blocks.{i}.{j}" for part in ("enc", "dec") for i in range(3) for j in range(2)]
+    for block in blocks:
+        shapes[f"{block}.attn.qkv.weight"] = (3 * D, D)
+        layer(f"{block}.attn.out", D, D)
+        shapes[f"{block}.attn.rope.freqs"] = (3, 8, 2)       # 3 heads of 32
+        shapes[f"{block}.attn_pre_norm.norm.weight"] = (D,)
+        layer(f"{block}.mlp.w12", 2 * mlp, D)
+        layer(f"{block}.mlp.w3", D, mlp)
+        shapes[f"{block}.mlp_pre_norm.norm.weight"] = (D,)
+        if "dec_blocks" in block and block.endswith(".0"):
+            shapes[f"{block}.xattn.q.weight"] = (D, D)
+            shapes[f"{block}.xattn.kv.weight"] = (2 * D, D)
+            layer(f"{block}.xattn.out", D, D)
+            shapes[f"{block}.xattn.rope.freqs"] = (3, 8, 2)
+            shapes[f"{block}.xattn_pre_norm.norm.weight"] = (D,)
+    tensors = {"unet.model." + name: made_up(name, shape) for name, shape in shapes.items()}
+    tensors["unet.model.time_emb.freqs"] = torch.exp(-math.log(10000) * torch.arange(D // 2) / (D // 2))[None]
+
+    shapes.clear()
+
+    def resnet(name, width_in, width_out):
+        norm(f"{name}.norm1", width_in)
+        layer(f"{name}.conv1", width_out, width_in, 3, 3)
+        norm(f"{name}.norm2", width_out)
+        layer(f"{name}.conv2", width_out, width_out, 3, 3)
+        if width_in != width_out:
+            layer(f"{name}.conv_shortcut", width_out, width_in, 1, 1)
+
+    if vae:
+        layer("encoder.conv_in", 32, 3, 3, 3)
+        resnet("encoder.down_blocks.0.resnets.0", 32, 32)
+        layer("encoder.down_blocks.0.downsamplers.0.conv", 32, 32, 3, 3)
+        resnet("encoder.down_blocks.1.resnets.0", 32, 64)
+        layer("encoder.conv_out", 8, 64, 3, 3)
+        layer("decoder.conv_in", 64, 4, 3, 3)
+        resnet("decoder.up_blocks.0.resnets.0", 64, 64)
+        resnet("decoder.up_blocks.0.resnets.1", 64, 64)
+        layer("decoder.up_blocks.0.upsamplers.0.conv", 64, 64, 3, 3)
+        resnet("decoder.up_blocks.1.resnets.0", 64, 32)
+        resnet("decoder.up_blocks.1.resnets.1", 32, 32)
+        layer("decoder.conv_out", 3, 32, 3, 3)
+        for part, width in (("encoder", 64), ("decoder", 32)):
+            resnet(f"{part}.mid_block.resnets.0", 64, 64)
+            norm(f"{part}.mid_block.attentions.0.group_norm", 64)
+            for name in ("to_q", "to_k", "to_v", "to_out.0"):
+                layer(f"{part}.mid_block.attentions.0.{name}", 64, 64)
+            resnet(f"{part}.mid_block.resnets.1", 64, 64)
+            norm(f"{part}.conv_norm_out", width)
+        layer("quant_conv", 8, 8, 1, 1)
+        layer("post_quant_conv", 4, 4, 1, 1)
+        tensors |= {"vae." + name: made_up(name, shape) for name, shape in shapes.items()}
+        tensors["vae_mean"] = torch.tensor(STATISTICS["latents_mean"]).view(1, 4, 1, 1)
+        tensors["vae_std"] = torch.tensor(STATISTICS["latents_std"]).view(1, 4, 1, 1)
+    return {name: value.half() for name, value in tensors.items()}
+
+
+PUBLISHED = dict(dim=96, ctx_dim=32, heads=3, head_dim=32, mlp_dim=160, depth=3, enc_blocks=2, dec_blocks=2,
+                 pre_blocks=2, post_blocks=1, patch_size=2, in_channels=4)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    path = tmp_path_factory.mktemp("published") / "some-xut.safetensors"
+    save_file(published_tensors(), path)
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aspect", [True, False])
+def test_everything_about_a_published_file_is_read_from_it(aspect, tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file(published_tensors(aspect), path)
+    model, vae, settings = hdm.load_model(path)
+    config = hdm.XUTConfig(**PUBLISHED, aspect_cond=aspect)  # and skips, residual and pos as published
+    assert model.config == settings["config"] == config
+    expected = fill(hdm.XUT(config))
+    expected.load_state_dict({name: value.half().float() for name, value in expected.state_dict().items()
+                              if name != "time_emb.freqs"}, strict=False)
+    inputs = torch.randn(2, 4, 6, 8), torch.rand(2), torch.randn(2, 5, 32)
+    assert close(model(*inputs), expected(*inputs), 1e-5)
+    rounded = tiny_vae(**STATISTICS).half().float()
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert close(vae.encode(images), rounded.encode(images), 1e-5)
+    assert close(vae.decode(inputs[0]), rounded.decode(inputs[0]), 1e-5)
+    assert (settings["step"], settings["images"], settings["text_encoder"]) == (0, 0, "Qwen/Qwen3-0.6B")
+    assert settings["text_length"] == 512 and settings["image_size"] == 1024
+
+
+@torch.no_grad()
+def test_half_precision_keeps_the_time_frequencies_exact(published):
+    full, _, _ = hdm.load_model(published)
+    half, _, _ = hdm.load_model(published, dtype=torch.float16)
+    assert half.in_patch.proj.weight.dtype == torch.float16
+    exact = torch.exp(-math.log(10000) * torch.arange(48, dtype=torch.float64) / 48)[None].float()
+    for model in (full, half):
+        torch.testing.assert_close(model.time_emb.freqs, exact, atol=0, rtol=1e-6)
+    t = torch.linspace(0, 1, 301)
+    for model in (half, hdm.load_model(published)[0].half()):                         # the second rounds its buffer
+        assert close(model.time_emb(t).float(), full.time_emb(t), 5e-3)
+    inputs = torch.randn(2, 4, 6, 8), torch.rand(2), torch.randn(2, 5, 32)
+    assert close(half(*inputs), full(*inputs), 2e-2)
+
+
+def one_line(call, *arguments):
+    """The message of the UserError that a call raises: a single line."""
+    with pytest.raises(hdm.UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path):
+    path = tmp_path / "file.safetensors"
+    tensors = published_tensors()
+    del tensors["unet.model.ctx_proj.bias"]
+    tensors["unet.model.extra.weight"] = torch.zeros(3)
+    tensors["unet.model.out_patch.proj.bias"] = torch.zeros(5)
+    save_file(tensors, path)
+    message = one_line(hdm.load_model, path)
+    for words in (str(path), "missing: ctx_proj.bias", "unexpected: extra.weight", "out_patch.proj.bias (5,)", "(16,)"):
+        assert words in message
+    tensors = published_tensors()
+    tensors["vae.decoder.extra"] = torch.zeros(3)
+    save_file(tensors, path)
+    assert "decoder.extra" in one_line(hdm.load_model, path)
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(published, tmp_path):
+    whole = published.read_bytes()
+    files = {"empty": b"", "text": b"hello, world", "head": whole[:1000], "most": whole[:-10]}
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert str(path) in one_line(hdm.load_model, path)
+    save_file({"a": torch.zeros(2)}, tmp_path / "stranger")
+    save_file({"unet.model.a": torch.zeros(2)}, tmp_path / "half-stranger")
+    (tmp_path / "folder").mkdir()
+    for name in ("stranger", "half-stranger", "folder", "nowhere"):
+        assert str(tmp_path / name) in one_line(hdm.load_model, tmp_path / name)
+
+
+def test_a_model_saved_and_loaded_is_the_same(tmp_path):
+    model = tiny_xut(skips="mirror", residual="raw", pos="unit_area", aspect_cond=False)
+    settings = dict(config=model.config, text_encoder="te", text_length=7, vae="", image_size=48, step=3, images=96,
+                    steps=5, cfg=2.0, t_shift=4.0)
+    hdm.save_model(tmp_path / "model.safetensors", model.state_dict(), settings)
+    loaded, vae, read = hdm.load_model(tmp_path)
+    assert vae is None and read == settings and loaded.config == model.config
+    weights = loaded.state_dict()
+    assert list(weights) == list(model.state_dict())
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+# ---- Settings: flags and config files --------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Example:
+    size: int = 4                  # whole
+    rate: float = 0.5              # any
+    fast: bool = False             # a switch
+    name: str = "a"                # text
+    limit: int | None = None       # may be absent
+    tag: list[str] = dataclasses.field(default_factory=list)  # repeatable
+    go_on: bool | str = False      # bare, or a path
+
+
+@dataclasses.dataclass
+class Further:
+    depth: int = 1                 # of another concern
+
+
+def flags(*argv):
+    return hdm.parse_args(argv, [Example, Further])[1]
+
+
+@pytest.mark.parametrize("argv, values", [
+    (["--size=8"], dict(size=8)), (["--size", "8"], dict(size=8)), (["--size=1e3"], dict(size=1000)),
+    (["--size=-8"], dict(size=-8)), (["--size", "-8"], dict(size=-8)), (["--size=12_000"], dict(size=12000)),
+    (["--size=12345678901234567"], dict(size=12345678901234567)),                     # more digits than a float has
+    (["--rate=2"], dict(rate=2.0)), (["--rate", "1e-3"], dict(rate=0.001)), (["--limit=3"], dict(limit=3)),
+    (["--fast"], dict(fast=True)), (["--fast=false"], dict(fast=False)), (["--fast", "false"], dict(fast=False)),
+    (["--fast", "--size=2"], dict(fast=True, size=2)), (["--name="], dict(name="")),
+    (["--name=a=b c"], dict(name="a=b c")), (["--name", "7"], dict(name="7")),
+    (["--tag=x", "--tag", "y z"], dict(tag=["x", "y z"])), (["--size=1", "--size=2"], dict(size=2)),
+    (["--go_on"], dict(go_on=True)), (["--go_on", "--size=2"], dict(go_on=True, size=2)),
+    (["--go_on=out/a"], dict(go_on="out/a")), (["--go_on", "out/a"], dict(go_on="out/a")),
+    (["--depth=2", "--size=3"], dict(depth=2, size=3)), ([], {})])
+def test_flags_give_typed_values(argv, values):
+    given = flags(*argv)
+    assert given == values
+    assert {name: type(value) for name, value in given.items()} == {name: type(v) for name, v in values.items()}
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--siez=8"], ["--siez=8", "Did you mean 'size'?"]), (["--size=many"], ["--size=many", "whole number"]),
+    (["--size=2.5"], ["--size=2.5", "whole number"]), (["--size=nan"], ["--size=nan"]), (["--size=1e999"], ["1e999"]),
+    (["--rate=fast"], ["--rate=fast"]), (["--rate=inf"], ["--rate=inf"]), (["--fast=perhaps"], ["--fast=perhaps"]),
+    (["--size"], ["--size", "value"]), (["--size", "--fast"], ["--size", "value"]), (["--size="], ["--size="]),
+    (["word"], ["word"]), (["--zzzzzz=1"], ["zzzzzz"])])
+def test_wrong_flags_are_named(argv, words):
+    message = one_line(flags, *argv)
+    assert all(word in message for word in words)
+
+
+def config(tmp_path, text):
+    (tmp_path / "config.py").write_text(text)
+    return hdm.read_config(str(tmp_path / "config.py"), [Example, Further])
+
+
+def test_a_config_file_is_python_that_gives_typed_values(tmp_path):
+    text = "import math\n_half = 4\nsize = 2 * _half  # lines may compute\nrate = 2\nfast = True\ntag = ['x']\nlimit = 1e3\n"
+    values = config(tmp_path, text)
+    assert values == dict(size=8, rate=2.0, fast=True, tag=["x"], limit=1000)
+    assert type(values["rate"]) is float and type(values["limit"]) is int
+
+
+@pytest.mark.parametrize("text, words", [
+    ("siez = 8", ["siez", "Did you mean 'size'?"]), ("size = 'many'", ["size = 'many'", "whole number"]),
+    ("size = 2.5", ["size = 2.5"]), ("size = None", ["size"]), ("size = True", ["size"]), ("fast = 2", ["fast = 2"]),
+    ("name = 3", ["name = 3"]), ("\nsize = 8 +", ["line 2"]), ("size = 8\nrate = 1 / 0", ["zero"])])
+def test_wrong_lines_of_a_config_are_named(tmp_path, text, words):
+    message = one_line(config, tmp_path, text)
+    assert all(word in message for word in [str(tmp_path / "config.py"), *words])
+
+
+@pytest.mark.parametrize("main, classes", [(train.main, train.CLASSES), (sample.main, [sample.Sampling])])
+def test_help_shows_every_setting_with_its_default_and_comment(main, classes, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for field in (field for cls in classes for field in dataclasses.fields(cls)):
+        line, = (line for line in lines if line.strip().startswith(field.name + ":"))
+        assert "#" in line and (field.default is dataclasses.MISSING or "=" in line)
+
+
+# ---- Training --------------------------------------------------------------------------------------------
+
+TINY = dict(vae="", image_size=16, text_length=8, dim=32, heads=2, head_dim=16, mlp_dim=48, depth=1, enc_blocks=1,
+            dec_blocks=1, pre_blocks=1, post_blocks=1, patch_size=4, validation=0.2, images=48, batch_size=4,
+            global_batch=8, warmup=2, tread_rate=0.5, caption_dropout=0.3, ema=0.9, log_every=3, eval_every=3,
+            sample_every=3, save_every=0, sample_steps=2, workers=0, compile=False, device="cpu")
+
+
+def write_picture(path, size, i):
+    """A smooth picture with a caption of its own; every fourth is a WebP with alpha."""
+    path.parent.mkdir(exist_ok=True)
+    y, x = np.mgrid[:size[1], :size[0]] / 16
+    channels = [127 + 120 * np.sin(x * (i % 3 - 1) + y * (i % 5 - 2) + i + c) for c in range(4)]
+    pixels = np.stack(channels, axis=-1).astype(np.uint8)
+    if i % 4:
+        Image.fromarray(pixels[..., :3]).save(path.with_suffix(".png"))
+    else:
+        Image.fromarray(pixels, "RGBA").save(path.with_suffix(".webp"), lossless=True)
+    caption = f"{WORDS[3 + i % 4]} {WORDS[7 + i % 3]} {i} ||| on navy $$ large %% with pink"
+    path.with_suffix(".txt").write_text(caption + "\n")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, te_folder):
+    """A folder with pictures in data/ and a config file tiny.py that trains on them."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "data").mkdir()
+    for i in range(24):
+        folder = place / "data" / ("more" if i % 5 == 0 else ".")
+        write_picture(folder / f"picture{i}", [(32, 32), (48, 32), (33, 47), (16, 20)][i % 4], i)
+    settings = TINY | dict(data=str(place / "data"), text_encoder=str(te_folder))
+    (place / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+    return place
+
+
+def command(program, *argv, cwd):
+    """A program as its user runs it, in a process of its own."""
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, str(HERE / program), *map(str, argv)], cwd=cwd, env=environment,
+                          capture_output=True, text=True)
+
+
+def train_tiny(place, out, **settings):
+    argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+    train.main([str(place / "tiny.py"), f"--out_dir={out}", *argv])
+    return out
+
+
+def metrics(out):
+    """The lines of metrics.jsonl without their speed, which no two runs share."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+def same(a, b):
+    """Bitwise equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def checkpoint(path):
+    """Everything that a checkpoint holds."""
+    files = {name: load_file(path / name) for name in ("model.safetensors", "ema.safetensors")}
+    return files | {"train.pt": torch.load(path / "train.pt", weights_only=True)}
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def trained(place):
+    """Six steps through the command line, with everything on that is random: the run that others are compared with."""
+    done = command("train.py", place / "tiny.py", "--out_dir=run", "--save_every", "1", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "run"
+
+
+def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    keys = {"step", "images", "loss", "lr", "grad_norm", "images_per_s", "val_loss"}
+    assert all(set(line) == keys for line in lines)
+    assert [(line["step"], line["images"]) for line in lines] == [(0, 0), (3, 24), (6, 48)]
+    assert lines[0]["loss"] is None and lines[0]["val_loss"] > 0
+    assert all(value > 0 for line in lines[1:] for value in line.values())
+    record = json.loads((trained / "run.json").read_text())
+    assert record["settings"]["lr"] == 0.5 and record["settings"]["tread_rate"] == 0.5
+    assert record["config"]["dim"] == 32 and "tiny.py" in " ".join(record["command"])
+    assert record["versions"]["torch"] == torch.__version__ and "git_commit" in record
+    assert sorted(path.name for path in (trained / "samples").iterdir()) == [f"0000000{step}.png" for step in (0, 3, 6)]
+    names = sorted(path.name for path in trained.iterdir() if path.is_dir())          # the three newest, nothing partial
+    assert names == ["ckpt_00000004", "ckpt_00000005", "ckpt_00000006", "samples"]
+    _, vae, settings = hdm.load_model(trained)
+    assert vae is None
+    assert [settings[name] for name in ("step", "images", "text_length", "image_size")] == [6, 48, 8, 16]
+    assert settings["config"] == hdm.XUTConfig(**{name: value for name, value in record["config"].items()})
+
+
+@pytest.mark.parametrize("workers, cut", [(0, 3), (2, 3), (0, 2)])
+def test_six_steps_are_three_saved_and_three_resumed_bitwise(trained, place, workers, cut, tmp_path):
+    """Or two and four, between two lines of metrics. And whatever the number of workers: the whole run had none."""
+    train_tiny(place, tmp_path, workers=workers, max_steps=cut)
+    assert [path.name for path in hdm.list_checkpoints(tmp_path)] == [f"ckpt_0000000{cut}"]
+    train_tiny(place, tmp_path, workers=workers, resume=True)
+    assert same(checkpoint(tmp_path / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+    assert metrics(tmp_path) == metrics(trained)
+    assert content(tmp_path / "samples") == content(trained / "samples")
+
+
+def test_a_run_killed_between_two_lines_of_metrics_goes_on_bitwise(trained, place, tmp_path):
+    """Killed while it wrote the checkpoint of step 5, after which it had even logged step 6."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "ckpt_00000006")
+    (out / "ckpt_00000005").rename(out / "partial_ckpt_00000005")
+    (out / "partial_ckpt_00000005" / "junk").write_text("")
+    train_tiny(place, out, resume=True, save_every=1)
+    assert content(out).keys() == content(trained).keys()
+    for step in (5, 6):
+        assert same(checkpoint(out / f"ckpt_0000000{step}"), checkpoint(trained / f"ckpt_0000000{step}"))
+    assert metrics(out) == metrics(trained)
+
+
+def test_resume_takes_a_checkpoints_path(trained, place, tmp_path):
+    train_tiny(place, tmp_path, resume=trained / "ckpt_00000005")
+    assert same(checkpoint(tmp_path / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+
+
+def test_a_run_begun_anew_begins_its_log_anew(place, tmp_path):
+    """In the folder of one that died before its first checkpoint."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+    train_tiny(place, tmp_path, max_steps=1)
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+
+
+def test_loss_falls_on_a_few_pictures(place, tmp_path):
+    train_tiny(place, tmp_path, images=640, batch_size=8, patch_size=2, warmup=10, tread_rate=0, caption_dropout=0, validation=0.8,
+               eval_every=0, sample_every=0, log_every=10)
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[-1] < 0.3 * losses[1]
+
+
+def test_ema_follows_the_weights(trained):
+    """After step s: ema = ema + (1 - d) (weights - ema), d the decay, in the first steps at most (1 + s) / (10 + s)."""
+    states = [checkpoint(trained / f"ckpt_0000000{step}") for step in (4, 5, 6)]
+    for step, (before, after) in zip((4, 5), zip(states, states[1:])):
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, weight in after["model.safetensors"].items():
+            expected = decay * before["ema.safetensors"][name] + (1 - decay) * weight
+            torch.testing.assert_close(after["ema.safetensors"][name], expected, atol=1e-6, rtol=1e-5)
+
+
+def fan_in(weight):
+    return weight.shape[0] if weight.dim() == 1 else math.prod(weight.shape[1:])
+
+
+def test_every_weight_of_the_base_model_is_in_one_of_ten_groups():
+    with torch.device("meta"):
+        model = hdm.XUT(hdm.PRESETS["base"])
+    groups = hdm.parameter_groups(model)
+    assert len(groups) <= 10
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    for group in groups:
+        assert {fan_in(parameter) for parameter in group["params"]} == {group["fan_in"]}
+
+
+def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(trained, place, tmp_path):
+    """Adam's first step moves each weight by its lr, whatever the gradient: the rule is seen in the weights, and so
+    is that neither the old run's optimiser nor its step came along."""
+    train_tiny(place, tmp_path, init_from=trained, lr=0.4, weight_decay=0, max_steps=1)
+    before, after = (load_file(path / "model.safetensors") for path in (trained / "ckpt_00000006", tmp_path / "ckpt_00000001"))
+    start = load_file(trained / "ckpt_00000006" / "ema.safetensors")                  # what sample.py shows of that run
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+    moved = 0
+    for name, value in start.items():
+        step = (after[name] - value).abs().max().item()
+        expected = 0.4 / 2 / fan_in(value)                   # warm-up: half of the peak at the first of two steps
+        assert step <= expected * 1.001 + 1e-6, name
+        moved += step > expected * 0.9
+    assert moved > 0.9 * len(start) - 1                      # not time_emb.freqs; some gradients are near AdamW's eps
+    assert not same(before, start)
+
+
+def test_lr_warms_up_linearly_and_ends_at_one_percent():
+    s = SimpleNamespace(lr=0.5, warmup=10)
+    rates = [train.lr_at(step, s, 1000) for step in range(1000)]
+    assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(0.5) == max(rates)
+    assert rates[505] == pytest.approx(0.5 * 0.505)          # half way down the cosine
+    assert rates[-1] == pytest.approx(0.005, rel=1e-3)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert train.lr_at(0, SimpleNamespace(lr=0.5, warmup=0), 10) == 0.5
+
+
+def stream(folder, config=hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=3), training=True,
+           **settings):
+    """The samples that train.py would read from a folder of pictures."""
+    s = SimpleNamespace(**TINY | dict(seed=0, t_shift=1.0) | settings)
+    return train.Samples(train.list_samples(folder, 0.0)[0], s, config, 1, training)
+
+
+@pytest.mark.parametrize("size", [(24, 16), (16, 24), (16, 16)])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_every_crop_is_drawn_and_knows_where_it_was(size, convention, tmp_path):
+    """Each pixel's red is its column and its green is its row, so a crop's pixels tell its true place."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=3, pos=convention)
+    samples = stream(tmp_path, config, caption_dropout=0.0)
+    half_x, half_y = (width / max(size), height / max(size))
+    if convention == "unit_area":
+        half_x, half_y = math.sqrt(width / height), math.sqrt(height / width)
+    counts = collections.Counter()
+    for i in range(450):
+        item = samples[i]
+        pixels = item["pixels"].float()
+        left, top = (int(value) for value in pixels[:2, 0, 0])
+        counts[left, top] += 1
+        assert torch.equal(pixels[0], left + torch.arange(16.0).expand(16, 16))
+        assert torch.equal(pixels[1], top + torch.arange(16.0)[:, None].expand(16, 16))
+        centre = pixels.unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-2, -1)) + 0.5      # (3, 4, 4), in pixels
+        expected = torch.stack([centre[1] / height * 2 - 1, centre[0] / width * 2 - 1], dim=-1)
+        expected = expected * torch.tensor([half_y, half_x])
+        torch.testing.assert_close(item["pos"].view(4, 4, 2), expected, atol=1e-6, rtol=0)
+        assert item["aspect"] == pytest.approx(math.log(width / height))
+    wanted = {(left, top) for left in range(width - 15) for top in range(height - 15)}
+    assert set(counts) == wanted                             # every offset from 0 to long - X, both ends too
+    assert min(counts.values()) > 450 / len(wanted) / 2      # and about as often
+    centre = stream(tmp_path, config, training=False)[0]["pixels"][:2, 0, 0].tolist()
+    assert centre == [(width - 16) // 2, (height - 16) // 2]
+
+
+def test_the_short_side_becomes_the_stages_and_the_long_side_is_floored(tmp_path):
+    write_picture(tmp_path / "a", (20, 33), 1)
+    samples = stream(tmp_path)
+    items = [samples[i] for i in range(200)]
+    assert {item["aspect"] for item in items} == {math.log(16 / 26)}                  # 33 * 16 / 20 = 26.4
+    tops = {round(item["pos"][0, 0].item() * 13 + 13 - 2, 3) for item in items}       # y of a token of 4 pixels
+    assert tops == set(range(11))
+    assert all(item["pixels"].shape == (3, 16, 16) for item in items)
+
+
+def test_each_epoch_shows_every_picture_once_in_a_fresh_order(place):
+    samples = stream(place / "data", caption_dropout=0.0)
+    orders = [[samples[epoch * 24 + i]["caption"].split(",")[0] for i in range(24)] for epoch in range(3)]
+    assert all(len(set(order)) == 24 for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_name(place):
+    def items(indices, **settings):
+        samples = stream(place / "data", **settings)
+        return {i: samples[i] for i in indices}
+
+    forward, backward, other = items(range(30, 40)), items(reversed(range(20, 50))), items(range(30, 40), seed=1)
+    assert all(same(backward[i], forward[i]) for i in forward)
+    assert not any(same(forward[i]["noise"], other[i]["noise"]) for i in forward)
+    noises = [item["noise"] for item in backward.values()]   # every sample's own, the next epoch's too
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(noises, 2))
+    empty = [not item["caption"] for item in items(range(480)).values()]
+    assert sum(empty) / 480 == pytest.approx(0.3, abs=0.09)
+    held = [stream(place / "data", training=False, seed=seed)[3] for seed in (0, 1)]
+    assert same(*held) and "keep" not in held[0] and held[0]["caption"].endswith("on navy, large, with pink")
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:, :4] = 200, 100, 0, 255
+    for mode, suffix in (("RGBA", "png"), ("RGBA", "webp"), ("LA", "png"), ("RGB", "png")):
+        path = tmp_path / f"{mode}.{suffix}"
+        Image.fromarray(pixels).convert(mode).save(path, **dict(lossless=True) if suffix == "webp" else {})
+        image = np.asarray(hdm.load_image(path))
+        assert image.shape == (8, 8, 3)
+        assert (image[:, 4:] == (0 if mode == "RGB" else 255)).all()
+        assert mode == "LA" or (image[:, :4] == (200, 100, 0)).all()
+
+
+def test_adding_pictures_moves_none_across_the_split(tmp_path):
+    for i in range(40):
+        write_picture(tmp_path / f"{i}", (16, 16), i)
+    few = [set(part) for part in train.list_samples(tmp_path, 0.3)]
+    for i in range(40, 80):
+        write_picture(tmp_path / "more" / f"{i}", (16, 16), i)
+    many = [set(part) for part in train.list_samples(tmp_path, 0.3)]
+    assert few[0] < many[0] and few[1] < many[1] and not many[0] & many[1]
+    assert 12 < len(many[1]) < 36
+    assert train.list_samples(tmp_path, 0.0)[1] == {}
+
+
+@pytest.fixture(scope="session")
+def moved(place, te_folder, tmp_path_factory):
+    """A run in latents whose VAE and text encoder were deleted, and which was moved, after it had ended."""
+    lab = tmp_path_factory.mktemp("lab")
+    shutil.copytree(te_folder, lab / "te")
+    (lab / "vae").mkdir()
+    save_file(tiny_vae().state_dict(), lab / "vae" / "diffusion_pytorch_model.safetensors")
+    config = dict(_class_name="AutoencoderKL", block_out_channels=[32, 64], layers_per_block=1, latent_channels=4,
+                  norm_num_groups=32, scaling_factor=0.13025, **STATISTICS)
+    (lab / "vae" / "config.json").write_text(json.dumps(config))
+    train_tiny(place, lab / "run", vae=lab / "vae", text_encoder=lab / "te", patch_size=2, max_steps=2, images=16)
+    shutil.move(lab / "run", lab / "elsewhere")
+    shutil.rmtree(lab / "te")
+    shutil.rmtree(lab / "vae")
+    return lab / "elsewhere"
+
+
+def test_a_run_moved_elsewhere_still_draws(moved, tmp_path):
+    model, vae, settings = hdm.load_model(moved)
+    assert vae.factor == 2 and model.config.in_channels == 4
+    assert vae.mean == tuple(STATISTICS["latents_mean"]) and vae.std == tuple(STATISTICS["latents_std"])
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(vae.encode(images), tiny_vae(**STATISTICS).encode(images))
+    assert len(metrics(moved)) == 2 and all(line["val_loss"] > 0 for line in metrics(moved))
+    sample.main([f"--ckpt={moved}", "--prompt=red circle", "--width=20", f"--out={tmp_path}"])
+    assert Image.open(tmp_path / "00000-0.png").size == (20, 16)
+
+
+@pytest.mark.parametrize("start", ["init_from", "resume"])
+def test_another_architecture_than_the_files_is_refused(start, trained, place, tmp_path):
+    source = trained / "ckpt_00000006"
+    for changed in (dict(mlp_dim=64), dict(skips="mirror"), dict(aspect_cond="false")):
+        message = one_line(lambda: train_tiny(place, tmp_path / "new", **{start: source}, **changed))
+        assert str(source) in message and all(name in message for name in changed)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_out_dir_with_checkpoints_is_never_touched(trained, place):
+    before = content(trained)
+    message = one_line(lambda: train_tiny(place, trained))
+    assert all(word in message for word in (str(trained), "--resume", "--out_dir"))
+    assert content(trained) == before
+
+
+# ---- sample.py -------------------------------------------------------------------------------------------
+
+def test_a_published_file_draws_through_the_command_line(published, te_folder, tmp_path):
+    done = command("sample.py", f"--ckpt={published}", f"--text_encoder={te_folder}", "--prompt", "red circle", "--seed=3",
+                   "--width=24", "--height=16", "--steps=2", "--out=new/folder", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    drawn = np.asarray(Image.open(tmp_path / "new" / "folder" / "00000-3.png")).astype(int)
+    model, vae, settings = hdm.load_model(published)
+    te = hdm.TextEncoder(te_folder)
+    same_picture, = sample.generate(model, vae, te, ["red circle"], [3], settings, steps=2, width=24, height=16)
+    assert drawn.shape == (16, 24, 3) and abs(drawn - same_picture).max() <= 1
+    assert drawn.std() > 10
+
+
+def test_a_run_draws_through_the_command_line(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red circle\nblue square\n")
+    done = command("sample.py", "--ckpt", trained, "--prompt=large green triangle", "--prompts=prompts.txt", "--num_images=2",
+                   "--out=.", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in tmp_path.glob("0*.png"))
+    assert names == [f"{i:05d}-{i % 2}.png" for i in range(6)]
+    _, _, settings = hdm.load_model(trained)
+    te = hdm.load_text_encoder(settings)
+    model, _, _ = hdm.load_model(trained)
+    prompts = ["large green triangle"] * 2 + ["red circle"] * 2 + ["blue square"] * 2
+    drawn = sample.generate(model, None, te, prompts, [0, 1] * 3, settings)
+    for name, image in zip(names, drawn):
+        assert abs(np.asarray(Image.open(tmp_path / name)).astype(int) - image).max() <= 1
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width >= 2 * 128 and grid.height >= 3 * 128  # pictures of 16 pixels, enlarged here alone
+
+
+def draw(trained, out, *argv):
+    """{file name: pixels} of what sample.py draws into a folder."""
+    sample.main([f"--ckpt={trained}", f"--out={out}", *argv])
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(Path(out).glob("0*.png"))}
+
+
+def test_seed_and_prompt_make_the_picture_and_the_batch_does_not(trained, tmp_path):
+    prompts = ["--prompt=red circle", "--prompt=", "--prompt=a large blue square on a pink background"]
+    three = draw(trained, tmp_path / "a", *prompts, "--num_images=3", "--seed=4", "--batch_size=4")
+    assert [name[6:7] for name in three] == list("456456456")
+    single = draw(trained, tmp_path / "b", prompts[2], "--seed=5", "--batch_size=1")
+    assert abs(single["00000-5.png"] - three["00007-5.png"]).max() <= 1
+    again = draw(trained, tmp_path / "b", prompts[0], "--seed=5")                     # no picture is overwritten
+    assert list(again) == ["00000-5.png", "00001-5.png"]
+    assert np.array_equal(again["00000-5.png"], single["00000-5.png"])
+    assert (tmp_path / "a" / "grid.png").exists() and not (tmp_path / "b" / "grid.png").exists()
+
+
+def test_ema_is_what_is_drawn_with_unless_switched_off(trained, tmp_path):
+    files = {switch: load_file(trained / "ckpt_00000006" / name)
+             for switch, name in ((True, "ema.safetensors"), (False, "model.safetensors"))}
+    for switch, weights in files.items():
+        for source in (trained, trained / "ckpt_00000006"):
+            assert same(dict(hdm.load_model(source, ema=switch)[0].state_dict()), weights)
+    pictures = [draw(trained, tmp_path / switch, "--prompt=red circle", f"--ema={switch}") for switch in ("true", "false")]
+    assert not np.array_equal(*(each["00000-0.png"] for each in pictures))
+
+
+def test_settings_of_a_checkpoint_are_the_defaults(trained, place, tmp_path):
+    """Its size, steps, guidance and time shift: given by flag, they change nothing."""
+    out = train_tiny(place, tmp_path / "run", max_steps=1, t_shift=3.0, sample_steps=3, sample_cfg=2.0)
+    plain = draw(out, tmp_path / "a", "--prompt=red circle")["00000-0.png"]
+    given = draw(out, tmp_path / "b", "--prompt=red circle", "--steps=3", "--cfg=2", "--width=16", "--height=16")
+    assert np.array_equal(plain, given["00000-0.png"])
+    model, _, settings = hdm.load_model(out)
+    te = hdm.load_text_encoder(settings)
+    ctx, mask = te(["red circle"])
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x0 = hdm.sample(model, ctx, te([""])[0], noise=noise, steps=3, cfg=2.0, ctx_mask=mask, t_shift=3.0)
+    assert abs(sample.to_uint8(x0)[0].astype(int) - plain).max() <= 1
+
+
+# ---- Bad input: one line that names the value, exit code 2, and nothing is written -----------------------
+
+@pytest.fixture(scope="session")
+def shelf(place, trained, published, te_folder, tmp_path_factory):
+    """A folder of things to get wrong, beside a few right ones: @name in the table below is shelf/name."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(trained, shelf / "run")
+    shutil.copy(place / "tiny.py", shelf / "tiny.py")
+    shutil.copy(published, shelf / "published.safetensors")
+    for name, text in (("misspelt", "batchsize = 8"), ("mistyped", "lr = 'fast'"), ("broken", "lr = = 3")):
+        (shelf / f"{name}.py").write_text(text + "\n")
+    for name in ("empty", "uncaptioned", "captions", "vae"):
+        (shelf / name).mkdir()
+    Image.new("RGB", (16, 16)).save(shelf / "uncaptioned" / "a.png")
+    (shelf / "captions" / "a.txt").write_text("a")
+    (shelf / "file").write_text("")
+    (shelf / "vae" / "config.json").write_text("{")
+    save_file(tiny_vae().state_dict(), shelf / "vae" / "diffusion_pytorch_model.safetensors")
+    (shelf / "cut.safetensors").write_bytes(published.read_bytes()[:5000])
+    save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
+    save_file(published_tensors(vae=False), shelf / "no_vae.safetensors")
+    prepare.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
+    return shelf
+
+
+@pytest.mark.parametrize("line, words", [
+    ("train.py", "CONFIG"),
+    ("train.py nowhere.py", "nowhere.py"),
+    ("train.py @tiny.py more.py", "more.py"),
+    ("train.py @misspelt.py", "misspelt.py batchsize 'batch_size'"),
+    ("train.py @mistyped.py", "mistyped.py lr 'fast'"),
+    ("train.py @broken.py", "broken.py line"),
+    ("train.py @tiny.py --batchsize=8", "--batchsize=8 'batch_size'"),
+    ("train.py @tiny.py --batch_size=2.5", "--batch_size=2.5"),
+    ("train.py @tiny.py --lr=fast", "--lr=fast"),
+    ("train.py @tiny.py --lr", "--lr"),
+    ("train.py @tiny.py --compile=perhaps", "--compile=perhaps"),
+    ("train.py @tiny.py --data=nowhere", "--data=nowhere"),
+    ("train.py @tiny.py --data=@empty", "--data=@empty"),
+    ("train.py @tiny.py --data=@uncaptioned", "--data=@uncaptioned .txt"),
+    ("train.py @tiny.py --data=@captions", "--data=@captions"),
+    ("train.py @tiny.py --global_batch=9", "--global_batch=9 batch_size 8"),
+    ("train.py @tiny.py --global_batch=2", "--global_batch=2 batch_size 4"),
+    ("train.py @tiny.py --image_size=18", "18 multiple 16"),
+    ("train.py @tiny.py --vae=@vae --patch_size=2", "vae config.json"),
+    ("train.py @tiny.py --vae=@empty", "@empty"),
+    ("train.py @tiny.py --vae=KBlueLeaf/EQ-SDXL-VAE", "KBlueLeaf/EQ-SDXL-VAE"),
+    ("train.py @tiny.py --text_encoder=nowhere", "nowhere"),
+    ("train.py @tiny.py --text_encoder=@empty", "@empty"),
+    ("train.py @tiny.py --text_encoder=Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+    ("train.py @tiny.py --preset=huge", "--preset=huge"),
+    ("train.py @tiny.py --heads=3", "heads=3 dim=32"),
+    ("train.py @tiny.py --head_dim=6 --dim=12", "head_dim=6"),
+    ("train.py @tiny.py --depth=0", "depth=0"),
+    ("train.py @tiny.py --skips=first", "skips first last mirror"),
+    ("train.py @tiny.py --in_channels=4", "in_channels 4 3"),
+    ("train.py @tiny.py --ctx_dim=64", "ctx_dim 64 32"),
+    ("train.py @tiny.py --tread_rate=1", "--tread_rate=1"),
+    ("train.py @tiny.py --caption_dropout=-0.1", "--caption_dropout=-0.1"),
+    ("train.py @tiny.py --ema=1", "--ema=1"),
+    ("train.py @tiny.py --validation=1", "--validation=1"),
+    ("train.py @tiny.py --validation=0.999999", "--validation=0.999999"),
+    ("train.py @tiny.py --batch_size=0", "--batch_size=0"),
+    ("train.py @tiny.py --images=0", "--images=0"),
+    ("train.py @tiny.py --text_length=0", "--text_length=0"),
+    ("train.py @tiny.py --log_every=0", "--log_every=0"),
+    ("train.py @tiny.py --seed=-1", "--seed=-1"),
+    ("train.py @tiny.py --workers=-1", "--workers=-1"),
+    ("train.py @tiny.py --max_steps=-1", "--max_steps=-1"),
+    ("train.py @tiny.py --sample_steps=0", "--sample_steps=0"),
+    ("train.py @tiny.py --weight_decay=-1", "--weight_decay=-1"),
+    ("train.py @tiny.py --beta2=1", "--beta2=1"),
+    ("train.py @tiny.py --t_shift=0", "--t_shift=0"),
+    ("train.py @tiny.py --clip=0", "--clip=0"),
+    ("train.py @tiny.py --device=cuda", "--device=cuda --device=cpu"),
+    ("train.py @tiny.py --device=mps", "--device=mps --device=cpu"),
+    ("train.py @tiny.py --device=tpu", "--device=tpu cpu cuda"),
+    ("train.py @tiny.py --dtype=int8", "--dtype=int8 bfloat16"),
+    ("train.py @tiny.py --out_dir=@run", "@run --resume --out_dir"),
+    ("train.py @tiny.py --out_dir=@file", "@file"),
+    ("train.py @tiny.py --resume", "--resume out/run"),
+    ("train.py @tiny.py --resume=nowhere", "nowhere"),
+    ("train.py @tiny.py --resume=@published.safetensors", "@published.safetensors"),
+    ("train.py @tiny.py --init_from=nowhere", "nowhere"),
+    ("train.py @tiny.py --init_from=@published.safetensors", "@published.safetensors"),
+    ("train.py @tiny.py --init_from=@cut.safetensors", "@cut.safetensors"),
+    ("train.py @tiny.py --preview_prompts=nowhere", "nowhere"),
+    ("sample.py", "--prompt --prompts"),
+    ("sample.py a red circle", "a red circle"),
+    ("sample.py --prompt", "--prompt"),
+    ("sample.py --prompts=nowhere", "--prompts=nowhere"),
+    ("sample.py --prompt=a --ckpt=nowhere", "nowhere"),
+    ("sample.py --prompt=a --ckpt=@empty", "@empty"),
+    ("sample.py --prompt=a --ckpt=@file", "@file"),
+    ("sample.py --prompt=a --ckpt=@cut.safetensors", "@cut.safetensors"),
+    ("sample.py --prompt=a --ckpt=@stranger.safetensors", "@stranger.safetensors"),
+    ("sample.py --prompt=a --ckpt=@no_vae.safetensors --text_encoder=@wide_te", "@no_vae.safetensors vae"),
+    ("sample.py --prompt=a", "KBlueLeaf/HDM-xut-340M-anime"),
+    ("sample.py --prompt=a --ckpt=@published.safetensors --width=32 --height=32", "Qwen/Qwen3-0.6B"),
+    ("sample.py --prompt=a --ckpt=@run --text_encoder=nowhere", "nowhere"),
+    ("sample.py --prompt=a --ckpt=@run --text_encoder=@wide_te", "@wide_te 48 32"),
+    ("sample.py --prompt=a --ckpt=@run --width=18", "18 16 multiple"),
+    ("sample.py --prompt=a --ckpt=@run --height=0", "16 0 4 multiple"),
+    ("sample.py --prompt=a --ckpt=@run --wdith=32", "--wdith=32 'width'"),
+    ("sample.py --prompt=a --ckpt=@run --steps=0", "--steps=0"),
+    ("sample.py --prompt=a --ckpt=@run --steps=few", "--steps=few"),
+    ("sample.py --prompt=a --ckpt=@run --cfg=nan", "--cfg=nan"),
+    ("sample.py --prompt=a --ckpt=@run --num_images=0", "--num_images=0"),
+    ("sample.py --prompt=a --ckpt=@run --batch_size=0", "--batch_size=0"),
+    ("sample.py --prompt=a --ckpt=@run --seed=-1", "--seed=-1"),
+    ("sample.py --prompt=a --ckpt=@run --device=cuda", "--device=cuda --device=cpu"),
+    ("sample.py --prompt=a --ckpt=@run --dtype=int8", "--dtype=int8"),
+    ("sample.py --prompt=a --ckpt=@run --out=@file", "@file"),
+    ("prepare.py", "demo text_encoder judge"),
+    ("prepare.py juge", "juge 'judge'"),
+    ("prepare.py demo --cuont=3", "--cuont=3 'count'"),
+    ("prepare.py demo --count=0", "--count=0"),
+    ("prepare.py demo --seed=-1", "--seed=-1"),
+    ("prepare.py demo here", "here"),
+    ("prepare.py demo --out=@run", "@run"),
+    ("prepare.py demo --out=@file", "@file"),
+    ("prepare.py text_encoder nowhere", "nowhere"),
+    ("prepare.py text_encoder @empty", "@empty"),
+    ("prepare.py text_encoder @captions --vocab=10", "--vocab=10"),
+    ("prepare.py judge --unseen=nowhere.txt", "nowhere.txt"),
+    ("prepare.py judge --seeds=0", "--seeds=0")])
+def test_bad_input_is_one_line(line, words, shelf, tmp_path, monkeypatch, capfd):
+    program, *argv = line.replace("@", f"{shelf}/").split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *argv])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    before = content(shelf)
+    with pytest.raises(SystemExit) as caught:
+        hdm.run({"train.py": train, "sample.py": sample, "prepare.py": prepare}[program].main)
+    error = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words.replace("@", f"{shelf}/").split())
+    assert content(tmp_path) == {} and content(shelf) == before
+
+
+def test_an_error_after_all_is_loaded_is_still_one_line(shelf, tmp_path):
+    done = command("train.py", shelf / "tiny.py", f"--init_from={shelf / 'run'}", "--mlp_dim=64", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: mlp_dim") and done.stderr.count("\n") == 1
+    assert content(tmp_path) == {}
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        hdm.run(lambda argv: 1 / 0)
+
+
+# ---- torch.compile: used where it can be had, and nothing depends on it ----------------------------------
+
+def losses(place, out, **settings):
+    train_tiny(place, out, eval_every=0, sample_every=0, log_every=1, max_steps=2, **settings)
+    return [line["loss"] for line in metrics(out)[1:]]
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing compiled, and no failure hidden, by the tests before."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(suppress_errors=False):
+        yield
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler here")
+def test_the_compiled_model_is_the_model(fresh_compiler):
+    """By the real compiler, but forward only and without vector instructions: 15 s of one core instead of 65."""
+    model = tiny_xut(depth=1, dec_blocks=1, pre_blocks=0, post_blocks=0)
+    x0, ctx, keep = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 32), hdm.pick_tokens(2, 16, 0.5)
+    fixed = dict(keep=keep, t=torch.tensor([0.2, 0.7]), noise=torch.randn(2, 3, 8, 8))
+    with torch.no_grad(), torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        eager = hdm.flow_loss(model, x0, ctx, **fixed)
+        compiled = hdm.flow_loss(torch.compile(model), x0, ctx, **fixed)
+    assert close(compiled, eager)
+
+
+def test_training_compiles_one_graph_and_learns_the_same(place, tmp_path, fresh_compiler, monkeypatch):
+    """train.py's step is one graph, forward and backward. Its kernels are eager ones here, to save minutes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    eager = losses(place, tmp_path / "eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(shutil, "which", lambda name: "a compiler")
+    assert losses(place, tmp_path / "compiled", compile=True) == pytest.approx(eager, rel=1e-4)
+    assert len(graphs) == 1
+
+
+def test_without_a_compiler_training_says_so_and_runs(place, tmp_path, monkeypatch, capsys):
+    eager = losses(place, tmp_path / "eager")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    capsys.readouterr()
+    assert losses(place, tmp_path / "none", compile=True) == eager
+    assert "compile: no compiler found" in capsys.readouterr().out
+
+
+def test_what_fails_to_compile_runs_eagerly(place, tmp_path, fresh_compiler, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("the compiler has no headers")
+
+    eager = losses(place, tmp_path / "eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert losses(place, tmp_path / "broken", compile=True) == eager
+
+
+# ---- prepare.py: the demo, its judge, the text encoder ---------------------------------------------------
+
+def true_pictures(seed):
+    """Every combination once, at a random centre, on the square canvas that the model is judged on."""
+    rng = np.random.default_rng(seed)
+    return [prepare.draw(*words, 32, 32, *prepare.random_centre(rng, words[0], words[2], 32, 32))
+            for words in prepare.COMBINATIONS]
+
+
+def share_right(verdicts, combinations):
+    """(4,) share of pictures with the size, colour, shape, background that was asked for."""
+    return np.mean([[verdict[name] == word for name, word in zip(prepare.ATTRIBUTES, words)]
+                    for verdict, words in zip(verdicts, combinations)], axis=0)
+
+
+def test_judge_is_right_on_true_pictures_and_at_chance_on_shuffled_captions():
+    verdicts = [prepare.judge(image) for image in true_pictures(seed=0)]
+    assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
+    rng = np.random.default_rng(0)
+    shuffles = [rng.permutation(prepare.COMBINATIONS) for _ in range(20)]
+    shuffled = np.mean([share_right(verdicts, asked) for asked in shuffles], axis=0)
+    chance = [1 / len(words) for words in prepare.ATTRIBUTES.values()]
+    assert shuffled == pytest.approx(chance, abs=0.03)
+
+
+def test_judge_forgives_ragged_edges_and_noise():
+    rng = np.random.default_rng(2)
+    verdicts = []
+    for image in true_pictures(seed=2):
+        y, x = np.clip(np.indices((32, 32)) + rng.integers(-1, 2, (2, 32, 32)), 0, 31)  # pixels change places
+        noisy = image[y, x] + rng.normal(0, 10, image.shape)
+        verdicts.append(prepare.judge(noisy.clip(0, 255).astype(np.uint8)))
+    assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
+
+
+@pytest.mark.parametrize("height, width", prepare.CANVASES)
+def test_shapes_are_whole_and_of_the_palette(height, width):
+    rng = np.random.default_rng(0)
+    for size, colour, shape, background in prepare.COMBINATIONS[::7]:
+        centre = prepare.random_centre(rng, size, shape, height, width)
+        for (low, high), place in zip(prepare.centre_range(size, shape, height, width), centre):
+            assert low + (high - low) / 4 <= place <= high - (high - low) / 4
+        image = prepare.draw(size, colour, shape, background, height, width, *centre)
+        share = prepare.coverage(size, shape, height, width, *centre)
+        assert image.shape == (height, width, 3) and image.dtype == np.uint8
+        assert (image[share == 1] == prepare.COLOURS[colour]).all() and (share == 1).sum() > 100
+        assert (image[share == 0] == prepare.BACKGROUNDS[background]).all()
+        # Whole, also at the ends of the range: on a canvas with 8 more pixels all round it has the same area.
+        for cy, cx in zip(*prepare.centre_range(size, shape, height, width)):
+            r = prepare.RADIUS[size] * 32
+            y = ((np.arange(4 * height + 64) + 0.5) / 4 - 8 - cy) / r
+            x = ((np.arange(4 * width + 64) + 0.5) / 4 - 8 - cx) / r
+            larger = prepare.SHAPES[shape][3](y[:, None], x[None]).sum() / 16
+            assert prepare.coverage(size, shape, height, width, cy, cx).sum() == larger
+
+
+def test_area_of_each_shape_is_its_formula():
+    r = prepare.RADIUS["large"] * 48
+    areas = {"circle": np.pi, "square": 1.72**2, "triangle": 1.8, "diamond": 1.5,
+             "cross": 2 * 2 * 0.66 - 0.66**2, "ring": np.pi * (1 - 0.62**2)}
+    for shape, area in areas.items():
+        mean = np.mean([prepare.coverage("large", shape, 48, 48, *centre).sum()
+                        for centre in np.random.default_rng(0).uniform(22, 26, (20, 2))])
+        assert mean == pytest.approx(area * r * r, rel=0.01)
+
+
+def test_unseen_are_32_combinations_of_words_that_training_holds():
+    seen = set(prepare.COMBINATIONS) - set(prepare.UNSEEN)
+    assert (len(seen), len(prepare.UNSEEN)) == (352, 32)
+    for place, words in enumerate(prepare.ATTRIBUTES.values()):
+        assert {combination[place] for combination in seen} == set(words)
+    assert ("large", "red", "square", "teal") in prepare.UNSEEN  # 1 + 0 + 2 * 1 + 3 * 3 = 12
+
+
+def demo(folder, **settings):
+    """{file name: bytes} of a demo written to folder/demo and beside it."""
+    prepare.make_demo(prepare.DemoSettings(out=str(folder / "demo"), **settings))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path):
+    short = demo(tmp_path / "a", count=20)
+    long = demo(tmp_path / "b", count=400)
+    assert all(long[name] == data for name, data in short.items() if not name.endswith(".prepare"))
+    assert demo(tmp_path / "c", count=20, seed=1)["demo/00003.png"] != short["demo/00003.png"]
+    unseen = long["demo_unseen.txt"].decode().splitlines()
+    captions = [data.decode().strip() for name, data in long.items()
+                if name.startswith("demo/") and name.endswith(".txt")]
+    assert len(captions) == 400 and len(set(captions)) == 352 and not set(captions) & set(unseen)
+    for i in range(0, 400, 10):  # a picture shows what its caption says
+        image = np.asarray(Image.open(tmp_path / "b" / "demo" / f"{i:05d}.png"))
+        if image.shape == (32, 32, 3):  # the judge's templates for other canvases take seconds to draw
+            shown = prepare.CAPTION.format(*prepare.judge(image).values())
+            assert shown == long[f"demo/{i:05d}.txt"].decode().strip()
+    # A second run replaces the first and leaves nothing of it behind.
+    assert demo(tmp_path / "b", count=20) == short
+    assert sorted(os.listdir(tmp_path / "b")) == ["demo", "demo_te", "demo_unseen.txt"]
+
+
+def test_demo_never_touches_a_folder_that_is_not_its_own(tmp_path):
+    demo(tmp_path, count=2)
+    (tmp_path / "demo" / "mine.png").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(hdm.UserError, match="--out"):
+        demo(tmp_path, count=3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+    captions = [prepare.CAPTION.format(*words) for words in prepare.COMBINATIONS]
+    state = torch.get_rng_state()
+    prepare.make_text_encoder(captions, tmp_path)
+    assert torch.equal(state, torch.get_rng_state())
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
+    for text in ("naïve 日本 🦊👩‍👩‍👧", " two  spaces, don 't . \n\t", "<pad>", "\x00 \u202e"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer(captions)["input_ids"]
+    assert all(len(row) == len(text.split()) for row, text in zip(ids, captions))  # one token a word, no BOS
+    assert tokenizer("")["input_ids"] == [] and tokenizer.pad_token_id is not None
+    with torch.no_grad():
+        states = model(torch.tensor(ids)).last_hidden_state  # (384, 8, 128)
+    colours = torch.nn.functional.normalize(states[:, 2], dim=-1)
+    same = torch.tensor([[a[1] == b[1] for b in prepare.COMBINATIONS] for a in prepare.COMBINATIONS])
+    cosine = colours @ colours.T
+    assert cosine[same].min() > 0.7 > 0.4 > cosine[~same].max()  # its own word first
+    assert cosine[same].min() < 0.999                             # and something of the words before it
+
+
+def test_judge_scores_what_was_drawn(tmp_path, monkeypatch, capsys):
+    """A model that draws every caption truly gets 100 %; one that draws only circles, their share."""
+    demo(tmp_path, count=1)
+    meaning = {prepare.CAPTION.format(*words): words for words in prepare.COMBINATIONS}
+    monkeypatch.setattr(hdm, "load_model", lambda ckpt: (None, None, {}))
+    monkeypatch.setattr(hdm, "load_text_encoder", lambda settings: None)
+
+    def generate(model, vae, te, prompts, seeds, settings):
+        picture = [(words[0], words[1], change(words[2]), words[3]) for words in map(meaning.get, prompts)]
+        return np.stack([prepare.draw(*words, 32, 32, 15.7 + seed / 4, 16)
+                         for words, seed in zip(picture, seeds)])
+
+    monkeypatch.setattr(prepare, "generate", generate)
+    settings = prepare.JudgeSettings(ckpt="x", seeds=2, unseen=str(tmp_path / "demo_unseen.txt"),
+                                     grid=str(tmp_path / "new" / "grid.png"))
+    tables = []
+    for change in (lambda shape: shape, lambda shape: "circle"):
+        prepare.judge_checkpoint(settings)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-5:]})
+    assert all(row[:3] == ["64", "64", "100.0"] for row in tables[0].values())
+    circles = 2 * sum(words[2] == "circle" for words in prepare.UNSEEN)
+    assert tables[1]["shape"][0] == tables[1]["all four"][0] == str(circles) and tables[1]["size"][0] == "64"
+    assert Image.open(settings.grid).height > 32 * 64
+
+
+def test_the_demos_commands_follow_each_other(tmp_path, monkeypatch, capsys):
+    """README's first chain, with a demo of 40 pictures and three steps: paths, sizes and defaults fit together."""
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["demo", "--count=40"])
+    train.main([str(HERE / "configs" / "demo.py"), "--images=96", "--warmup=1", "--sample_steps=2"])
+    sample.main(["--ckpt=out/demo", "--prompt", "a large red circle on a navy background"])
+    assert Image.open("out/samples/00000-0.png").size == (32, 32)
+    capsys.readouterr()
+    prepare.main(["judge", "--ckpt=out/demo", "--seeds=1", "--grid=grid.png"])
+    assert "background" in capsys.readouterr().out and Path("grid.png").exists()
