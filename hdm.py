@@ -1068,11 +1068,11 @@ def setting_value(where, value, kind):
     raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
 
 
-def check_name(where, name, known):
+def check_name(where, name, known, what="option"):
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else " See --help."
-        raise UserError(f"{where}: no option named {name!r}.{hint}")
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+        raise UserError(f"{where}: no {what} named {name!r}. {hint}")
 
 
 def parse_args(argv, classes, positionals=(), doc=""):

@@ -250,7 +250,7 @@ def main(argv):
     if name in ("--help", "-h"):
         print(__doc__)
         return
-    hdm.check_name(f"prepare.py {' | '.join(COMMANDS)}", name, COMMANDS)
+    hdm.check_name(f"prepare.py {name}", name, COMMANDS, "command")
     command, settings, positionals = COMMANDS[name]
     words, values = hdm.parse_args(argv[1:], [settings], positionals, doc=__doc__)
     command(*words, settings(**values))

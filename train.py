@@ -105,8 +105,8 @@ def read_settings(argv):
             raise hdm.UserError(f"--{name}={value}: must be {limit}")
     if s.global_batch % s.batch_size:
         near = max(1, round(s.global_batch / s.batch_size)) * s.batch_size
-        raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size; {near} would be")
-    hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS)
+        raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size; {near} is")
+    hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     return s, given
 
 
@@ -145,8 +145,7 @@ class Samples(Dataset):
 
     def __init__(self, paths, s, config, factor, training):
         self.names, self.paths = list(paths), list(paths.values())
-        self.s, self.config, self.factor, self.training = s, config, factor, training
-        self.epoch, self.order = None, None                  # the last epoch's permutation, for its next item
+        self.s, self.config, self.factor, self.training, self.epoch = s, config, factor, training, None
 
     def __len__(self):
         return len(self.names)
@@ -234,7 +233,7 @@ def open_log(out_dir, s, config, start):
     (out_dir / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     metrics = out_dir / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines(True) if metrics.exists() else []
-    scheduled = any(every and start % every == 0 for every in (s.log_every, s.eval_every))
+    scheduled = start > 0 and any(every and start % every == 0 for every in (s.log_every, s.eval_every))
     metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < start + scheduled))
     return metrics
 
@@ -269,7 +268,7 @@ def main(argv):
         raise hdm.UserError(f"--resume: no checkpoint in {out_dir}; leave it out to start a run there")
     if existing and not s.resume:
         raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
-    s.resume = existing[-1] if s.resume is True else s.resume
+    s.resume = str(existing[-1]) if s.resume is True else s.resume
     train_paths, held_paths = list_samples(s.data, s.validation)
 
     # The frozen encoders, the model, its average, the optimiser
