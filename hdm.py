@@ -501,7 +501,7 @@ def parameter_groups(model):
     return [dict(params=parameters, fan_in=fan_in) for fan_in, parameters in groups.items()]
 
 
-# ---- Samplers: functions of v(x, t), x and the times; guidance makes v from the model 
+# ---- Samplers: functions of v(x, t), x and the times; guidance makes v from the model --------------------
 
 def sampling_times(steps, shift=1.0):
     """(steps + 1,) float32 times from 1 to 0; with shift 1 in equal steps."""
@@ -755,6 +755,8 @@ class TextEncoder:
         import transformers                                  # takes seconds, and not all commands need it
         transformers.utils.logging.disable_progress_bar()
         dtype = pick_dtype("auto", device) if dtype is None else dtype
+        if looks_local(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
+            raise UserError(f"text encoder {path_or_hub_id}: no such folder")
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_hub_id)
             model = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype)
@@ -815,8 +817,9 @@ def first_line(error):
 
 
 def looks_local(name):
-    """True for a path, False for what can only be a hub id such as Qwen/Qwen3-0.6B."""
-    return os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    """True for a path, even of something missing; False for what looks like a hub id (Qwen/Qwen3-0.6B)."""
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    return os.path.exists(name) or os.path.isdir(os.path.dirname(name)) or not hub_id
 
 
 def fetch(name, filename, what):
@@ -830,8 +833,8 @@ def fetch(name, filename, what):
     try:
         return Path(huggingface_hub.hf_hub_download(name, filename))
     except Exception as error:                               # its errors have no class in common
-        raise UserError(f"{what} {name}: {filename} is neither in the local cache nor to be downloaded "
-                        f"({type(error).__name__}); put a copy on this machine and name its path") from error
+        raise UserError(f"{what} {name}: no such folder here; as a hub id, its {filename} is neither cached "
+                        f"nor to be had ({type(error).__name__}); name the path of a copy") from error
 
 
 def read_safetensors(path):
@@ -949,12 +952,12 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_safetensors(path)
-    # Small encoders lie in the checkpoint and move with it; so may those beside a published file.
-    beside = {part: str(path.parent / part) for part in ("text_encoder", "vae")
-              if (path.parent / part).is_dir()}
+    def beside(part, recorded):                              # small encoders move with their checkpoint
+        return str(path.parent / part) if (path.parent / part).is_dir() else recorded
     if "hdm" in metadata:                                    # ours: the settings stand in the header
-        settings = json.loads(metadata["hdm"]) | beside
+        settings = json.loads(metadata["hdm"])
         settings["config"] = XUTConfig(**settings["config"])
+        settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
         vae = load_vae(settings["vae"], device, dtype) if settings["vae"] else None
     else:
         weights = {name[11:]: value for name, value in tensors.items() if name.startswith("unet.model.")}
@@ -962,12 +965,13 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
             raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a "
                             f"published one (no unet.model.*); it holds {', '.join(list(tensors)[:3])}, ...")
         settings = dict(config=config_from_tensors(weights, path), text_encoder=TEXT_ENCODER, text_length=512,
-                        vae=str(path), image_size=1024, step=0, images=0, **SAMPLING) | beside
+                        vae=str(path), image_size=1024, step=0, images=0, **SAMPLING)
         vae_weights = {name[4:]: value for name, value in tensors.items() if name.startswith("vae.")}
         names = dict(latents_mean="vae_mean", latents_std="vae_std")                  # (1, C, 1, 1) each
         numbers = {name: tensors[key].flatten().tolist() for name, key in names.items() if key in tensors}
         vae = vae_from_tensors(vae_weights, path, device, dtype, **numbers) if vae_weights else None
         tensors = weights
+    settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
     return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
 
 

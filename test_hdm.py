@@ -959,9 +959,11 @@ def same(a, b):
 
 
 def checkpoint(path):
-    """Everything that a checkpoint holds."""
+    """Everything that a checkpoint holds, but the seconds since its last line of metrics."""
     files = {name: load_file(path / name) for name in ("model.safetensors", "ema.safetensors")}
-    return files | {"train.pt": torch.load(path / "train.pt", weights_only=True)}
+    state = torch.load(path / "train.pt", weights_only=True)
+    state.pop("seconds")
+    return files | {"train.pt": state}
 
 
 def content(folder):
@@ -1052,10 +1054,10 @@ def test_accumulated_micro_steps_are_one_large_step(place, tmp_path):
 def test_the_gradient_is_clipped_to_its_global_norm(clip, place, tmp_path):
     train_tiny(place, tmp_path, clip=clip, max_steps=1, log_every=1)
     state = checkpoint(tmp_path / "ckpt_00000001")["train.pt"]["optimizer"]["state"]
-    first = torch.cat([each["exp_avg"].flatten() for each in state.values()]) / (1 - 0.9)  # after one step: the gradient
+    gradient = torch.cat([each["exp_avg"].flatten() for each in state.values()]) / (1 - 0.9)
     norm = metrics(tmp_path)[1]["grad_norm"]                 # logged before it is clipped
     assert norm > 0.1
-    assert first.norm().item() == pytest.approx(min(clip, norm), rel=1e-3)
+    assert gradient.norm().item() == pytest.approx(min(clip, norm), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -1124,8 +1126,9 @@ def test_lr_warms_up_linearly_and_ends_at_one_percent():
 def stream(folder, training=True, pos="long_side", **settings):
     """The samples that train.py would read from a folder of pictures."""
     s = SimpleNamespace(**TINY | dict(seed=0, t_shift=1.0, mask_padding=False) | settings)
-    config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=3, pos=pos)
-    return train.Samples(train.list_samples(folder, 0.0)[0], s, config, 1, training)
+    channels, factor = (4, 2) if s.vae else (3, 1)
+    config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
+    return train.Samples(train.list_samples(folder, 0.0)[0], s, config, factor, training)
 
 
 @pytest.mark.parametrize("size", [(24, 16), (16, 24), (16, 16)])
@@ -1195,8 +1198,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_name(place):
 
 
 def test_a_step_reads_what_the_samples_drew(place, te):
-    samples = stream(place / "data", vae="a VAE", image_size=16)
-    samples.factor, vae = 2, tiny_vae(**STATISTICS)
+    samples, vae = stream(place / "data", vae="a VAE"), tiny_vae(**STATISTICS)
     batch = default_collate([samples[i] for i in range(4)])
     inputs = train.loss_inputs(batch, vae, te, samples.s, "cpu")
     assert all(same(inputs[name], batch[name]) for name in ("pos", "t", "noise", "keep"))
@@ -1205,7 +1207,7 @@ def test_a_step_reads_what_the_samples_drew(place, te):
     assert torch.equal(inputs["x0"], vae.encode(images, sample=True, noise=batch["vae_noise"]))
     assert torch.equal(train.loss_inputs(batch, None, te, samples.s, "cpu")["x0"], images)
     ctx, mask = te(batch["caption"], pad_to=8)
-    assert torch.equal(inputs["ctx"], ctx) and inputs["ctx_mask"] is None             # pads are ordinary tokens
+    assert torch.equal(inputs["ctx"], ctx) and inputs["ctx_mask"] is None             # pads are tokens
     samples.s.mask_padding = True
     assert torch.equal(train.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"], mask)
 
@@ -1281,7 +1283,7 @@ def test_an_out_dir_with_checkpoints_is_never_touched(trained, place):
 # ---- sample.py -------------------------------------------------------------------------------------------
 
 def test_a_published_file_draws_through_the_command_line(published, te_folder, tmp_path):
-    done = command("sample.py", f"--ckpt={published}", f"--text_encoder={te_folder}", "--prompt", "red circle",
+    done = command("sample.py", f"--ckpt={published}", f"--text_encoder={te_folder}", "--prompt=red circle",
                    "--seed=3", "--width=24", "--height=16", "--steps=2", "--out=new/folder", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     drawn = np.asarray(Image.open(tmp_path / "new" / "folder" / "00000-3.png")).astype(int)
