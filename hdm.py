@@ -102,8 +102,8 @@ class PreNorm(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
-    def forward(self, x):
-        return self.norm(x)
+    def forward(self, x):                                    # under autocast x is 16 bit, the weight is not
+        return F.rms_norm(x, x.shape[-1:], self.norm.weight.to(x.dtype), self.norm.eps)
 
 
 class SwiGLU(nn.Module):
