@@ -1066,7 +1066,7 @@ def setting_value(where, value, kind):
         for parse in (int, float):                           # int first: exact, however long
             with contextlib.suppress(ValueError):
                 number = parse(str(value))
-                if math.isfinite(number) and number == kind(number):
+                if abs(number) < 2 ** 63 and number == kind(number):                  # nan and inf are not
                     return kind(number)
     expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
     raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")

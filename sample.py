@@ -44,7 +44,7 @@ def read_prompts(s):
     if s.prompts:
         if not Path(s.prompts).is_file():
             raise hdm.UserError(f"--prompts={s.prompts}: no such file (one prompt a line)")
-        prompts += Path(s.prompts).read_text(encoding="utf-8").splitlines()
+        prompts += filter(str.strip, Path(s.prompts).read_text(encoding="utf-8").splitlines())
     if not prompts:
         raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
     return prompts

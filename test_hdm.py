@@ -881,10 +881,12 @@ def test_wrong_lines_of_a_config_are_named(tmp_path, text, words):
     assert all(word in message for word in [str(tmp_path / "config.py"), *words])
 
 
-@pytest.mark.parametrize("main, classes", [(train.main, train.CLASSES), (sample.main, [sample.Sampling])])
-def test_help_shows_every_setting_with_its_default_and_comment(main, classes, capsys):
+@pytest.mark.parametrize("main, argv, classes", [
+    (train.main, [], train.CLASSES), (sample.main, [], [sample.Sampling]),
+    (prepare.main, ["demo"], [prepare.DemoSettings]), (prepare.main, ["judge"], [prepare.JudgeSettings])])
+def test_help_shows_every_setting_with_its_default_and_comment(main, argv, classes, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["--help"])
+        main([*argv, "--help"])
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     for field in (field for cls in classes for field in dataclasses.fields(cls)):
@@ -910,7 +912,7 @@ def write_picture(path, size, i):
     if i % 4:
         Image.fromarray(pixels[..., :3]).save(path.with_suffix(".png"))
     else:
-        Image.fromarray(pixels, "RGBA").save(path.with_suffix(".webp"), lossless=True)
+        Image.fromarray(pixels).save(path.with_suffix(".webp"), lossless=True)
     caption = f"{WORDS[3 + i % 4]} {WORDS[7 + i % 3]} {i} ||| on navy $$ large %% with pink"
     path.with_suffix(".txt").write_text(caption + "\n")
 
@@ -995,7 +997,7 @@ def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
     _, vae, settings = hdm.load_model(trained)
     assert vae is None
     assert [settings[name] for name in ("step", "images", "text_length", "image_size")] == [6, 48, 8, 16]
-    assert settings["config"] == hdm.XUTConfig(**{name: value for name, value in record["config"].items()})
+    assert settings["config"] == hdm.XUTConfig(**record["config"])
 
 
 @pytest.mark.parametrize("workers, cut", [(0, 3), (2, 3), (0, 2)])
@@ -1026,6 +1028,23 @@ def test_a_run_killed_between_two_lines_of_metrics_goes_on_bitwise(trained, plac
 def test_resume_takes_a_checkpoints_path(trained, place, tmp_path):
     train_tiny(place, tmp_path, resume=trained / "ckpt_00000005")
     assert same(checkpoint(tmp_path / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+
+
+def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place):
+    """And of fixed pictures, prompts, noise and seeds, so that lines and grids of a run compare."""
+    model, _, settings = hdm.load_model(trained)
+    te = hdm.load_text_encoder(settings)
+    paths = train.list_samples(place / "data", TINY["validation"])[1]
+    held = stream(place / "data", training=False)
+    held.names, held.paths = list(paths), list(paths.values())
+    batch = default_collate([held[i] for i in range(len(held))])
+    with torch.no_grad():
+        loss = hdm.flow_loss(model, **train.loss_inputs(batch, None, te, held.s, "cpu"))
+    assert metrics(trained)[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    prompts = [held.caption(i) for i in range(len(held))]
+    images = sample.generate(model, None, te, prompts, range(len(held)), settings)
+    expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
+    assert abs(np.asarray(Image.open(trained / "samples" / "00000006.png")) - expected).max() <= 1
 
 
 def test_a_run_begun_anew_begins_its_log_anew(place, tmp_path):
@@ -1442,7 +1461,6 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("train.py @tiny.py --init_from=nowhere", "nowhere"),
     ("train.py @tiny.py --init_from=@published.safetensors", "@published.safetensors"),
     ("train.py @tiny.py --init_from=@cut.safetensors", "@cut.safetensors"),
-    ("train.py @tiny.py --preview_prompts=nowhere", "nowhere"),
     ("sample.py", "--prompt --prompts"),
     ("sample.py a red circle", "a red circle"),
     ("sample.py --prompt", "--prompt"),

@@ -7,9 +7,8 @@
 
 In order: settings; data; schedule, checkpoints, log; the model; main, a flat loop.
 
-Every random choice of training (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) is a function
-of (seed, epoch, sample), drawn on the CPU: a run does not depend on the number of loader workers, and to
-resume it needs no generator's state.
+All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
+epoch, sample), drawn on the CPU: the number of workers changes nothing, resuming needs no generator's state.
 """
 import copy
 import dataclasses
@@ -242,14 +241,15 @@ def open_log(out_dir, s, config, start):
 
 def build_model(s, given, vae, te, device):
     """-> XUT in float32 from --resume, --init_from or the preset, and the step to start at."""
-    given = {name: given[name] for name in given if name in hdm.XUTConfig.__dataclass_fields__}
+    preset = dataclasses.asdict(hdm.PRESETS[s.preset])
+    explicit = {name: given[name] for name in given if name in preset}
     encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=te.dim)
     source = s.resume or s.init_from
     if source:
         model, _, settings = hdm.load_model(source, device, ema=not s.resume)
     else:                                                    # the encoders' two numbers win over the preset's
-        model = hdm.XUT(dataclasses.replace(hdm.PRESETS[s.preset], **encoders | given)).to(device)
-    for name, value in (given | encoders).items():
+        model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
+    for name, value in ((preset if "preset" in given else {}) | explicit | encoders).items():
         if getattr(model.config, name) != value:
             raise hdm.UserError(f"{name}: {source or 'the config'} says {getattr(model.config, name)}, the "
                                 f"{'encoders say' if name in encoders else 'command says'} {value}")
