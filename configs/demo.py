@@ -18,7 +18,7 @@ pre_blocks = 1
 post_blocks = 1
 patch_size = 4
 
-images = 40_000
+images = 50_000
 batch_size = 32
 global_batch = 32
 lr = 0.5
@@ -26,7 +26,6 @@ warmup = 100
 tread_rate = 0.0
 t_shift = 4.0
 ema = 0.998
-sample_cfg = 4.0
 
 compile = False
 workers = 0
