@@ -10,7 +10,7 @@ matching; samplers; VAE; text encoder and captions; weights in and out; plumbing
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
   2. the blocks form a U, and the decoder reads the encoder through cross-attention, not by concatenation;
-  3. one AdaLN for all blocks (three small MLPs), not one for each block;
+  3. one AdaLN for all blocks (three MLPs), not one for each block;
   4. every sub-layer restarts the residual stream from its modulated input (residual="normed");
   5. RoPE over two axes with learned frequencies; a crop keeps the positions that it had in the whole image;
   6. in training a random half of the image tokens skips the U (TREAD).
@@ -77,9 +77,10 @@ class XUTConfig:
         if self.head_dim % 4:
             raise UserError(f"head_dim={self.head_dim}: a multiple of 4 (RoPE turns pairs, for two axes)")
         for name in ("dim", "ctx_dim", "mlp_dim", "depth", "enc_blocks", "dec_blocks", "patch_size",
-                     "in_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: at least 1")
+                     "in_channels", "pre_blocks", "post_blocks"):
+            least = 0 if name in ("pre_blocks", "post_blocks") else 1
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: at least {least}")
         for name, known in dict(skips=("last", "mirror"), residual=("normed", "raw"),
                                 pos=("long_side", "unit_area")).items():
             if getattr(self, name) not in known:
@@ -102,7 +103,7 @@ class PreNorm(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
-    def forward(self, x):                                    # under autocast x is 16 bit, the weight is not
+    def forward(self, x):                                # under autocast x may be 16 bit, not the weight
         return F.rms_norm(x, x.shape[-1:], self.norm.weight.to(x.dtype), self.norm.eps)
 
 
@@ -748,7 +749,7 @@ class TextEncoder:
     """A frozen Hugging Face causal LM: its last hidden state, after the final norm, is what XUT reads.
 
     path_or_hub_id goes to AutoTokenizer and AutoModel (the decoder body, no head): any of them will do. Texts
-    are cut at max_length tokens. dtype None: float32 on a CPU, else 16 bit.
+    are cut at max_length tokens. dtype None: 16 bit on CUDA, else float32.
     """
 
     def __init__(self, path_or_hub_id, max_length=256, device="cpu", dtype=None):
@@ -801,7 +802,7 @@ def parse_caption(text, rng=None, drop_tag=0.25, drop_group=0.3):
         for part in (groups, *groups):
             rng.shuffle(part)
     tags = head.split("$$") + [tag for group in groups for tag in group]
-    return ", ".join(tag.strip() for tag in tags if tag.strip())
+    return ", ".join(" ".join(tag.split()) for tag in tags if tag.strip())
 
 
 # ---- Weights in and out ----------------------------------------------------------------------------------
@@ -861,7 +862,9 @@ def load_strict(build, tensors, path, device, dtype):
         raise UserError(f"{path} does not fit {type(module).__name__}: " + "; ".join(
             f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             for kind, names in wrong.items() if names))
-    tensors = {name: value.to(device, dtype) for name, value in tensors.items()}
+    # RoPE's log frequencies stay float32: rounded to bf16 they alone turn far tokens by 0.2 rad.
+    tensors = {name: value.to(device, torch.float32 if name.endswith("rope.freqs") else dtype)
+               for name, value in tensors.items()}
     if "time_emb.freqs" in tensors:                          # by formula: the file's may be rounded to fp16
         tensors["time_emb.freqs"] = time_frequencies(2 * want["time_emb.freqs"][1]).to(device)
     module.load_state_dict(tensors, strict=True, assign=True)
@@ -910,7 +913,8 @@ def vae_dtype(dtype, device):
     """The VAE's type beside a model in dtype: never float16, where SDXL-type VAEs overflow and draw black."""
     if dtype != torch.float16:
         return dtype
-    return torch.bfloat16 if "cuda" in str(device) and torch.cuda.is_bf16_supported() else torch.float32
+    best = pick_dtype("auto", device)
+    return torch.float32 if best == torch.float16 else best
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
@@ -1031,7 +1035,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """"auto": float32 on a CPU, else bfloat16 where the device has it, else float16."""
+    """"auto": on CUDA bfloat16 where the device has it, else float16; elsewhere float32."""
     known = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
     if name in known:
         return known[name]
@@ -1039,7 +1043,7 @@ def pick_dtype(name, device):
         raise UserError(f"--dtype={name}: one of auto, {', '.join(known)}")
     if "cuda" not in str(device):
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def setting_types(classes):
@@ -1103,7 +1107,7 @@ def parse_args(argv, classes, positionals=(), doc=""):
         kind, following = types[name], rest[0] if rest else "--"
         if not equals and kind is bool and following.lower() not in ("true", "false"):
             value = True
-        elif not equals and following.startswith("--"):
+        elif not equals and (following.startswith("--") or kind == bool | str and following.endswith(".py")):
             if kind != bool | str:
                 raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
             value = True

@@ -36,7 +36,7 @@ class Sampling:
     ema: bool = True               # the averaged weights, where the checkpoint has them
     text_encoder: str = ""         # another place of the text encoder; "": where the checkpoint says
     device: str = "auto"           # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"            # float32, bfloat16, float16; auto: float32 on a CPU, else 16 bit
+    dtype: str = "auto"            # float32, bfloat16, float16; auto: 16 bit on CUDA, else float32
 
 
 def read_prompts(s):

@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,14 +35,14 @@ from sample import generate, image_grid
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     out_dir: str = "out/run"       # checkpoints, metrics.jsonl, run.json and samples/ go here
     init_from: str = ""            # weights to start from: a run, a checkpoint, a published file, a hub id
     resume: bool | str = False     # bare: go on from the newest checkpoint of out_dir; or a checkpoint's path
     seed: int = 0                  # of everything random
     device: str = "auto"           # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"            # float32, or autocast to bfloat16 or float16; auto: 16 bit except on a CPU
+    dtype: str = "auto"            # float32, or autocast to bfloat16 or float16; auto: 16 bit on CUDA
     compile: bool = True           # torch.compile, where a compiler is found
     workers: int = 4               # loader processes; 0: the main process loads
     max_steps: int = 0             # stop early at this step, the schedule unchanged; 0: at the stage's end
@@ -54,7 +53,7 @@ class Run:
     keep_ckpts: int = 3            # how many of the newest checkpoints stay; 0: all
 
 
-@dataclass
+@dataclasses.dataclass
 class Data:
     data: str = "data/train"       # folder, of any depth, of images with same-named .txt captions
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id; "": train on pixels
@@ -66,7 +65,7 @@ class Data:
     validation: float = 0.02       # share of the pictures held out, by a hash of their name
 
 
-@dataclass
+@dataclasses.dataclass
 class Optim:
     preset: str = "base"           # small, base or large: an XUTConfig, which the settings below change
     images: int = 152_500_000      # the stage's length in images seen (published at 256 px: 20 x 7.624M)
@@ -126,7 +125,7 @@ def list_samples(data, validation):
     images = [path for path in sorted(Path(data).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     paths = {path.relative_to(data).as_posix(): path for path in images if path.with_suffix(".txt").is_file()}
     train = {name: path for name, path in paths.items() if name_hash(name) >= validation}
-    held = sorted(paths.keys() - train.keys(), key=name_hash)[:512]                   # enough for 3 digits
+    held = sorted(paths.keys() - train.keys(), key=name_hash)[:512]                   # the rest stays unseen
     if not train:
         raise hdm.UserError(f"--data={data}: {len(images)} images ({' '.join(IMAGE_SUFFIXES)}), {len(paths)} "
                             f"with a same-named .txt, none left to train on by --validation={validation}")
@@ -138,8 +137,8 @@ def list_samples(data, validation):
 class Samples(Dataset):
     """Item i of the endless training stream, or of the held-out set: what the loss of one image needs.
 
-    Training: epoch i // n, each in an order of its own, and a random square crop. Held out: centre crop, all
-    tags, t and noise that are the sample's own; no dropout, no TREAD.
+    Training: epoch i // n in an order of its own, a random square crop. Held out: centre crop, all tags,
+    fixed t and noise, no dropout, no TREAD.
     """
 
     def __init__(self, paths, s, config, factor, training):
@@ -225,8 +224,7 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep):
 
 def open_log(out_dir, s, config, start):
     """run.json and metrics.jsonl, less the lines that a resumed run writes again or, uncut, never had."""
-    git = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip() if shutil.which("git") else ""
+    commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     record = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
                   versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
     (out_dir / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -236,8 +234,6 @@ def open_log(out_dir, s, config, start):
     metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < start + scheduled))
     return metrics
 
-
-# ---- Main ------------------------------------------------------------------------------------------------
 
 def build_model(s, given, vae, te, device):
     """-> XUT in float32 from --resume, --init_from or the preset, and the step to start at."""
@@ -268,34 +264,39 @@ def main(argv):
         raise hdm.UserError(f"--resume: no checkpoint in {out_dir}; leave it out to start a run there")
     if existing and not s.resume:
         raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
-    s.resume = str(existing[-1]) if s.resume is True else s.resume
+    if s.resume:                                             # a run: its newest checkpoint
+        s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
     train_paths, held_paths = list_samples(s.data, s.validation)
 
     # The frozen encoders, the model, its average, the optimiser
-    te = hdm.TextEncoder(s.text_encoder, s.text_length, device)
+    te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
     torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
     model, start = build_model(s, given, vae, te, device)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else None
-    optimizer = torch.optim.AdamW(hdm.parameter_groups(model), betas=(s.beta1, s.beta2), fused=kind != "mps",
-                                  weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(hdm.parameter_groups(model), fused=kind != "mps")
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     norm, loss_sum, loss_steps, seconds = None, torch.zeros((), device=device), 0, 0.0
     if s.resume:
         state = torch.load(Path(s.resume) / "train.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())                # empty: was not fp16
         loss_sum, loss_steps, seconds = state["loss_sum"], state["loss_steps"], state["seconds"]
         if ema is not None:
-            ema.load_state_dict(hdm.load_model(s.resume, device)[0].state_dict())
+            ema.load_state_dict(hdm.read_safetensors(hdm.find_weights(s.resume, ema=True))[0])
+    for group in optimizer.param_groups:                     # a resumed run's, too, are the command's
+        group.update(betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
     # The plan
-    factor = vae.factor if vae is not None else 1
-    samples = Samples(train_paths, s, model.config, factor, training=True)
-    held = Samples(held_paths, s, model.config, factor, training=False)
+    samples = Samples(train_paths, s, model.config, vae.factor if vae else 1, training=True)
+    held = Samples(held_paths, s, model.config, samples.factor, training=False)
     prompts = [(held or samples).caption(i) for i in range(min(8, len(held or samples)))]
     micro_steps, total = s.global_batch // s.batch_size, math.ceil(s.images / s.global_batch)
     last = min(total, s.max_steps) if s.max_steps else total
+    if start >= last:
+        raise hdm.UserError(f"--resume={s.resume}: at step {start} of {last}, so there is nothing to do")
+    if s.resume and existing and int(existing[-1].name[5:]) > start:
+        raise hdm.UserError(f"--out_dir={out_dir} holds the newer {existing[-1].name}; name another out_dir")
     settings = dict(config=model.config, text_encoder=s.text_encoder, text_length=s.text_length, vae=s.vae,
                     image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg, t_shift=s.t_shift)
     for name in ("text_encoder", "vae"):                     # a folder by its full path, a hub id as it is
@@ -309,8 +310,7 @@ def main(argv):
     batches = iter(DataLoader(samples, s.batch_size, sampler=stream, num_workers=s.workers))
     network = model
     if s.compile:
-        known = ("gcc", "clang", "cl") if kind == "cuda" else (os.environ.get("CXX", "g++"), "clang++", "cl")
-        found = next(filter(shutil.which, known), None)
+        found = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang++", "cl")), None)
         print(f"compile: by {found}" if found else "compile: no compiler found, running eagerly")
         torch._dynamo.config.suppress_errors = True          # what fails to compile is told, and run eagerly
         network = torch.compile(model) if found else model
