@@ -762,6 +762,13 @@ def one_line(call, *arguments):
     return str(caught.value)
 
 
+def test_half_precision_keeps_rope_frequencies_exact(published):
+    single, half = (dict(hdm.load_model(published, dtype=dtype)[0].named_parameters())
+                    for dtype in (torch.float32, torch.bfloat16))
+    names = [name for name in single if name.endswith("rope.freqs")]
+    assert names and all(torch.equal(single[name], half[name]) for name in names)
+
+
 def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path):
     path = tmp_path / "file.safetensors"
     tensors = published_tensors()
@@ -1045,6 +1052,24 @@ def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place):
     images = sample.generate(model, None, te, prompts, range(len(held)), settings)
     expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
     assert abs(np.asarray(Image.open(trained / "samples" / "00000006.png")) - expected).max() <= 1
+
+
+def test_resuming_what_is_finished_or_overtaken_is_refused_and_touches_nothing(trained, place, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(hdm.UserError, match="nothing to do"):
+        train_tiny(place, run, resume=True)
+    with pytest.raises(hdm.UserError, match="newer ckpt_00000006"):
+        train_tiny(place, run, resume=run / "ckpt_00000004")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_resumed_run_takes_betas_and_decay_from_the_command(trained, place, tmp_path):
+    start = trained / "ckpt_00000004"
+    train_tiny(place, tmp_path / "run", resume=start, max_steps=5, beta2=0.5, weight_decay=0.3)
+    state = torch.load(tmp_path / "run" / "ckpt_00000005" / "train.pt", weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    assert {(tuple(group["betas"]), group["weight_decay"]) for group in groups} == {((0.9, 0.5), 0.3)}
 
 
 def test_a_run_begun_anew_begins_its_log_anew(place, tmp_path):
