@@ -30,16 +30,21 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import sys
+import traceback
 import typing
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(Exception):
@@ -292,6 +297,7 @@ class Block(nn.Module):
             self.xattn_pre_norm = PreNorm(config.dim)
         self.mlp = SwiGLU(config.dim, config.mlp_dim)
         self.mlp_pre_norm = PreNorm(config.dim)
+        self.checkpointing = False       # True: compute again in the backward pass, which saves memory
 
     def sublayer(self, x, norm, mod, f):
         scale1, shift, gate1 = mod
@@ -302,6 +308,11 @@ class Block(nn.Module):
 
     def forward(self, x, pos, mods, mask=None, skip=None):
         """x, skip (B, S, D); pos (B or 1, S, 2); mods: the AdaLNs' outputs; mask (B, 1, 1, S) or None."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, pos, mods, mask, skip, use_reentrant=False)
+        return self.compute(x, pos, mods, mask, skip)
+
+    def compute(self, x, pos, mods, mask, skip):
         attn_mod, xattn_mod, mlp_mod = mods
         x = self.sublayer(x, self.attn_pre_norm, attn_mod, lambda m: self.attn(m, pos, mask))
         if skip is not None:
@@ -717,8 +728,9 @@ class VAE(nn.Module):
     def moments(self, images):
         """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalised."""
         weight = self.quant_conv.weight
-        out = self.quant_conv(self.encoder(images.to(weight.dtype))).float()
-        mean, logvar = out.chunk(2, dim=1)
+        with torch.autocast(weight.device.type, enabled=False):                       # float16 overflows here
+            out = self.quant_conv(self.encoder(images.to(weight.dtype)))
+        mean, logvar = out.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images, sample=False, generator=None, noise=None):
@@ -738,8 +750,9 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Normalised latents -> images, float32, not clamped."""
         mean, std = self.statistics(latents)
-        z = (latents * std + mean).to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(z)).float()
+        weight = self.post_quant_conv.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.decoder(self.post_quant_conv((latents * std + mean).to(weight.dtype))).float()
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------
@@ -757,12 +770,17 @@ class TextEncoder:
         dtype = pick_dtype("auto", device) if dtype is None else dtype
         if looks_local(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
             raise UserError(f"text encoder {path_or_hub_id}: no such folder")
+        beside = Path(path_or_hub_id).with_name("tokenizer")                          # as diffusers has it
+        split = beside.is_dir() and not any(Path(path_or_hub_id).glob("tokenizer*"))
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path_or_hub_id)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(beside if split else path_or_hub_id)
             model = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype)
         except (OSError, ValueError) as error:               # no such folder, offline, or not a model's
             raise UserError(f"text encoder {path_or_hub_id}: cannot be loaded ({first_line(error)}); give "
                             f"--text_encoder a folder that holds a causal LM and its tokenizer") from error
+        longest = getattr(model.config, "max_position_embeddings", max_length)
+        if max_length > longest:
+            raise UserError(f"text_length={max_length}: {path_or_hub_id} reads at most {longest} tokens")
         self.model = model.to(device).eval().requires_grad_(False)
         self.max_length = max_length
         self.dim = model.config.hidden_size
@@ -837,14 +855,62 @@ def fetch(name, filename, what):
                         f"nor to be had ({type(error).__name__}); name the path of a copy") from error
 
 
-def read_safetensors(path):
-    """-> {name: tensor on the CPU, as stored}, {metadata}"""
-    import safetensors
+class Inert:
+    """What a pickled file's classes become: anything may be done to one, and nothing happens."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def nothing(self, *args, **kwargs):
+        return self
+    __call__ = __getattr__ = __setitem__ = nothing
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Unpickles tensors in plain containers; nothing else that the file names is imported, or can run."""
+
+    def find_class(self, module, name):
+        known = {"OrderedDict": OrderedDict, "_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+                 "_rebuild_parameter": torch._utils._rebuild_parameter}
+        return known.get(name, Inert) if module in ("collections", "torch._utils") else Inert
+
+
+def read_pickled(path):
+    """The tensors of an old checkpoint written by torch.save, Lightning's `state_dict` or a plain dict."""
+    inert = SimpleNamespace(Unpickler=InertUnpickler)
+    inert.load = lambda file, **how: InertUnpickler(file, **how).load()
     try:
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
+        content = content.get("state_dict", content)
+        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        assert tensors, "no tensors by name, neither under state_dict nor directly"
+    except Exception as error:                               # a broken pickle can raise anything
+        raise UserError(f"{path}: not a complete checkpoint of torch.save ({first_line(error)})") from error
+    return tensors
+
+
+def read_tensors(path):
+    """-> {name: tensor on the CPU, as stored}, {metadata} of a safetensors file, an index.json of several, or
+    an old pickled checkpoint, told apart by what is in it."""
+    import safetensors
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if path.name.endswith(".index.json"):
+            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            parts = [read_tensors(path.with_name(name))[0] for name in sorted(set(names))]
+            return {name: value for part in parts for name, value in part.items()}, {}
+        if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:] != b"{":
+            return read_pickled(path), {}
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({first_line(error)})") from error
+
+
+def part_of(tensors, prefix):
+    return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def load_strict(build, tensors, path, device, dtype):
@@ -896,6 +962,14 @@ def config_from_tensors(tensors, path):
 
 def vae_from_tensors(tensors, path, device, dtype, **statistics):
     """A VAE, its widths and layers read from names and shapes; statistics: VAE's normalisation arguments."""
+    if inner := part_of(tensors, "vae."):
+        keys = dict(latents_mean="vae_mean", latents_std="vae_std")                   # (1, C, 1, 1) each
+        statistics |= {name: tensors[key].flatten().tolist() for name, key in keys.items() if key in tensors}
+        tensors = inner
+    for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
+        tensors = {name.replace(f"attentions.0.{old}.", f"attentions.0.{new}."):      # older files: 1x1 convs
+                   value.flatten(1) if f"attentions.0.{old}.w" in name else value
+                   for name, value in tensors.items()}
     name, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.weight", [], 0
     while name.format(len(widths), 0) in tensors:
         widths.append(tensors[name.format(len(widths), 0)].shape[0])
@@ -917,16 +991,22 @@ def vae_dtype(dtype, device):
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
-    """A VAE from a folder or hub repository in the diffusers layout: config.json and one safetensors file."""
-    config_file = fetch(path_or_hub_id, "config.json", "vae")
-    tensors, _ = read_safetensors(fetch(path_or_hub_id, "diffusion_pytorch_model.safetensors", "vae"))
+    """A VAE in the diffusers layout: a folder or hub repository with config.json and safetensors, a folder
+    that holds one as vae/, or a file (with a config.json beside it, where its latents are normalised)."""
+    path, stem = Path(path_or_hub_id), "diffusion_pytorch_model"
+    if path.is_file():
+        weights, config_file = path, path.with_name("config.json")
+    else:
+        name = str(path / "vae") if (path / "vae").is_dir() else path_or_hub_id
+        config_file = fetch(name, "config.json", "vae")
+        weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{config_file}: not a json file ({first_line(error)})") from error
     names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
     given = {name: config[name] for name in names if config.get(name) is not None}
-    return vae_from_tensors(tensors, path_or_hub_id, device, dtype, **given)
+    return vae_from_tensors(read_tensors(weights)[0], weights, device, dtype, **given)
 
 
 def list_checkpoints(out_dir):
@@ -934,47 +1014,53 @@ def list_checkpoints(out_dir):
     return sorted(path for path in Path(out_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d{8}", path.name))
 
 
+def weights_in(folder, stem):
+    """folder/stem.safetensors, or the index of its shards, or None."""
+    files = Path(folder, stem + ".safetensors"), Path(folder, stem + ".safetensors.index.json")
+    return next(filter(Path.is_file, files), None)
+
+
 def find_weights(name, ema):
-    """A run's folder, one checkpoint, a file or a hub id -> the safetensors file to read."""
+    """A run's folder, one checkpoint, a diffusers-style folder, a file or a hub id -> the file to read."""
     if not looks_local(name):
         if name == RELEASED:
             print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
         return fetch(name, RELEASED_FILE, "checkpoint")
     path = (list_checkpoints(name) or [Path(name)])[-1]
-    for file in (path, path / "ema.safetensors", path / "model.safetensors"):
-        if file.is_file() and (ema or file.name != "ema.safetensors" or file == path):
-            return file
-    raise UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or ckpt_*")
+    file = (path if path.is_file() else ema and weights_in(path, "ema") or weights_in(path, "model")
+            or weights_in(path / "transformer", "diffusion_pytorch_model"))
+    if not file:
+        raise UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or ckpt_*")
+    return file
 
 
-def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True):
-    """-> (XUT, VAE or None, settings) from our checkpoints or from the published single-file layout.
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
+    """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
     settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and
     for sampling steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
     """
     path = find_weights(path_or_hub_id, ema)
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_tensors(path)
+    folder = path.parents[path.parent.name == "transformer"]
     def beside(part, recorded):                              # small encoders move with their checkpoint
-        return str(path.parent / part) if (path.parent / part).is_dir() else recorded
+        known = "hdm" in metadata or path.parent.name == "transformer"
+        return str(folder / part) if known and (folder / part).is_dir() else recorded
     if "hdm" in metadata:                                    # ours: the settings stand in the header
         settings = json.loads(metadata["hdm"])
         settings["config"] = XUTConfig(**settings["config"])
         settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
-        vae = load_vae(settings["vae"], device, dtype) if settings["vae"] else None
-    else:
-        weights = {name[11:]: value for name, value in tensors.items() if name.startswith("unet.model.")}
-        if not weights:
+    else:                                                    # a published file, Lightning's, diffusers', bare
+        own = str(path) if part_of(tensors, "vae.") else ""
+        prefixes = [start for start in ("unet.model.", "model.", "") if f"{start}ctx_proj.weight" in tensors]
+        if not prefixes:
             raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a "
                             f"published one (no unet.model.*); it holds {', '.join(list(tensors)[:3])}, ...")
-        settings = dict(config=config_from_tensors(weights, path), text_encoder=TEXT_ENCODER, text_length=512,
-                        vae=str(path), image_size=1024, step=0, images=0, **SAMPLING)
-        vae_weights = {name[4:]: value for name, value in tensors.items() if name.startswith("vae.")}
-        names = dict(latents_mean="vae_mean", latents_std="vae_std")                  # (1, C, 1, 1) each
-        numbers = {name: tensors[key].flatten().tolist() for name, key in names.items() if key in tensors}
-        vae = vae_from_tensors(vae_weights, path, device, dtype, **numbers) if vae_weights else None
-        tensors = weights
+        tensors = part_of(tensors, prefixes[0])
+        settings = dict(config=config_from_tensors(tensors, path), text_encoder=TEXT_ENCODER, text_length=512,
+                        vae=own or beside("vae", ""), image_size=1024, step=0, images=0, **SAMPLING)
     settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
+    vae = load_vae(settings["vae"], device, dtype) if settings["vae"] and with_vae else None
     return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
 
 
@@ -1138,10 +1224,33 @@ def read_config(path, classes):
     return values
 
 
+def start_ranks():
+    """-> rank, ranks. Under torchrun (it sets RANK) joins its processes, each on its own GPU; else 0, 1."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.distributed.init_process_group()                   # gloo for CPU tensors, NCCL for those on CUDA
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")                   # one process speaks
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def run(main):
     """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (Exception, KeyboardInterrupt) as error:
+        code = {KeyboardInterrupt: 130, UserError: 2, ModuleNotFoundError: 2}.get(type(error), 1)
+        if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
+            error = f"{error}: pip install {error.name}"
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if code == 1 and not together:
+            raise
+        # Of several processes the first to fail tells its error: the others then fail because it is gone.
+        if not together or torch.distributed.distributed_c10d._get_default_store().add("failed", 1) == 1:
+            text = {1: traceback.format_exc(), 2: f"error: {error}", 130: "interrupted"}[code]
+            print(text, file=sys.stderr, flush=True)
+        if together:
+            os._exit(code)                                   # a usual exit would wait for the others
+        sys.exit(code)

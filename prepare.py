@@ -8,7 +8,9 @@ In order: the settings; what the demo shows; its data set; the text encoder; the
 """
 import contextlib
 import functools
+import hashlib
 import itertools
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -182,6 +184,34 @@ def text_encoder(folder, settings):
     with whole_folder(settings.out) as out:
         make_text_encoder(captions, out, vocab_size=settings.vocab, seed=settings.seed)
     print(f"a text encoder for the words of {len(captions)} captions in {settings.out}")
+
+
+# ---- a folder of captioned images --------------------------------------------------------------------------
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def name_hash(name):
+    """A number in [0, 1) that is the sample's own: added data never move a picture across the split."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
+
+
+def list_samples(data, validation):
+    """-> {name (path below data): image path} to train on, and those held out."""
+    if not os.path.isdir(data):
+        raise hdm.UserError(f"--data={data}: no such folder (python prepare.py demo makes data/demo)")
+    images = [path for path in sorted(Path(data).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = {path.relative_to(data).as_posix(): path for path in images if path.with_suffix(".txt").is_file()}
+    train = {name: path for name, path in paths.items() if name_hash(name) >= validation}
+    held = sorted(paths.keys() - train.keys(), key=name_hash)[:512]                   # the rest stays unseen
+    if paths and validation and not held:
+        raise hdm.UserError(f"--validation={validation}: holds out none of {len(paths)} pictures; least is "
+                            f"{math.ceil(1000 * min(map(name_hash, paths))) / 1000}; 0: no held-out loss")
+    if not train:
+        raise hdm.UserError(f"--data={data}: {len(images)} images ({' '.join(IMAGE_SUFFIXES)}), {len(paths)} "
+                            f"with a same-named .txt, none left to train on by --validation={validation}")
+    if len(paths) < len(images):
+        print(f"data: {len(images) - len(paths)} of {len(images)} images are left out: no .txt of their own")
+    return train, {name: paths[name] for name in held}
 
 
 # ---- the judge --------------------------------------------------------------------------------------------

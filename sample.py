@@ -102,6 +102,24 @@ def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=Non
     return np.concatenate(pictures)
 
 
+def gather(thing):
+    """What all processes of torchrun bring, in their order; each waits here for the others."""
+    things = [thing]
+    if torch.distributed.is_initialized():
+        things *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(things, thing)
+    return things
+
+
+def generate_dealt(model, vae, te, prompts, seeds, settings, **how):
+    """generate, with the prompts dealt over the processes: the list of all pictures, on each of them."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    mine = slice(torch.distributed.get_rank() if ranks > 1 else 0, None, ranks)
+    images = generate(model, vae, te, prompts[mine], seeds[mine], settings, **how) if prompts[mine] else []
+    parts = gather(images)
+    return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
+
+
 def main(argv):
     _, values = hdm.parse_args(argv, [Sampling], doc=__doc__)
     s = Sampling(**values)

@@ -951,9 +951,10 @@ def train_tiny(place, out, **settings):
 
 
 def metrics(out):
-    """The lines of metrics.jsonl without their speed, which no two runs share."""
+    """The lines of metrics.jsonl without their speed and memory, which no two runs share."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+    own = ("images_per_s", "data_s", "memory_gb")
+    return [{name: value for name, value in line.items() if name not in own} for line in lines]
 
 
 def same(a, b):
@@ -968,10 +969,11 @@ def same(a, b):
 
 
 def checkpoint(path):
-    """Everything that a checkpoint holds, but the seconds since its last line of metrics."""
+    """Everything that a checkpoint holds, but the times since its last line of metrics and the settings."""
     files = {name: load_file(path / name) for name in ("model.safetensors", "ema.safetensors")}
     state = torch.load(path / "train.pt", weights_only=True)
-    state.pop("seconds")
+    for name in ("seconds", "waited", "settings"):
+        state.pop(name)
     return files | {"train.pt": state}
 
 
@@ -990,10 +992,11 @@ def trained(place):
 def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     keys = {"step", "images", "loss", "lr", "grad_norm", "images_per_s", "val_loss"}
-    assert all(set(line) == keys for line in lines)
+    assert all(set(line) == keys | {"loss_by_t", "data_s", "memory_gb", "skipped"} for line in lines)
     assert [(line["step"], line["images"]) for line in lines] == [(0, 0), (3, 24), (6, 48)]
     assert lines[0]["loss"] is None and lines[0]["val_loss"] > 0
-    assert all(value > 0 for line in lines[1:] for value in line.values())
+    assert all(line[key] > 0 for line in lines[1:] for key in keys)
+    assert all(line["data_s"] > 0 and line["memory_gb"] >= 0 and line["skipped"] == 0 for line in lines[1:])
     record = json.loads((trained / "run.json").read_text())
     assert record["settings"]["lr"] == 0.5 and record["settings"]["tread_rate"] == 0.5
     assert record["config"]["dim"] == 32 and "tiny.py" in " ".join(record["command"])
@@ -1772,7 +1775,8 @@ def test_the_demos_commands_follow_each_other(tmp_path, monkeypatch, capsys):
     """README's first chain, with 40 pictures and three steps: paths, sizes and defaults fit together."""
     monkeypatch.chdir(tmp_path)
     prepare.main(["demo", "--count=40"])
-    train.main([str(HERE / "configs" / "demo.py"), "--images=96", "--warmup=1", "--sample_steps=2"])
+    train.main([str(HERE / "configs" / "demo.py"), "--images=96", "--warmup=1", "--sample_steps=2",
+                "--validation=0.1"])
     sample.main(["--ckpt=out/demo", "--prompt", "a large red circle on a navy background"])
     assert Image.open("out/samples/00000-0.png").size == (32, 32)
     capsys.readouterr()

@@ -1,15 +1,18 @@
-"""Train XUT on a folder of images with same-named .txt captions.
+"""Train XUT on a folder of images with same-named .txt captions, on one device or on many.
 
     python train.py configs/demo.py                            # settings from a file
     python train.py configs/demo.py --lr=0.3 --out_dir=out/b   # and from the command line
+    torchrun --nproc_per_node=4 train.py configs/256.py        # on four GPUs, with the same global batch
     python train.py configs/demo.py --resume                   # go on, bitwise, from the newest checkpoint
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
+    python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
 
-In order: settings; data; schedule, checkpoints, log; the model; main, a flat loop.
+In order: settings; data; checkpoints and log; model and processes; main, a flat loop.
 
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
-epoch, sample), drawn on the CPU: the number of workers changes nothing, resuming needs no generator's state.
+epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -17,7 +20,9 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,11 +31,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import hdm
-from sample import generate, image_grid
+from prepare import list_samples
+from sample import gather, generate_dealt, image_grid
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
@@ -46,11 +56,14 @@ class Run:
     compile: bool = True           # torch.compile, where a compiler is found
     workers: int = 4               # loader processes; 0: the main process loads
     max_steps: int = 0             # stop early at this step, the schedule unchanged; 0: at the stage's end
+    max_hours: float = 0.0         # stop early, as by Ctrl-C, after this time; 0: never
     log_every: int = 20            # steps between two lines of metrics
     eval_every: int = 1000         # steps between two held-out losses; 0: never
     sample_every: int = 1000       # steps between two grids of previews; 0: never
     save_every: int = 1000         # steps between two checkpoints; 0: one at the end
     keep_ckpts: int = 3            # how many of the newest checkpoints stay; 0: all
+    milestone_every: int = 0       # images; the first checkpoint after each multiple always stays; 0: none
+    log: str = ""                  # metrics go to wandb or tensorboard as well, if installed
 
 
 @dataclasses.dataclass
@@ -63,6 +76,7 @@ class Data:
     mask_padding: bool = False     # False: pads are ordinary tokens, as published; True: nothing sees them
     caption_dropout: float = 0.1   # share of captions replaced by an empty one, for guidance
     validation: float = 0.02       # share of the pictures held out, by a hash of their name
+    new_data: bool = False         # with --resume: other pictures than before, from a fresh epoch on
 
 
 @dataclasses.dataclass
@@ -70,7 +84,8 @@ class Optim:
     preset: str = "base"           # small, base or large: an XUTConfig, which the settings below change
     images: int = 152_500_000      # the stage's length in images seen (published at 256 px: 20 x 7.624M)
     batch_size: int = 32           # images in one micro-step of one process
-    global_batch: int = 2048       # images in one optimiser step, a multiple of batch_size
+    global_batch: int = 2048       # images in one optimiser step, a multiple of batch_size x processes
+    checkpointing: bool = False    # compute blocks again in the backward pass: a third slower, less memory
     lr: float = 0.5                # peak, before each tensor's division by its fan-in
     warmup: int = 1000             # steps of linear warm-up; then a cosine to 1 % of the peak
     beta1: float = 0.9             # AdamW
@@ -90,7 +105,7 @@ POSITIVE = ("images", "batch_size", "global_batch", "image_size", "text_length",
 SHARES = ("caption_dropout", "validation", "tread_rate", "ema", "beta1", "beta2")     # in [0, 1)
 
 
-def read_settings(argv):
+def read_settings(argv, ranks=1):
     """-> the settings of Run, Data and Optim as one flat namespace, and the {name: value} that were given."""
     (config_file,), flags = hdm.parse_args(argv, CLASSES, ["CONFIG"], __doc__)
     given = hdm.read_config(config_file, CLASSES) | flags
@@ -101,38 +116,19 @@ def read_settings(argv):
         if wrong or name in SHARES and value >= 1:
             limit = "in [0, 1)" if name in SHARES else "above 0" if name in POSITIVE else "0 or more"
             raise hdm.UserError(f"--{name}={value}: must be {limit}")
-    if s.global_batch % s.batch_size:
-        near = max(1, round(s.global_batch / s.batch_size)) * s.batch_size
-        raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size; {near} is")
+    if s.global_batch % (s.batch_size * ranks):
+        near = max(1, round(s.global_batch / s.batch_size / ranks)) * s.batch_size * ranks
+        raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size x processes = "
+                            f"{s.batch_size} x {ranks}; {near} is")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
+    hdm.check_name(f"--log={s.log}", s.log, ("", "wandb", "tensorboard"), "place")
+    before = Path(config_file).with_name(Path(s.init_from).name + ".py")    # configs/256.py of out/256
+    if s.init_from and not s.resume and not os.path.exists(s.init_from) and before.is_file():
+        raise hdm.UserError(f"--init_from={s.init_from}: not there; train.py {before} makes it; or another")
     return s, given
 
 
 # ---- Data ------------------------------------------------------------------------------------------------
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-def name_hash(name):
-    """A number in [0, 1) that is the sample's own: added data never move a picture across the split."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
-
-
-def list_samples(data, validation):
-    """-> {name (path below data): image path} to train on, and those held out."""
-    if not os.path.isdir(data):
-        raise hdm.UserError(f"--data={data}: no such folder (python prepare.py demo makes data/demo)")
-    images = [path for path in sorted(Path(data).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    paths = {path.relative_to(data).as_posix(): path for path in images if path.with_suffix(".txt").is_file()}
-    train = {name: path for name, path in paths.items() if name_hash(name) >= validation}
-    held = sorted(paths.keys() - train.keys(), key=name_hash)[:512]                   # the rest stays unseen
-    if not train:
-        raise hdm.UserError(f"--data={data}: {len(images)} images ({' '.join(IMAGE_SUFFIXES)}), {len(paths)} "
-                            f"with a same-named .txt, none left to train on by --validation={validation}")
-    if len(paths) < len(images):
-        print(f"data: {len(images) - len(paths)} of {len(images)} images are left out: no .txt of their own")
-    return train, {name: paths[name] for name in held}
-
 
 class Samples(Dataset):
     """Item i of the endless training stream, or of the held-out set: what the loss of one image needs.
@@ -143,21 +139,26 @@ class Samples(Dataset):
 
     def __init__(self, paths, s, config, factor, training):
         self.names, self.paths = list(paths), list(paths.values())
-        self.s, self.config, self.factor, self.training, self.epoch = s, config, factor, training, None
+        self.s, self.config, self.factor, self.training = s, config, factor, training
+        self.epoch, self.order = None, range(len(paths))
 
     def __len__(self):
         return len(self.names)
+
+    def place(self, i):
+        """Item i of the stream -> its epoch, and its picture's index in names and paths."""
+        epoch, index = divmod(i, len(self.names))
+        if self.training and epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.s.seed, epoch]).permutation(len(self.names))
+        return epoch, int(self.order[index])
 
     def caption(self, index, rng=None):
         return hdm.parse_caption(self.paths[index].with_suffix(".txt").read_text(encoding="utf-8"), rng)
 
     def __getitem__(self, i):
         s, config, training, size = self.s, self.config, self.training, self.s.image_size
-        epoch, index = divmod(i, len(self.names))
-        if training and epoch != self.epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng([s.seed, epoch]).permutation(len(self.names))
-        index = int(self.order[index]) if training else index
+        epoch, index = self.place(i)
         rng = random.Random(f"{s.seed} {epoch} {self.names[index]}" if training else self.names[index])
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
@@ -201,61 +202,151 @@ def lr_at(step, s, total):
     return s.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
 
 
-# ---- Checkpoints: folders with model.safetensors, ema.safetensors, train.pt and small frozen encoders ----
+# ---- Checkpoints (folders with model.safetensors, ema.safetensors, train.pt, small encoders) and log -----
 
-def save_checkpoint(out_dir, settings, model, ema, state, keep):
+@contextlib.contextmanager
+def if_the_disk_allows(what):
+    """A full disk ends no run: what could not be written is told, and training goes on."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        print(f"warning: not written: {what} ({hdm.first_line(error)})", flush=True)
+
+
+def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
     """Written under another name and renamed when complete: a folder named ckpt_* is always whole."""
     final = out_dir / f"ckpt_{settings['step']:08d}"
     partial = out_dir / f"partial_{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)               # of a run that was killed while saving
-    partial.mkdir()
-    hdm.save_model(partial / "model.safetensors", model.state_dict(), settings)
-    if ema is not None:
-        hdm.save_model(partial / "ema.safetensors", ema.state_dict(), settings)
-    torch.save(state, partial / "train.pt")
-    for part in ("text_encoder", "vae"):                     # small ones go where the run's folder goes
-        files = list(Path(settings[part]).glob("*")) if os.path.isdir(settings[part]) else []
-        if files and sum(file.stat().st_size for file in files) < 100e6:
-            shutil.copytree(settings[part], partial / part)
-    partial.rename(final)
-    for old in hdm.list_checkpoints(out_dir)[:-keep] if keep else []:
-        shutil.rmtree(old)
+    free = shutil.disk_usage(out_dir).free / 1e9
+    with if_the_disk_allows(f"{final}, which takes {gb:.2f} GB where {free:.2f} are free; older ones stay"):
+        partial.mkdir()
+        hdm.save_model(partial / "model.safetensors", model.state_dict(), settings)
+        if ema is not None:
+            hdm.save_model(partial / "ema.safetensors", ema.state_dict(), settings)
+        torch.save(state, partial / "train.pt")
+        if milestone:                                        # marked as never to be deleted
+            (partial / "milestone").touch()
+        for part in ("text_encoder", "vae"):                 # small ones go where the run's folder goes
+            files = list(Path(settings[part]).glob("*")) if os.path.isdir(settings[part]) else []
+            if files and sum(file.stat().st_size for file in files) < 100e6:
+                shutil.copytree(settings[part], partial / part)
+        for path in (*partial.rglob("*"), partial) if os.name != "nt" else ():        # Windows cannot
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)                             # a power cut leaves no name without its content
+            os.close(descriptor)
+        partial.rename(final)
+        passing = [path for path in hdm.list_checkpoints(out_dir) if not (path / "milestone").exists()]
+        for old in passing[:-keep] if keep else []:
+            shutil.rmtree(old)
+    shutil.rmtree(partial, ignore_errors=True)               # there is none, unless the disk was full
+    return final.is_dir()
 
 
-def open_log(out_dir, s, config, start):
-    """run.json and metrics.jsonl, less the lines that a resumed run writes again or, uncut, never had."""
+def load_state(s, identity, pictures, ranks):
+    """train.pt of --resume, its place in the stream moved to a fresh epoch where the pictures are others."""
+    try:
+        state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
+        old = state["settings"]
+    except Exception as error:                               # a broken pickle can raise anything
+        raise hdm.UserError(f"--resume={s.resume}: no whole checkpoint of a run ({hdm.first_line(error)}); "
+                            f"--init_from takes weights alone") from error
+    if state["identity"] != identity:
+        if (old["data"], old["validation"]) == (s.data, s.validation) and not s.new_data:
+            raise hdm.UserError(f"--data={s.data}: other pictures ({pictures:,}) than {s.resume} saw "
+                                f"({state['pictures']:,}): put those back, or go on with these by --new_data")
+        state["position"] = math.ceil(state["position"] / state["pictures"]) * pictures
+    changed = [f"{name} {old.get(name)} -> {value}" for name, value in (vars(s) | dict(ranks=ranks)).items()
+               if value != old.get(name) and name not in ("resume", "new_data", "max_steps", "max_hours")]
+    print(f"resume: {s.resume}; changed by this command: {', '.join(changed) or 'nothing'}")
+    return state
+
+
+def read_metrics(run):
+    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
+    file, records = Path(run, "metrics.jsonl"), []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def open_log(s, config, start):
+    """run.json, metrics.jsonl; -> a function of (record, step=) that also tells wandb or tensorboard."""
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
-    record = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
-                  versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
-    (out_dir / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    metrics = out_dir / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines(True) if metrics.exists() else []
+    run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
+               versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
+    Path(s.out_dir, "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    # A resumed run writes some lines again, and one that --max_steps ended has a last line that it never had.
     scheduled = start > 0 and any(every and start % every == 0 for every in (s.log_every, s.eval_every))
-    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < start + scheduled))
-    return metrics
+    lines = [record for record in read_metrics(s.out_dir) if record["step"] < start + scheduled]
+    Path(s.out_dir, "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    if s.log == "wandb":
+        import wandb
+        return wandb.init(project="hdm", name=s.out_dir, config=vars(s)).log
+    if s.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(s.out_dir)
+        return lambda record, step: [board.add_scalar(name, record[name], step) for name in record]
+    return lambda record, step: None
 
+
+def plot(runs):
+    """The curves of some runs over the images that they saw -> plot.png in the current folder."""
+    from matplotlib.figure import Figure
+    figure = Figure((20, 4), layout="constrained")
+    for name, axis in zip(("loss", "val_loss", "grad_norm", "images_per_s"), figure.subplots(1, 4)):
+        for run in runs:
+            records = [record for record in read_metrics(run) if record.get(name) is not None]
+            axis.plot([line["images"] for line in records], [line[name] for line in records], label=run)
+        axis.set(title=name, xlabel="images", yscale="log" if "loss" in name else "linear")
+        axis.legend()
+    figure.savefig("plot.png")
+    print(f"plot.png: {', '.join(runs)}")
+
+
+# ---- The model, the loop---------------------------------------------------------------------------------
 
 def build_model(s, given, vae, te, device):
-    """-> XUT in float32 from --resume, --init_from or the preset, and the step to start at."""
+    """-> XUT in float32 from --resume, --init_from or the preset."""
     preset = dataclasses.asdict(hdm.PRESETS[s.preset])
     explicit = {name: given[name] for name in given if name in preset}
     encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=te.dim)
     source = s.resume or s.init_from
     if source:
-        model, _, settings = hdm.load_model(source, device, ema=not s.resume)
+        model = hdm.load_model(source, device, ema=not s.resume, with_vae=False)[0]
     else:                                                    # the encoders' two numbers win over the preset's
         model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
+    if s.init_from and not s.resume and not model.config.aspect_cond and given.get("aspect_cond", True):
+        print(f"{source} has no aspect input: it starts at zero (--aspect_cond=false leaves it out)")
+        weights, model = model.state_dict(), hdm.XUT(dataclasses.replace(model.config, aspect_cond=True))
+        model.to(device).load_state_dict(weights, strict=False)
     for name, value in ((preset if "preset" in given else {}) | explicit | encoders).items():
         if getattr(model.config, name) != value:
             raise hdm.UserError(f"{name}: {source or 'the config'} says {getattr(model.config, name)}, the "
                                 f"{'encoders say' if name in encoders else 'command says'} {value}")
     hdm.check_size(s.image_size, s.image_size, model.config, vae)
-    return model.train(), settings["step"] if s.resume else 0
+    hdm.Block.checkpointing = s.checkpointing
+    return model.train()
+
+
+def catch_signals(worker=None):
+    """From now on Ctrl-C and SIGTERM are noted in the list that comes back, a second one ends the process."""
+    noted = []
+    def note(number, frame):
+        noted.append(time.monotonic())
+        if noted[-1] - noted[0] > 1:                         # torchrun repeats what the terminal sent to all
+            os._exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return noted
 
 
 def main(argv):
+    if argv[:1] == ["--plot"]:
+        return plot(argv[1:])
+    rank, ranks = hdm.start_ranks()
+    s, given = read_settings(argv, ranks)
     torch.set_flush_denormal(True)                           # on a CPU numbers below 1e-38 can cost tenfold
-    s, given = read_settings(argv)
     device = hdm.pick_device(s.device)
     kind = device.split(":")[0]                              # what autocast and the scaler want to know
     dtype = hdm.pick_dtype(s.dtype, device)
@@ -267,23 +358,27 @@ def main(argv):
     if s.resume:                                             # a run: its newest checkpoint
         s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
     train_paths, held_paths = list_samples(s.data, s.validation)
+    identity = hashlib.sha256("\n".join(train_paths).encode()).hexdigest()
+    state = load_state(s, identity, len(train_paths), ranks) if s.resume else {}
+    start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
 
     # The frozen encoders, the model, its average, the optimiser
+    if rank > 0:
+        gather(None)                                  # rank 0 goes first: one download, then the cache
     te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
     torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
-    model, start = build_model(s, given, vae, te, device)
+    model = build_model(s, given, vae, te, device)
+    if rank == 0:
+        gather(None)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else None
-    optimizer = torch.optim.AdamW(hdm.parameter_groups(model), fused=kind != "mps")
+    optimizer = torch.optim.AdamW(hdm.parameter_groups(model), fused=True)
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    norm, loss_sum, loss_steps, seconds = None, torch.zeros((), device=device), 0, 0.0
     if s.resume:
-        state = torch.load(Path(s.resume) / "train.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())                # empty: was not fp16
-        loss_sum, loss_steps, seconds = state["loss_sum"], state["loss_steps"], state["seconds"]
         if ema is not None:
-            ema.load_state_dict(hdm.read_safetensors(hdm.find_weights(s.resume, ema=True))[0])
+            ema.load_state_dict(hdm.read_tensors(hdm.find_weights(s.resume, ema=True))[0])
     for group in optimizer.param_groups:                     # a resumed run's, too, are the command's
         group.update(betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
@@ -291,7 +386,8 @@ def main(argv):
     samples = Samples(train_paths, s, model.config, vae.factor if vae else 1, training=True)
     held = Samples(held_paths, s, model.config, samples.factor, training=False)
     prompts = [(held or samples).caption(i) for i in range(min(8, len(held or samples)))]
-    micro_steps, total = s.global_batch // s.batch_size, math.ceil(s.images / s.global_batch)
+    micro_steps = s.global_batch // s.batch_size // ranks
+    total = start + math.ceil((s.images - seen) / s.global_batch)
     last = min(total, s.max_steps) if s.max_steps else total
     if start >= last:
         raise hdm.UserError(f"--resume={s.resume}: at step {start} of {last}, so there is nothing to do")
@@ -299,81 +395,162 @@ def main(argv):
         raise hdm.UserError(f"--out_dir={out_dir} holds the newer {existing[-1].name}; name another out_dir")
     settings = dict(config=model.config, text_encoder=s.text_encoder, text_length=s.text_length, vae=s.vae,
                     image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg, t_shift=s.t_shift)
-    for name in ("text_encoder", "vae"):                     # a folder by its full path, a hub id as it is
-        settings[name] = os.path.abspath(settings[name]) if os.path.isdir(settings[name]) else settings[name]
+    for name in ("text_encoder", "vae"):                     # a path in full, a hub id as it is
+        settings[name] = os.path.abspath(settings[name]) if os.path.exists(settings[name]) else settings[name]
     hdm.make_folder(out_dir / "samples", "--out_dir")
-    metrics = open_log(out_dir, s, model.config, start)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}; {len(samples):,} "
-          f"pictures and {len(held):,} held out; {total:,} steps of {micro_steps} x {s.batch_size} images, "
-          f"{s.images / len(samples):.2f} epochs; now steps {start:,} to {last:,}", flush=True)
-    stream = range(start * s.global_batch, last * s.global_batch)
-    batches = iter(DataLoader(samples, s.batch_size, sampler=stream, num_workers=s.workers))
+    if rank == 0:
+        lock = FileLock(out_dir / "lock")                    # free when this process ends, however it ends
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
+        for partial in out_dir.glob("partial_ckpt_*"):       # of a run that was killed while saving
+            shutil.rmtree(partial)
+        tell = open_log(s, model.config, start)
+    parameters = sum(p.numel() for p in model.parameters())
+    gb = 4e-9 * parameters * (3 if ema is None else 4)       # float32 weights, their average, AdamW's moments
+    kept = s.keep_ckpts + 1 if s.keep_ckpts else total // max(1, s.save_every)
+    kept += s.images // s.milestone_every if s.milestone_every else 0
+    print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {len(samples):,} pictures, "
+          f"{len(held):,} held out\n{s.images:,} images, {s.images / len(samples):.2f} epochs; steps {start:,} "
+          f"to {last:,} of {total:,}, each {ranks} processes x {micro_steps} x {s.batch_size} images\n"
+          f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; free are "
+          f"{shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
+    end = position + (last - start) * s.global_batch
+    stream = (i for base in range(position, end, ranks * s.batch_size)                # this process's share
+              for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))
+    noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
+    batches = iter(DataLoader(samples, s.batch_size, sampler=stream, num_workers=s.workers,
+                              worker_init_fn=catch_signals))
     network = model
     if s.compile:
         found = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang++", "cl")), None)
         print(f"compile: by {found}" if found else "compile: no compiler found, running eagerly")
         torch._dynamo.config.suppress_errors = True          # what fails to compile is told, and run eagerly
         network = torch.compile(model) if found else model
+    if ranks > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
-    for step in range(start, last + 1):
+    # Since the last line of metrics: sums of losses and their number by tenths of t; seconds
+    window = state.get("window", torch.zeros(2, 10)).to(device)
+    seconds, waited = state.get("seconds", 0.0), state.get("waited", 0.0)
+    bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
+    lr, norm, stop, began = lr_at(start, s, total), None, False, time.monotonic()
+
+    def save():
+        state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
+                     position=position, identity=identity, pictures=len(samples), window=window, bad=bad,
+                     seconds=seconds, waited=waited, settings=vars(s) | dict(ranks=ranks))
+        milestone = s.milestone_every and seen % s.milestone_every < s.save_every * s.global_batch
+        return rank > 0 or save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts, milestone, gb)
+
+    for step in tqdm(range(start, last + 1), disable=rank > 0 or not sys.stderr.isatty()):
         # What is due after `step` steps: held-out loss, previews, a line of metrics, a checkpoint
         def due(every):                                      # a resumed run has done its first step's already
             return every > 0 and (step % every == 0 or step == total) and (step > start or step == 0)
         shown, val_loss = model if ema is None else ema, None
-        settings.update(step=step, images=step * s.global_batch)
+        settings.update(step=step, images=seen)
         model.eval()
-        if held_paths and due(s.eval_every):                 # with fixed noise and t: runs compare by it
-            with torch.no_grad():
+        with torch.no_grad(), autocast:
+            if held_paths and due(s.eval_every):             # with fixed noise and t: runs compare by it
+                part = DataLoader(held, s.batch_size, sampler=range(rank, len(held), ranks))
                 losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
-                          for batch in DataLoader(held, s.batch_size)]
-            val_loss = torch.cat(losses).mean().item()
-        if due(s.sample_every):                              # the same prompts and seeds each time
-            images = generate(shown, vae, te, prompts, range(len(prompts)), settings)
-            sheet = image_grid(images, 4, scale=max(1, 128 // s.image_size))
-            sheet.save(out_dir / "samples" / f"{step:08d}.png")
+                          for batch in part]
+                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held)
+            if due(s.sample_every):                          # the same prompts and seeds each time
+                images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings)
+                if rank == 0:
+                    with if_the_disk_allows("a sheet of previews"):
+                        sheet = image_grid(images, 4, scale=max(1, 128 // s.image_size))
+                        sheet.save(out_dir / "samples" / f"{step:08d}.png")
         model.train()
         if due(s.log_every) or val_loss is not None or step == last > start:
-            speed = loss_steps * s.global_batch / seconds if loss_steps else None
-            record = dict(step=step, images=settings["images"], lr=lr_at(step, s, total), val_loss=val_loss,
-                          loss=loss_sum.item() / loss_steps if loss_steps else None, images_per_s=speed,
-                          grad_norm=None if norm is None else norm.item())
-            with open(metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            (losses, counts), (skipped, in_a_row) = window.tolist(), bad.tolist()
+            if in_a_row >= 10:
+                first = position - in_a_row * s.global_batch
+                names = [samples.names[samples.place(i)[1]] for i in range(first, first + s.global_batch)]
+                raise hdm.UserError(f"no finite loss or gradient since step {step - in_a_row}, of the images "
+                                    f"{', '.join(names)}; mend them or lower --lr, then --resume")
+            count = sum(counts)
+            record = dict(
+                step=step, images=seen, lr=lr, val_loss=val_loss, loss=sum(losses) / count if count else None,
+                grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
+                images_per_s=count / seconds if seconds else None, skipped=skipped, data_s=waited,
+                loss_by_t=[a / b if b else None for a, b in zip(losses, counts)],
+                memory_gb=torch.cuda.max_memory_allocated() / 1e9)                    # 0 without CUDA
             words = [f"step {step}/{last}"] + [f"{name} {record[name]:.4g}" for name in (
-                "loss", "val_loss", "images_per_s") if record[name] is not None]
-            words += [f"{(last - step) * s.global_batch / speed / 60:.1f} min left"] if speed else []
-            print(" | ".join(words), flush=True)
+                "loss", "val_loss", "images_per_s", "skipped") if record[name]]
+            left = (time.monotonic() - began) / max(1, step - start) * (last - step) / 60
+            tqdm.write(" | ".join(words + [f"{left:.1f} min left"] * (step > start)))
+            sys.stdout.flush()
+            if rank == 0:
+                with if_the_disk_allows("a line of metrics"), open(out_dir / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                tell({name: value for name, value in record.items() if isinstance(value, float)}, step=step)
         if step % s.log_every == 0:
-            loss_sum, loss_steps, seconds = torch.zeros_like(loss_sum), 0, 0.0
-        if step > start and (due(s.save_every) or step == last):
-            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), loss_sum=loss_sum,
-                         loss_steps=loss_steps, seconds=seconds)
-            save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts)
+            window, seconds, waited = torch.zeros_like(window), 0.0, 0.0
+        if due(s.save_every) and start < step < last:
+            save()
         if step == last:
             break
 
         # One optimiser step
-        clock = time.perf_counter()
+        clock, lr = time.perf_counter(), lr_at(step, s, total)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, s, total) / group["fan_in"]
-        for _ in range(micro_steps):
-            inputs = loss_inputs(next(batches), vae, te, s, device)
-            with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-                loss = hdm.flow_loss(network, **inputs) / micro_steps
-            scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        loss_steps += 1
+            group["lr"] = lr / group["fan_in"]
+        stats = torch.zeros_like(window)
+        for micro in range(1, micro_steps + 1):
+            stop = any(gather(bool(noted) or time.monotonic() > deadline))     # all stop, or none
+            if stop:
+                break
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            if ranks > 1:                                    # gradients are exchanged once a step
+                network.require_backward_grad_sync = micro == micro_steps
+            try:
+                inputs = loss_inputs(batch, vae, te, s, device)
+                with autocast:
+                    losses = hdm.flow_loss(network, **inputs, reduction="none")       # (B,)
+                scaler.scale(losses.mean() / micro_steps).backward()
+            except RuntimeError as error:
+                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                    raise
+                raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
+                                    f"{s.batch_size}, the global batch stays; or --checkpointing") from error
+            tenth = F.one_hot((10 * inputs["t"]).long().clamp(max=9), 10).float()     # (B, 10)
+            stats += torch.stack([losses.detach() @ tenth, tenth.sum(0)])
+        if stop:                                             # the step begins anew when the run goes on
+            break
+        if ranks > 1:
+            torch.distributed.all_reduce(stats)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        finite = stats.isfinite().all() & norm.isfinite()
+        optimizer.found_inf = 1 - finite.float()             # the fused AdamW skips the step: no host waits
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        window += torch.where(finite, stats, 0)
+        bad = torch.stack([bad[0] + ~finite, (bad[1] + 1) * ~finite])
         if ema is not None:
             decay = min(s.ema, (1 + step) / (10 + step))     # short at first: the init is soon forgotten
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        seen, position = seen + s.global_batch, position + s.global_batch
+        if kind == "cuda" and (step + 1) % s.log_every == 0:
+            torch.cuda.synchronize()                         # its work runs behind; the clock is to see it
         seconds += time.perf_counter() - clock
-    print(f"done: python sample.py --ckpt={out_dir} --prompt \"{prompts[0]}\"")
+
+    if not any(path.name == f"ckpt_{step:08d}" for path in hdm.list_checkpoints(out_dir)) and not save():
+        raise hdm.UserError(f"--out_dir={out_dir}: step {step} is not saved; make room, then --resume")
+    gather(None)                                      # the others wait for rank 0's files
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+    program = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
+    print(f"stopped at step {step}; to go on: {program} {shlex.join(sys.argv)} --resume" if stop else
+          f"done: python sample.py --ckpt={out_dir} --prompt \"{prompts[0]}\"")
 
 
 if __name__ == "__main__":
