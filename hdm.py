@@ -286,6 +286,7 @@ class SharedAdaLN(nn.Sequential):
 
 class Block(nn.Module):
     """Self-attention, [cross-attention to a skip], SwiGLU; each modulated by the shared AdaLN."""
+    checkpointing = False      # set on the class: True computes blocks again in backward, which saves memory
 
     def __init__(self, config, cross=False):
         super().__init__()
@@ -297,7 +298,6 @@ class Block(nn.Module):
             self.xattn_pre_norm = PreNorm(config.dim)
         self.mlp = SwiGLU(config.dim, config.mlp_dim)
         self.mlp_pre_norm = PreNorm(config.dim)
-        self.checkpointing = False       # True: compute again in the backward pass, which saves memory
 
     def sublayer(self, x, norm, mod, f):
         scale1, shift, gate1 = mod
@@ -800,8 +800,9 @@ class TextEncoder:
         T = max(map(len, ids)) if pad_to is None else pad_to
         tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids]).to(self.model.device)
         mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids]).to(self.model.device)
-        states = self.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        return states, mask
+        with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
+            states = self.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False)
+        return states.last_hidden_state, mask
 
 
 def parse_caption(text, rng=None, drop_tag=0.25, drop_group=0.3):
@@ -978,16 +979,9 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
     if not widths or "post_quant_conv.weight" not in tensors:
         raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, post_quant_conv)")
     channels = tensors["post_quant_conv.weight"].shape[0]
-    dtype = vae_dtype(dtype, device)
+    if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
+        dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
     return load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
-
-
-def vae_dtype(dtype, device):
-    """The VAE's type beside a model in dtype: never float16, where SDXL-type VAEs overflow and draw black."""
-    if dtype != torch.float16:
-        return dtype
-    best = pick_dtype("auto", device)
-    return torch.float32 if best == torch.float16 else best
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):

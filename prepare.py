@@ -1,15 +1,17 @@
-"""Data for train.py: the demo set, a small text encoder for any captions, and the demo's judge.
+"""Data for train.py: the demo set, a small text encoder, a folder's list; the demo's judge; curves of runs.
 
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
     python prepare.py text_encoder FOLDER --out=data/my_te   # a tokenizer and a tiny LM for FOLDER's captions
     python prepare.py judge --ckpt=out/demo --grid=grid.png  # how many unseen captions are drawn right
 
-In order: the settings; what the demo shows; its data set; the text encoder; the judge; the command line.
+In order: the settings; what the demo shows; its data set; the text encoder; a folder of captioned images; the
+judge; a run's curves; the command line.
 """
 import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import tempfile
@@ -214,6 +216,17 @@ def list_samples(data, validation):
     return train, {name: paths[name] for name in held}
 
 
+def read_caption(image, rng=None):
+    """The caption beside an image, with rng (a random.Random) shuffled and thinned out."""
+    return hdm.parse_caption(Path(image).with_suffix(".txt").read_text(encoding="utf-8"), rng)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """In which order an epoch shows its n pictures: (n,) int64 numpy."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 # ---- the judge --------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=4)
 def templates(height, width):
@@ -269,6 +282,46 @@ def judge_checkpoint(settings):
     if settings.grid:
         Path(settings.grid).parent.mkdir(parents=True, exist_ok=True)
         image_grid(images, settings.seeds, scale=2).save(settings.grid, "PNG")
+
+
+# ---- a run's curves -------------------------------------------------------------------------------------
+def read_metrics(run):
+    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
+    file, records = Path(run, "metrics.jsonl"), []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def plot(runs):
+    """The curves of some runs over the images that they saw -> plot.png in the current folder."""
+    lines = {run: read_metrics(run) for run in runs}
+    if not lines or not all(lines.values()):
+        empty = [run for run in runs if not lines[run]]
+        raise hdm.UserError(f"--plot {' '.join(empty) or 'RUN'}: a folder with metrics.jsonl is needed")
+    from matplotlib.figure import Figure
+    figure = Figure((20, 4), layout="constrained")
+    for name, axis in zip(("loss", "val_loss", "grad_norm", "images_per_s"), figure.subplots(1, 4)):
+        for run in runs:
+            points = [(line["images"], line[name]) for line in lines[run] if line.get(name) is not None]
+            axis.plot([x for x, _ in points], [y for _, y in points], label=run)
+        axis.set(title=name, xlabel="images", yscale="log" if "loss" in name else "linear")
+        axis.legend()
+    figure.savefig("plot.png")
+    print(f"plot.png: {', '.join(runs)}")
+
+
+def tracker(name, folder, settings):
+    """-> a function of ({name: number}, step=) that tells wandb or tensorboard, or, name "", nobody."""
+    if name == "wandb":
+        import wandb
+        return wandb.init(project="hdm", name=str(folder), config=settings).log
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(folder)
+        return lambda values, step: [board.add_scalar(name, values[name], step) for name in values]
+    return lambda values, step: None
 
 
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),

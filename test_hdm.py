@@ -17,9 +17,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -1051,7 +1054,7 @@ def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place):
     with torch.no_grad():
         loss = hdm.flow_loss(model, **train.loss_inputs(batch, None, te, held.s, "cpu"))
     assert metrics(trained)[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    prompts = [held.caption(i) for i in range(len(held))]
+    prompts = [prepare.read_caption(path) for path in paths.values()]
     images = sample.generate(model, None, te, prompts, range(len(held)), settings)
     expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
     assert abs(np.asarray(Image.open(trained / "samples" / "00000006.png")) - expected).max() <= 1
@@ -1327,6 +1330,444 @@ def test_an_out_dir_with_checkpoints_is_never_touched(trained, place):
     assert content(trained) == before
 
 
+# ---- Training that can be left alone ---------------------------------------------------------------------
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")                          # of a mark that no file registers
+    SLOW = [pytest.mark.slow, pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow")]
+
+
+def slow(test):
+    """For tests of half a minute and more, which `pytest -m slow` runs."""
+    return functools.reduce(lambda test, mark: mark(test), SLOW, test)
+
+
+ONE_THREAD = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+
+def together(ranks, *argv, cwd, program=HERE / "train.py"):
+    """train.py, or a program around it, on several processes, as torchrun starts it, with gloo."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*words, *map(str, (program, *argv))], cwd=cwd, env=ONE_THREAD, capture_output=True,
+                          text=True, timeout=300)
+
+
+def first_gradient(run):
+    """Of each weight, as Adam's first moment holds it after one step without clipping: the reduced one."""
+    state = torch.load(run / "ckpt_00000001" / "train.pt", weights_only=True)["optimizer"]["state"]
+    return [each["exp_avg"] / (1 - 0.9) for each in state.values()]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=SLOW)])
+def test_many_processes_are_one(ranks, place, tmp_path):
+    """The gradient of step 1 to 1e-5, the losses of 20 steps to 1e-3: TREAD, crops, dropout, accumulation."""
+    argv = ["--images=160", "--save_every=1", "--keep_ckpts=0", "--log_every=1", "--eval_every=10",
+            "--clip=1e9", "--sample_every=10", f"--batch_size={8 // ranks // 2}"]
+    train_tiny(place, tmp_path / "one", **dict(word[2:].split("=") for word in argv))
+    done = together(ranks, place / "tiny.py", "--out_dir=many", *argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"each {ranks} processes x 2 x {4 // ranks} images" in done.stdout
+    assert done.stdout.count("done:") == 1
+    for one, many in zip(*(first_gradient(tmp_path / name) for name in ("one", "many"))):
+        assert close(many, one, 1e-5)
+    for one, many in zip(*(metrics(tmp_path / name) for name in ("one", "many"))):
+        for name in ("loss", "val_loss", "grad_norm"):
+            assert many[name] == one[name] or many[name] == pytest.approx(one[name], rel=1e-3)
+    a, b = (np.asarray(Image.open(tmp_path / name / "samples" / "00000010.png")) for name in ("one", "many"))
+    assert abs(a.astype(int) - b).max() <= 2
+
+
+def test_gradients_are_exchanged_once_a_step(place, tmp_path):
+    """Two processes, two micro-steps, two steps: each bucket of gradients travels twice."""
+    (tmp_path / "count.py").write_text(f"""
+import sys, torch
+sys.path.insert(0, {str(HERE)!r})
+import hdm, train
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+original = torch.nn.parallel.DistributedDataParallel
+def counted(module, **how):
+    network = original(module, **how)
+    def hook(state, bucket):
+        print("exchanged", bucket.index(), file=sys.stderr)
+        return allreduce_hook(state, bucket)
+    network.register_comm_hook(None, hook)
+    return network
+torch.nn.parallel.DistributedDataParallel = counted
+hdm.run(train.main)
+""")
+    done = together(2, place / "tiny.py", "--batch_size=2", "--max_steps=2", cwd=tmp_path, program="count.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("exchanged 0") == 2 * 2
+
+
+@slow
+def test_two_processes_resume_bitwise_and_one_goes_on_with_the_same_images(trained, place, tmp_path):
+    argv = [place / "tiny.py", "--batch_size=2", "--workers=1"]
+    assert together(2, *argv, "--out_dir=whole", cwd=tmp_path).returncode == 0
+    assert together(2, *argv, "--out_dir=cut", "--max_steps=2", cwd=tmp_path).returncode == 0
+    shutil.copytree(tmp_path / "cut", tmp_path / "one")
+    assert together(2, *argv, "--out_dir=cut", "--resume", cwd=tmp_path).returncode == 0
+    whole, cut = (tmp_path / name / "ckpt_00000006" for name in ("whole", "cut"))
+    assert same(checkpoint(whole), checkpoint(cut))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    train_tiny(place, tmp_path / "one", resume=True)         # on one process
+    for name in ("one", "whole"):
+        for line, expected in zip(metrics(tmp_path / name), metrics(trained)):
+            assert (line["loss"] or 0) == pytest.approx(expected["loss"] or 0, rel=1e-4)
+
+
+def test_an_error_is_told_once_by_one_process(place, tmp_path):
+    done = together(2, place / "tiny.py", "--batchsize=2", cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("error: --batchsize=2") == 1
+    done = together(2, place / "tiny.py", "--global_batch=10", "--batch_size=2", cwd=tmp_path)
+    message = "error: --global_batch=10: no multiple of batch_size x processes = 2 x 2; 8 is"
+    assert done.stderr.count(message) == 1
+
+
+@slow
+@pytest.mark.parametrize("how", ["raise ValueError('the cat sat on rank 1')", "os.kill(os.getpid(), 9)"])
+def test_a_process_that_dies_takes_the_others_down(how, place, tmp_path):
+    (tmp_path / "dying.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import hdm, train
+calls, original = [], train.loss_inputs
+def failing(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 20:
+        {how}
+    return original(*arguments)
+train.loss_inputs = failing
+hdm.run(train.main)
+""")
+    began = time.monotonic()
+    done = together(2, place / "tiny.py", "--images=80000", cwd=tmp_path, program="dying.py")
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    told = done.stderr.split("torch.distributed.elastic")[0]
+    assert told.count("Traceback") == 1 and told.count("the cat sat") in (0, 1, 2)
+    assert "raise" not in how or "ValueError: the cat sat on rank 1" in told
+
+
+def started(*argv, cwd, after):
+    """train.py in a process of its own, at the moment when run/metrics.jsonl has `after` lines."""
+    words = [sys.executable, str(HERE / "train.py"), *map(str, argv)]
+    process = subprocess.Popen(words, cwd=cwd, env=ONE_THREAD, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    log = cwd / "run" / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < after):
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_goes_on_as_if_never_stopped(number, trained, place, tmp_path):
+    """Also in the middle of a step's accumulation, with loader processes that get the signal as well."""
+    argv = [place / "tiny.py", "--out_dir=run", "--workers=2", "--batch_size=1", "--global_batch=8"]
+    process = started(*argv, "--sample_steps=40", cwd=tmp_path, after=1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and output.splitlines()[-1].endswith("--resume")
+    assert len(hdm.list_checkpoints(tmp_path / "run")) == 1
+    train_tiny(place, tmp_path / "whole", batch_size=1)
+    train_tiny(place, tmp_path / "run", batch_size=1, resume=True)
+    whole = checkpoint(tmp_path / "whole" / "ckpt_00000006")
+    assert same(checkpoint(tmp_path / "run" / "ckpt_00000006"), whole)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_the_process_and_an_echo_does_not(monkeypatch):
+    ended, clock = [], iter([0.0, 0.2, 5.0])
+    monkeypatch.setattr(train.os, "_exit", ended.append)
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    noted = train.catch_signals()
+    for expected in ([], [], [128 + signal.SIGTERM]):
+        signal.raise_signal(signal.SIGTERM)
+        assert noted and ended == expected
+
+
+def test_max_hours_stops_and_resume_goes_on(trained, place, tmp_path, capsys):
+    train_tiny(place, tmp_path, max_hours=1e-9)
+    assert "stopped at step 0; to go on:" in capsys.readouterr().out
+    train_tiny(place, tmp_path, resume=True)
+    assert same(checkpoint(tmp_path / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+    assert metrics(tmp_path) == metrics(trained)
+
+
+@slow
+def test_a_run_killed_again_and_again_ends_like_one_that_never_was(trained, place, tmp_path):
+    rng, killed_while_saving = random.Random(0), 0
+    argv = [place / "tiny.py", "--out_dir=run", "--save_every=1", "--images=160", "--log_every=1"]
+    train_tiny(place, tmp_path / "whole", images=160, log_every=1)
+    for attempt in range(60):
+        resume = ["--resume"] if hdm.list_checkpoints(tmp_path / "run") else []
+        lines = len(train.read_metrics(tmp_path / "run"))
+        process = started(*argv, *resume, cwd=tmp_path, after=lines + 1)
+        while attempt % 2 and process.poll() is None and not list((tmp_path / "run").glob("partial_*")):
+            pass                                             # every second time: while it saves
+        time.sleep(rng.uniform(0, 0.004 if attempt % 2 else 0.15))
+        process.kill()
+        process.communicate()
+        killed_while_saving += bool(list((tmp_path / "run").glob("partial_*")))
+        if process.returncode == 0:
+            break
+    assert killed_while_saving >= 1 and process.returncode == 0
+    ends = [checkpoint(tmp_path / name / "ckpt_00000020") for name in ("run", "whole")]
+    assert same(*ends)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert not list((tmp_path / "run").glob("partial_*"))
+
+
+def test_milestones_and_the_newest_checkpoints_stay(place, tmp_path):
+    train_tiny(place, tmp_path, save_every=1, keep_ckpts=1, milestone_every=20)
+    steps = [int(path.name[5:]) for path in hdm.list_checkpoints(tmp_path)]
+    assert steps == [3, 5, 6]                                # of 24 and 40 images, and the last
+
+
+def test_a_full_disk_stops_the_save_and_not_the_run(place, tmp_path):
+    """A limit on the size of files is as good: a write fails in its middle."""
+    train_tiny(place, tmp_path / "run", max_steps=2)
+    before = content(tmp_path / "run" / "ckpt_00000002")
+    code = ("import hdm, resource, train\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\nhdm.run(train.main)")
+    argv = [place / "tiny.py", f"--out_dir={tmp_path / 'run'}", "--resume", "--save_every=1", "--max_steps=5"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=HERE, env=ONE_THREAD,
+                          capture_output=True, text=True)
+    assert done.stdout.count("warning: not written: ") == 3  # steps 3 and 4, and the last
+    assert "ckpt_00000003, which takes 0.00" in done.stdout and "are free" in done.stdout
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --out_dir=")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 3, 5]
+    assert [path.name for path in (tmp_path / "run").glob("*ckpt_*")] == ["ckpt_00000002"]
+    assert content(tmp_path / "run" / "ckpt_00000002") == before
+
+
+class Poisoned:
+    """train.loss_inputs, with pictures that are not finite in some calls."""
+
+    def __init__(self, calls):
+        self.original, self.calls, self.count = train.loss_inputs, calls, 0
+
+    def __call__(self, *arguments):
+        inputs = self.original(*arguments)
+        if self.count in self.calls:
+            inputs["x0"] = inputs["x0"] * math.nan
+        self.count += 1
+        return inputs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, place, tmp_path, monkeypatch):
+    settings = dict(eval_every=0, sample_every=0, save_every=1, log_every=1, max_steps=4, ema=0, dtype=dtype)
+    monkeypatch.setattr(train, "loss_inputs", Poisoned([3]))      # the second half of step 2
+    train_tiny(place, tmp_path, keep_ckpts=0, **settings)
+    folders = hdm.list_checkpoints(tmp_path)
+    states = [torch.load(path / "train.pt", weights_only=True)["optimizer"]["state"] for path in folders]
+    weights = [load_file(path / "model.safetensors") for path in folders]
+    assert same(weights[0], weights[1]) and same(states[0], states[1])
+    assert not same(weights[1], weights[2])
+    lines = metrics(tmp_path)[1:]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
+    assert [line["loss"] is None for line in lines] == [False, True, False, False]
+
+
+def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "loss_inputs", Poisoned(range(6, 1000)))               # from step 3 on
+    how = dict(images=400, eval_every=0, sample_every=0, save_every=1, ema=0)
+    message = one_line(lambda: train_tiny(place, tmp_path, **how))
+    samples = stream(place / "data")
+    paths = prepare.list_samples(place / "data", TINY["validation"])[0]
+    samples.names, samples.paths = list(paths), list(paths.values())
+    names = [samples.names[samples.place(i)[1]] for i in range(24, 32)]
+    assert "since step 3" in message and all(name in message for name in names)
+    assert message.count(".png") + message.count(".webp") == 8
+    first, last = (load_file(hdm.list_checkpoints(tmp_path)[i] / "model.safetensors") for i in (0, -1))
+    assert same(first, last)                                 # of steps 10 to 12, all as after step 3
+
+
+def test_losses_by_time_add_up_to_the_loss(trained):
+    for line in metrics(trained)[1:]:
+        known = [loss for loss in line["loss_by_t"] if loss is not None]
+        assert len(line["loss_by_t"]) == 10 and min(known) <= line["loss"] <= max(known)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(residual="raw", skips="mirror")])
+def test_gradient_checkpointing_changes_no_gradient(changes, monkeypatch):
+    model = tiny_xut(**changes)
+    keep, mask = hdm.pick_tokens(2, 16, 0.5), torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    fixed = dict(x0=torch.randn(2, 3, 8, 8), ctx=torch.randn(2, 5, 32), t=torch.rand(2), keep=keep,
+                 noise=torch.randn(2, 3, 8, 8), ctx_mask=mask)
+    gradients, calls, compute = [], [], hdm.Block.compute
+    monkeypatch.setattr(hdm.Block, "compute", lambda *arguments: calls.append(1) or compute(*arguments))
+    for on in (False, True):
+        monkeypatch.setattr(hdm.Block, "checkpointing", on)
+        gradients.append(torch.autograd.grad(hdm.flow_loss(model, **fixed), list(model.parameters())))
+    assert same(*gradients)
+    blocks = sum(isinstance(module, hdm.Block) for module in model.modules())
+    assert len(calls) == 3 * blocks                          # once, then once forward and once again backward
+
+
+def test_a_file_without_the_aspect_input_starts_it_at_zero(place, te_folder, tmp_path, capsys):
+    model = tiny_xut(aspect_cond=False, depth=1, dec_blocks=1, patch_size=4)
+    settings = dict(config=model.config, text_encoder=str(te_folder), text_length=8, vae="", image_size=16,
+                    step=3, images=24, steps=2, cfg=2.0, t_shift=1.0)
+    hdm.save_model(tmp_path / "old.safetensors", model.state_dict(), settings)
+    train_tiny(place, tmp_path / "new", init_from=tmp_path / "old.safetensors", max_steps=1, lr=1e-9, ema=0)
+    assert "has no aspect input" in capsys.readouterr().out
+    new = hdm.load_model(tmp_path / "new")[0]
+    x, t, ctx = torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 5, 32)
+    assert new.config.aspect_cond
+    assert close(new(x, t, ctx, aspect=torch.tensor([0.5, -1])), model(x, t, ctx), 1e-5)
+    how = dict(init_from=tmp_path / "old.safetensors", max_steps=1)
+    train_tiny(place, tmp_path / "off", aspect_cond="false", **how)
+    assert not hdm.load_model(tmp_path / "off")[0].config.aspect_cond
+
+
+def test_a_resume_says_what_the_command_changes(trained, place, tmp_path, capsys):
+    start = trained / "ckpt_00000004"
+    train_tiny(place, tmp_path / "a", resume=start, lr=0.25, images=80, batch_size=2, max_steps=5)
+    said, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("resume: "))
+    for words in ("lr 0.5 -> 0.25", "images 48 -> 80", "batch_size 4 -> 2", "save_every 1 -> 0"):
+        assert words in said
+    train_tiny(place, tmp_path / "b", resume=start, global_batch=16, log_every=1)
+    assert [line["images"] for line in metrics(tmp_path / "b")] == [48]               # 32 seen, 16 to see
+    assert [line["step"] for line in metrics(tmp_path / "b")] == [5]
+
+
+def test_data_changed_under_a_resume_is_refused_unless_asked_for(place, tmp_path):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    train_tiny(place, tmp_path / "run", data=data, max_steps=3)
+    write_picture(data / "one_more", (16, 16), 1)
+    message = one_line(lambda: train_tiny(place, tmp_path / "run", data=data, resume=True))
+    assert str(data) in message and "--new_data" in message
+    train_tiny(place, tmp_path / "run", data=data, resume=True, new_data=True, log_every=1)
+    state = torch.load(tmp_path / "run" / "ckpt_00000006" / "train.pt", weights_only=True)
+    n, before = state["pictures"], state["pictures"] - 1
+    assert state["images"] == 48 and state["position"] == math.ceil(24 / before) * n + 24
+
+
+def test_two_runs_do_not_share_a_folder(place, tmp_path):
+    process = started(place / "tiny.py", "--out_dir=run", "--images=80000", cwd=tmp_path, after=1)
+    before = content(tmp_path / "run").keys()
+    message = one_line(lambda: train_tiny(place, tmp_path / "run"))
+    process.kill()
+    process.communicate()
+    assert "another run is at work" in message and before <= content(tmp_path / "run").keys()
+    train_tiny(place, tmp_path / "run", max_steps=1)         # a lock ends with its process
+
+
+def test_out_of_memory_names_half_the_batch(place, tmp_path, monkeypatch):
+    """An allocation that no machine grants, so the error is torch's own."""
+    monkeypatch.setattr(train, "loss_inputs", lambda *arguments: torch.empty(2 ** 55))
+    message = one_line(lambda: train_tiny(place, tmp_path))
+    assert "--batch_size=2 in place of 4" in message and "--checkpointing" in message
+
+
+def test_curves_of_runs_are_drawn(trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--plot", str(trained), str(trained)])
+    with monkeypatch.context() as without, pytest.raises(SystemExit) as caught:
+        without.setitem(sys.modules, "matplotlib", None)
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        hdm.run(train.main)
+    assert caught.value.code == 2 and "matplotlib" in capfd.readouterr().err
+    pytest.importorskip("matplotlib")
+    hdm.run(train.main)
+    assert Image.open("plot.png").width >= 1000
+
+
+def test_tensorboard_and_wandb_are_for_those_who_have_them(place, tmp_path, monkeypatch, capfd):
+    for name in ("wandb", "tensorboard"):
+        with monkeypatch.context() as without, pytest.raises(SystemExit) as caught:
+            without.setitem(sys.modules, name, None)
+            for module in [module for module in sys.modules if module.startswith(f"torch.utils.{name}")]:
+                without.delitem(sys.modules, module)
+            argv = ["train.py", str(place / "tiny.py"), f"--out_dir={tmp_path}", f"--log={name}"]
+            without.setattr(sys, "argv", argv)
+            hdm.run(train.main)
+        error = capfd.readouterr().err
+        assert caught.value.code == 2 and name in error and error.count("\n") == 1
+    pytest.importorskip("tensorboard")
+    train_tiny(place, tmp_path / "run", log="tensorboard", max_steps=1)
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_loader_processes_may_be_spawned(trained, place, tmp_path):
+    """As on Windows and macOS."""
+    (tmp_path / "spawned.py").write_text(f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    train.main(sys.argv[1:])
+""")
+    done = command(tmp_path / "spawned.py", place / "tiny.py", "--out_dir=run", "--workers=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert same(checkpoint(tmp_path / "run" / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+
+
+Stage = collections.namedtuple("Stage", "images lr batch accumulation weight_decay beta2 clip checkpointing "
+                               "tread_rate text_length")
+STAGES = {  # SPEC 1
+    "256": Stage(152_500_000, 0.5, 128, 4, 0.02, 0.98, 3.0, False, 0.5, 256),
+    "512": Stage(42_340_000, 0.1, 64, 2, 0.005, 0.995, 1.0, True, 0.5, 256),
+    "768": Stage(8_469_000, 0.05, 64, 2, 0.002, 0.995, 1.0, True, 0.5, 256),
+    "1024": Stage(3_649_000, 0.02, 16, 4, 0.002, 0.995, 1.0, True, 0.0, 512)}
+
+
+def test_configs_are_the_published_stages():
+    for size, stage in STAGES.items():
+        values = hdm.read_config(str(HERE / "configs" / f"{size}.py"), train.CLASSES)
+        expected = dict(image_size=int(size), batch_size=stage.batch, beta1=0.9, warmup=1000,
+                        global_batch=stage.batch * stage.accumulation * 4, vae="KBlueLeaf/EQ-SDXL-VAE",
+                        text_encoder="Qwen/Qwen3-0.6B")
+        expected |= {name: value for name, value in stage._asdict().items() if name in values}
+        assert len(expected) == 7 + 8
+        assert {name: values[name] for name in expected} == expected
+    message = one_line(train.read_settings, [str(HERE / "configs" / "512.py")])
+    assert "--init_from=out/256" in message and "configs/256.py" in message
+    train.read_settings([str(HERE / "configs" / "finetune.py")])
+
+
+@slow
+def test_the_four_stages_follow_each_other(place, moved, tmp_path):
+    """Two steps each, by the real configs, in small: what a stage is, reaches the optimiser and the loop."""
+    folder = hdm.list_checkpoints(moved)[-1]
+    argv = ["--vae", folder / "vae", "--text_encoder", folder / "text_encoder", "--data", place / "data"]
+    argv += "--device=cpu --validation=0.2 --max_steps=2 --workers=1 --compile=false --log_every=1".split()
+    argv += "--dim=32 --heads=2 --head_dim=16 --mlp_dim=48 --ctx_dim=32 --depth=1 --dec_blocks=1".split()
+    for size, stage in STAGES.items():
+        done = command("train.py", HERE / "configs" / f"{size}.py", *argv, "--post_blocks=1",
+                       "--sample_steps=2", f"--image_size={int(size) // 16}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        run = tmp_path / "out" / size
+        settings = json.loads((run / "run.json").read_text())["settings"]
+        for name in ("clip", "checkpointing", "tread_rate", "text_length"):
+            assert settings[name] == getattr(stage, name)
+        assert metrics(run)[-1]["images"] == 2 * stage.batch * stage.accumulation * 4
+        state = torch.load(run / "ckpt_00000002" / "train.pt", weights_only=True)
+        for group in state["optimizer"]["param_groups"]:     # at the second of 1000 steps of warm-up
+            assert group["lr"] == pytest.approx(stage.lr * 2 / 1000 / group["fan_in"])
+            assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, stage.beta2), stage.weight_decay)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(place, tmp_path, monkeypatch):
+    """All its files and its folder are flushed, and only then is it renamed."""
+    flushed, fsync, rename = [], os.fsync, Path.rename
+
+    def seen(file):
+        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def renamed(path, target):
+        assert {str(path), *(str(inner) for inner in path.rglob("*"))} <= set(flushed)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(Path, "rename", renamed)
+    train_tiny(place, tmp_path, max_steps=1)
+    assert len(hdm.list_checkpoints(tmp_path)) == 1 and len(flushed) > 5
+
+
 # ---- sample.py -------------------------------------------------------------------------------------------
 
 def test_a_published_file_draws_through_the_command_line(published, te_folder, tmp_path):
@@ -1420,6 +1861,9 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     (shelf / "captions" / "a.txt").write_text("a")
     (shelf / "file").write_text("")
     (shelf / "vae" / "config.json").write_text("{")
+    (shelf / "good_vae").mkdir()
+    (shelf / "good_vae" / "config.json").write_text("{}")
+    save_file(tiny_vae().state_dict(), shelf / "good_vae" / "diffusion_pytorch_model.safetensors")
     save_file(tiny_vae().state_dict(), shelf / "vae" / "diffusion_pytorch_model.safetensors")
     (shelf / "cut.safetensors").write_bytes(published.read_bytes()[:5000])
     save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
@@ -1472,6 +1916,16 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("train.py @tiny.py --seed=-1", "--seed=-1"),
     ("train.py @tiny.py --workers=-1", "--workers=-1"),
     ("train.py @tiny.py --max_steps=-1", "--max_steps=-1"),
+    ("train.py @tiny.py --max_hours=-1", "--max_hours=-1"),
+    ("train.py @tiny.py --milestone_every=-1", "--milestone_every=-1"),
+    ("train.py @tiny.py --validation=0.000001", "--validation=1e-06 24 0"),
+    ("train.py @tiny.py --text_length=100000", "text_length=100000 32768"),
+    ("train.py @tiny.py --log=tensorbord", "--log=tensorbord 'tensorboard'"),
+    ("train.py @tiny.py --init_from=@run --vae=@good_vae", "in_channels 3 4"),
+    ("train.py @tiny.py --vae=@good_vae --patch_size=3", "16x16 multiples 6"),
+    ("train.py @tiny.py --resume=@run/ckpt_00000006/model.safetensors", "model.safetensors --init_from"),
+    ("train.py --plot", "RUN"),
+    ("train.py --plot nowhere", "nowhere"),
     ("train.py @tiny.py --sample_steps=0", "--sample_steps=0"),
     ("train.py @tiny.py --weight_decay=-1", "--weight_decay=-1"),
     ("train.py @tiny.py --beta2=1", "--beta2=1"),

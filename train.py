@@ -1,7 +1,6 @@
 """Train XUT on a folder of images with same-named .txt captions, on one device or on many.
 
-    python train.py configs/demo.py                            # settings from a file
-    python train.py configs/demo.py --lr=0.3 --out_dir=out/b   # and from the command line
+    python train.py configs/demo.py --lr=0.3 --out_dir=out/b   # settings of a file and of the command line
     torchrun --nproc_per_node=4 train.py configs/256.py        # on four GPUs, with the same global batch
     python train.py configs/demo.py --resume                   # go on, bitwise, from the newest checkpoint
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
@@ -20,7 +19,6 @@ import json
 import math
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -39,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import hdm
-from prepare import list_samples
+from prepare import epoch_order, list_samples, plot, read_caption, read_metrics, tracker
 from sample import gather, generate_dealt, image_grid
 
 
@@ -140,7 +138,6 @@ class Samples(Dataset):
     def __init__(self, paths, s, config, factor, training):
         self.names, self.paths = list(paths), list(paths.values())
         self.s, self.config, self.factor, self.training = s, config, factor, training
-        self.epoch, self.order = None, range(len(paths))
 
     def __len__(self):
         return len(self.names)
@@ -148,13 +145,7 @@ class Samples(Dataset):
     def place(self, i):
         """Item i of the stream -> its epoch, and its picture's index in names and paths."""
         epoch, index = divmod(i, len(self.names))
-        if self.training and epoch != self.epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng([self.s.seed, epoch]).permutation(len(self.names))
-        return epoch, int(self.order[index])
-
-    def caption(self, index, rng=None):
-        return hdm.parse_caption(self.paths[index].with_suffix(".txt").read_text(encoding="utf-8"), rng)
+        return epoch, epoch_order(self.s.seed, epoch, len(self))[index] if self.training else index
 
     def __getitem__(self, i):
         s, config, training, size = self.s, self.config, self.training, self.s.image_size
@@ -162,7 +153,7 @@ class Samples(Dataset):
         rng = random.Random(f"{s.seed} {epoch} {self.names[index]}" if training else self.names[index])
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
-        caption = "" if dropped else self.caption(index, rng if training else None)
+        caption = "" if dropped else read_caption(self.paths[index], rng if training else None)
         # Shifted square crop: the short side becomes X, the cut starts at any pixel of the long side.
         image = hdm.load_image(self.paths[index])
         width, height = (side * size // min(image.size) for side in image.size)
@@ -261,50 +252,19 @@ def load_state(s, identity, pictures, ranks):
     return state
 
 
-def read_metrics(run):
-    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
-    file, records = Path(run, "metrics.jsonl"), []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
 def open_log(s, config, start):
-    """run.json, metrics.jsonl; -> a function of (record, step=) that also tells wandb or tensorboard."""
+    """run.json, and metrics.jsonl less the lines that a resumed run writes again or, uncut, never had."""
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
                versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
     Path(s.out_dir, "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    # A resumed run writes some lines again, and one that --max_steps ended has a last line that it never had.
     scheduled = start > 0 and any(every and start % every == 0 for every in (s.log_every, s.eval_every))
     lines = [record for record in read_metrics(s.out_dir) if record["step"] < start + scheduled]
-    Path(s.out_dir, "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
-    if s.log == "wandb":
-        import wandb
-        return wandb.init(project="hdm", name=s.out_dir, config=vars(s)).log
-    if s.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(s.out_dir)
-        return lambda record, step: [board.add_scalar(name, record[name], step) for name in record]
-    return lambda record, step: None
+    Path(s.out_dir, "metrics.new").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    Path(s.out_dir, "metrics.new").replace(Path(s.out_dir, "metrics.jsonl"))
 
 
-def plot(runs):
-    """The curves of some runs over the images that they saw -> plot.png in the current folder."""
-    from matplotlib.figure import Figure
-    figure = Figure((20, 4), layout="constrained")
-    for name, axis in zip(("loss", "val_loss", "grad_norm", "images_per_s"), figure.subplots(1, 4)):
-        for run in runs:
-            records = [record for record in read_metrics(run) if record.get(name) is not None]
-            axis.plot([line["images"] for line in records], [line[name] for line in records], label=run)
-        axis.set(title=name, xlabel="images", yscale="log" if "loss" in name else "linear")
-        axis.legend()
-    figure.savefig("plot.png")
-    print(f"plot.png: {', '.join(runs)}")
-
-
-# ---- The model, the loop---------------------------------------------------------------------------------
+# ---- The model, the loop --------------------------------------------------------------------------------
 
 def build_model(s, given, vae, te, device):
     """-> XUT in float32 from --resume, --init_from or the preset."""
@@ -341,9 +301,7 @@ def catch_signals(worker=None):
     return noted
 
 
-def main(argv):
-    if argv[:1] == ["--plot"]:
-        return plot(argv[1:])
+def train(argv):
     rank, ranks = hdm.start_ranks()
     s, given = read_settings(argv, ranks)
     torch.set_flush_denormal(True)                           # on a CPU numbers below 1e-38 can cost tenfold
@@ -364,7 +322,7 @@ def main(argv):
 
     # The frozen encoders, the model, its average, the optimiser
     if rank > 0:
-        gather(None)                                  # rank 0 goes first: one download, then the cache
+        gather(None)                                         # rank 0 goes first: one download, then the cache
     te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
     torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
@@ -385,7 +343,7 @@ def main(argv):
     # The plan
     samples = Samples(train_paths, s, model.config, vae.factor if vae else 1, training=True)
     held = Samples(held_paths, s, model.config, samples.factor, training=False)
-    prompts = [(held or samples).caption(i) for i in range(min(8, len(held or samples)))]
+    prompts = [read_caption(path) for path in list((held_paths or train_paths).values())[:8]]
     micro_steps = s.global_batch // s.batch_size // ranks
     total = start + math.ceil((s.images - seen) / s.global_batch)
     last = min(total, s.max_steps) if s.max_steps else total
@@ -406,19 +364,19 @@ def main(argv):
             raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
         for partial in out_dir.glob("partial_ckpt_*"):       # of a run that was killed while saving
             shutil.rmtree(partial)
-        tell = open_log(s, model.config, start)
+        open_log(s, model.config, start)
+        tell = tracker(s.log, out_dir, vars(s))
     parameters = sum(p.numel() for p in model.parameters())
-    gb = 4e-9 * parameters * (3 if ema is None else 4)       # float32 weights, their average, AdamW's moments
-    kept = s.keep_ckpts + 1 if s.keep_ckpts else total // max(1, s.save_every)
-    kept += s.images // s.milestone_every if s.milestone_every else 0
+    gb = 4e-9 * parameters * (3 if ema is None else 4)       # float32 weights, AdamW's moments, the average
+    kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
+    kept += s.images // (s.milestone_every or s.images + 1)
     print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {len(samples):,} pictures, "
-          f"{len(held):,} held out\n{s.images:,} images, {s.images / len(samples):.2f} epochs; steps {start:,} "
-          f"to {last:,} of {total:,}, each {ranks} processes x {micro_steps} x {s.batch_size} images\n"
+          f"{len(held):,} held out\n{s.images:,} images, {s.images / len(samples):.2f} epochs; steps "
+          f"{start:,} to {last:,} of {total:,}, each {ranks} processes x {micro_steps} x {s.batch_size}\n"
           f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; free are "
           f"{shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
-    end = position + (last - start) * s.global_batch
-    stream = (i for base in range(position, end, ranks * s.batch_size)                # this process's share
-              for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))
+    stream = (i for base in range(position, position + (last - start) * s.global_batch, ranks * s.batch_size)
+              for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))    # its share
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
     batches = iter(DataLoader(samples, s.batch_size, sampler=stream, num_workers=s.workers,
                               worker_init_fn=catch_signals))
@@ -454,9 +412,8 @@ def main(argv):
         model.eval()
         with torch.no_grad(), autocast:
             if held_paths and due(s.eval_every):             # with fixed noise and t: runs compare by it
-                part = DataLoader(held, s.batch_size, sampler=range(rank, len(held), ranks))
                 losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
-                          for batch in part]
+                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, len(held), ranks))]
                 val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held)
             if due(s.sample_every):                          # the same prompts and seeds each time
                 images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings)
@@ -501,24 +458,17 @@ def main(argv):
             group["lr"] = lr / group["fan_in"]
         stats = torch.zeros_like(window)
         for micro in range(1, micro_steps + 1):
-            stop = any(gather(bool(noted) or time.monotonic() > deadline))     # all stop, or none
-            if stop:
+            if stop := any(gather(bool(noted) or time.monotonic() > deadline)):       # all stop, or none
                 break
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             if ranks > 1:                                    # gradients are exchanged once a step
                 network.require_backward_grad_sync = micro == micro_steps
-            try:
-                inputs = loss_inputs(batch, vae, te, s, device)
-                with autocast:
-                    losses = hdm.flow_loss(network, **inputs, reduction="none")       # (B,)
-                scaler.scale(losses.mean() / micro_steps).backward()
-            except RuntimeError as error:
-                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-                    raise
-                raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
-                                    f"{s.batch_size}, the global batch stays; or --checkpointing") from error
+            inputs = loss_inputs(batch, vae, te, s, device)
+            with autocast:
+                losses = hdm.flow_loss(network, **inputs, reduction="none")           # (B,)
+            scaler.scale(losses.mean() / micro_steps).backward()
             tenth = F.one_hot((10 * inputs["t"]).long().clamp(max=9), 10).float()     # (B, 10)
             stats += torch.stack([losses.detach() @ tenth, tenth.sum(0)])
         if stop:                                             # the step begins anew when the run goes on
@@ -545,12 +495,25 @@ def main(argv):
 
     if not any(path.name == f"ckpt_{step:08d}" for path in hdm.list_checkpoints(out_dir)) and not save():
         raise hdm.UserError(f"--out_dir={out_dir}: step {step} is not saved; make room, then --resume")
-    gather(None)                                      # the others wait for rank 0's files
+    gather(None)                                             # the others wait for rank 0's files
     if ranks > 1:
         torch.distributed.destroy_process_group()
-    program = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
-    print(f"stopped at step {step}; to go on: {program} {shlex.join(sys.argv)} --resume" if stop else
+    again = [f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python", *sys.argv, "--resume"]
+    print(f"stopped at step {step}; to go on: {' '.join(again)}" if stop else
           f"done: python sample.py --ckpt={out_dir} --prompt \"{prompts[0]}\"")
+
+
+def main(argv):
+    if argv[:1] == ["--plot"]:
+        return plot(argv[1:])
+    try:
+        train(argv)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        batch_size = read_settings(argv)[0].batch_size
+        raise hdm.UserError(f"out of memory: --batch_size={max(1, batch_size // 2)} in place of {batch_size} "
+                            f"(the global batch stays), or --checkpointing") from error
 
 
 if __name__ == "__main__":

@@ -18,18 +18,18 @@ pre_blocks = 1
 post_blocks = 1
 patch_size = 4
 
-images = 40_000
-batch_size = 32
-global_batch = 32
+images = 44_000
+batch_size = 16
+global_batch = 16
 lr = 0.5
-warmup = 100
+warmup = 200
 tread_rate = 0.0
 t_shift = 4.0
-ema = 0.998
+ema = 0.999
 
 compile = False
 workers = 0
-log_every = 50
+log_every = 100
 eval_every = 500
 sample_every = 500
 save_every = 500
