@@ -38,7 +38,7 @@ import typing
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -719,6 +719,9 @@ class VAE(nn.Module):
         # Python numbers, not buffers: half() must not round them, and they are no parameters of the file's.
         self.mean = tuple(latents_mean or [shift_factor] * latent_channels)
         self.std = tuple(latents_std or [1 / scaling_factor] * latent_channels)
+        if not (len(self.mean) == len(self.std) == latent_channels and math.isfinite(sum(self.mean))
+                and all(std > 0 for std in self.std)):
+            raise UserError(f"VAE: latents_mean and latents_std must be {latent_channels} numbers each")
         self.eval().requires_grad_(False)
 
     def statistics(self, z):
@@ -772,12 +775,12 @@ class TextEncoder:
             raise UserError(f"text encoder {path_or_hub_id}: no such folder")
         beside = Path(path_or_hub_id).with_name("tokenizer")                          # as diffusers has it
         split = beside.is_dir() and not any(Path(path_or_hub_id).glob("tokenizer*"))
-        try:
+        with naming(path_or_hub_id, "no causal LM and tokenizer to be had for --text_encoder"):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(beside if split else path_or_hub_id)
-            model = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype)
-        except (OSError, ValueError) as error:               # no such folder, offline, or not a model's
-            raise UserError(f"text encoder {path_or_hub_id}: cannot be loaded ({first_line(error)}); give "
-                            f"--text_encoder a folder that holds a causal LM and its tokenizer") from error
+            model, info = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype,
+                                                                 output_loading_info=True)
+            # transformers makes an empty tokenizer and random weights of files that are not there
+            assert len(self.tokenizer) > 1 and not info["missing_keys"], "it is not complete"
         longest = getattr(model.config, "max_position_embeddings", max_length)
         if max_length > longest:
             raise UserError(f"text_length={max_length}: {path_or_hub_id} reads at most {longest} tokens")
@@ -835,6 +838,17 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def naming(path, what):
+    """What the block raises becomes one line that names the path: what is broken can raise anything."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {what} ({first_line(error)})") from error
+
+
 def looks_local(name):
     """True for a path, even of something missing; False for what looks like a hub id (Qwen/Qwen3-0.6B)."""
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
@@ -849,26 +863,24 @@ def fetch(name, filename, what):
         return Path(name) / filename
     import huggingface_hub
     huggingface_hub.logging.set_verbosity_error()            # it would tell every one of its tries
-    try:
+    with naming(name, f"no such {what} here, and as a hub id its {filename} is neither cached nor to be had"):
         return Path(huggingface_hub.hf_hub_download(name, filename))
-    except Exception as error:                               # its errors have no class in common
-        raise UserError(f"{what} {name}: no such folder here; as a hub id, its {filename} is neither cached "
-                        f"nor to be had ({type(error).__name__}); name the path of a copy") from error
 
 
 class Inert:
     """What a pickled file's classes become: anything may be done to one, and nothing happens."""
 
-    def __init__(self, *args, **kwargs):
-        pass
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(Inert)                         # cls may be an Inert: a class within a class
 
     def nothing(self, *args, **kwargs):
         return self
     __call__ = __getattr__ = __setitem__ = nothing
 
 
-class InertUnpickler(pickle.Unpickler):
+class InertUnpickler(pickle._Unpickler):
     """Unpickles tensors in plain containers; nothing else that the file names is imported, or can run."""
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: lambda self: self.stack.pop()}   # sets nothing
 
     def find_class(self, module, name):
         known = {"OrderedDict": OrderedDict, "_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
@@ -876,38 +888,27 @@ class InertUnpickler(pickle.Unpickler):
         return known.get(name, Inert) if module in ("collections", "torch._utils") else Inert
 
 
-def read_pickled(path):
-    """The tensors of an old checkpoint written by torch.save, Lightning's `state_dict` or a plain dict."""
-    inert = SimpleNamespace(Unpickler=InertUnpickler)
-    inert.load = lambda file, **how: InertUnpickler(file, **how).load()
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
-        content = content.get("state_dict", content)
-        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-        assert tensors, "no tensors by name, neither under state_dict nor directly"
-    except Exception as error:                               # a broken pickle can raise anything
-        raise UserError(f"{path}: not a complete checkpoint of torch.save ({first_line(error)})") from error
-    return tensors
-
-
 def read_tensors(path):
-    """-> {name: tensor on the CPU, as stored}, {metadata} of a safetensors file, an index.json of several, or
-    an old pickled checkpoint, told apart by what is in it."""
+    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, an old pickle."""
     import safetensors
     path = Path(path)
-    try:
+    with naming(path, "not a complete file of weights"):
         with open(path, "rb") as file:
             head = file.read(9)
         if path.name.endswith(".index.json"):
             names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             parts = [read_tensors(path.with_name(name))[0] for name in sorted(set(names))]
             return {name: value for part in parts for name, value in part.items()}, {}
-        if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:] != b"{":
-            return read_pickled(path), {}
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({first_line(error)})") from error
+        if head[:2] != b"PK" and head[:1] != b"\x80" or head[8:] == b"{":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        # weights_only alone would refuse unknown classes; with it torch runs no TorchScript, unpacks no tar
+        with open(path, "rb") as file, mock.patch("torch._weights_only_unpickler.Unpickler", InertUnpickler):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        content = content.get("state_dict", content)         # Lightning's
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        assert tensors, "no tensors by name, neither under state_dict nor directly"
+        return tensors, {}
 
 
 def part_of(tensors, prefix):
@@ -923,7 +924,9 @@ def load_strict(build, tensors, path, device, dtype):
     wrong = {"missing": [name for name in want if name not in have],
              "unexpected": [name for name in have if name not in want],
              "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in want
-                                  if name in have and have[name] != want[name]]}
+                                  if name in have and have[name] != want[name]],
+             "not of finite floats": [name for name, value in tensors.items()
+                                      if not (value.is_floating_point() and value.isfinite().all())]}
     if any(wrong.values()):
         raise UserError(f"{path} does not fit {type(module).__name__}: " + "; ".join(
             f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -944,21 +947,18 @@ def config_from_tensors(tensors, path):
     """
     def count(pattern):
         return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
-    try:
+    with naming(path, "not an XUT checkpoint"):
         dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape
         heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape
-        ctx_dim = tensors["ctx_proj.weight"].shape[1]
-        mlp_dim = tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape[1]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not an XUT checkpoint ({first_line(error)} is missing)") from error
-    return XUTConfig(
-        dim=dim, ctx_dim=ctx_dim, heads=heads, head_dim=4 * quarter, mlp_dim=mlp_dim,
-        depth=count(r"backbone\.enc_blocks\.(\d+)\."), enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."),
-        dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
-        pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."),
-        post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."),
-        patch_size=patch_size, in_channels=in_channels,
-        aspect_cond="addon_info_embs_proj.0.weight" in tensors)
+        return XUTConfig(
+            dim=dim, ctx_dim=tensors["ctx_proj.weight"].shape[1], heads=heads, head_dim=4 * quarter,
+            mlp_dim=tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape[1],
+            depth=count(r"backbone\.enc_blocks\.(\d+)\."),
+            enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."),
+            dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
+            pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."),
+            post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."), patch_size=patch_size,
+            in_channels=in_channels, aspect_cond="addon_info_embs_proj.0.weight" in tensors)
 
 
 def vae_from_tensors(tensors, path, device, dtype, **statistics):
@@ -969,19 +969,20 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
         tensors = inner
     for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
         tensors = {name.replace(f"attentions.0.{old}.", f"attentions.0.{new}."):      # older files: 1x1 convs
-                   value.flatten(1) if f"attentions.0.{old}.w" in name else value
+                   value.squeeze() if f"attentions.0.{old}.w" in name else value
                    for name, value in tensors.items()}
-    name, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.weight", [], 0
+    name, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.bias", [], 0
     while name.format(len(widths), 0) in tensors:
-        widths.append(tensors[name.format(len(widths), 0)].shape[0])
+        widths.append(tensors[name.format(len(widths), 0)].numel())
     while name.format(0, layers) in tensors:
         layers += 1
-    if not widths or "post_quant_conv.weight" not in tensors:
+    if not widths or "post_quant_conv.bias" not in tensors:
         raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, post_quant_conv)")
-    channels = tensors["post_quant_conv.weight"].shape[0]
+    channels = tensors["post_quant_conv.bias"].numel()
     if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
         dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
-    return load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
+    with naming(path, "not a VAE"):
+        return load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
@@ -994,12 +995,10 @@ def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
         name = str(path / "vae") if (path / "vae").is_dir() else path_or_hub_id
         config_file = fetch(name, "config.json", "vae")
         weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
-    try:
+    with naming(config_file, "not a json file of settings"):
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{config_file}: not a json file ({first_line(error)})") from error
-    names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
-    given = {name: config[name] for name in names if config.get(name) is not None}
+        names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
+        given = {name: config[name] for name in names if config.get(name) is not None}
     return vae_from_tensors(read_tensors(weights)[0], weights, device, dtype, **given)
 
 
@@ -1041,8 +1040,9 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
         known = "hdm" in metadata or path.parent.name == "transformer"
         return str(folder / part) if known and (folder / part).is_dir() else recorded
     if "hdm" in metadata:                                    # ours: the settings stand in the header
-        settings = json.loads(metadata["hdm"])
-        settings["config"] = XUTConfig(**settings["config"])
+        with naming(path, "broken settings in its header"):
+            settings = json.loads(metadata["hdm"])
+            settings["config"] = XUTConfig(**settings["config"])
         settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
     else:                                                    # a published file, Lightning's, diffusers', bare
         own = str(path) if part_of(tensors, "vae.") else ""

@@ -139,13 +139,10 @@ class Samples(Dataset):
         self.names, self.paths = list(paths), list(paths.values())
         self.s, self.config, self.factor, self.training = s, config, factor, training
 
-    def __len__(self):
-        return len(self.names)
-
     def place(self, i):
         """Item i of the stream -> its epoch, and its picture's index in names and paths."""
         epoch, index = divmod(i, len(self.names))
-        return epoch, epoch_order(self.s.seed, epoch, len(self))[index] if self.training else index
+        return epoch, epoch_order(self.s.seed, epoch, len(self.names))[index] if self.training else index
 
     def __getitem__(self, i):
         s, config, training, size = self.s, self.config, self.training, self.s.image_size
@@ -221,6 +218,8 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
             files = list(Path(settings[part]).glob("*")) if os.path.isdir(settings[part]) else []
             if files and sum(file.stat().st_size for file in files) < 100e6:
                 shutil.copytree(settings[part], partial / part)
+                if part == "text_encoder" and Path(settings[part]).with_name("tokenizer").is_dir():
+                    shutil.copytree(Path(settings[part]).with_name("tokenizer"), partial / "tokenizer")
         for path in (*partial.rglob("*"), partial) if os.name != "nt" else ():        # Windows cannot
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)                             # a power cut leaves no name without its content
@@ -354,7 +353,9 @@ def train(argv):
     settings = dict(config=model.config, text_encoder=s.text_encoder, text_length=s.text_length, vae=s.vae,
                     image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg, t_shift=s.t_shift)
     for name in ("text_encoder", "vae"):                     # a path in full, a hub id as it is
-        settings[name] = os.path.abspath(settings[name]) if os.path.exists(settings[name]) else settings[name]
+        inner = os.path.join(settings[name], name)           # of a diffusers-style folder
+        path = inner if settings[name] and os.path.isdir(inner) else settings[name]
+        settings[name] = os.path.abspath(path) if os.path.exists(path) else path
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock = FileLock(out_dir / "lock")                    # free when this process ends, however it ends
@@ -370,8 +371,8 @@ def train(argv):
     gb = 4e-9 * parameters * (3 if ema is None else 4)       # float32 weights, AdamW's moments, the average
     kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
     kept += s.images // (s.milestone_every or s.images + 1)
-    print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {len(samples):,} pictures, "
-          f"{len(held):,} held out\n{s.images:,} images, {s.images / len(samples):.2f} epochs; steps "
+    print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {len(train_paths):,} pictures, "
+          f"{len(held_paths):,} held out\n{s.images:,} images, {s.images / len(train_paths):.2f} epochs; steps "
           f"{start:,} to {last:,} of {total:,}, each {ranks} processes x {micro_steps} x {s.batch_size}\n"
           f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; free are "
           f"{shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
@@ -387,7 +388,7 @@ def train(argv):
         torch._dynamo.config.suppress_errors = True          # what fails to compile is told, and run eagerly
         network = torch.compile(model) if found else model
     if ranks > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        network = torch.nn.parallel.DistributedDataParallel(network)
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
     # Since the last line of metrics: sums of losses and their number by tenths of t; seconds
@@ -398,7 +399,7 @@ def train(argv):
 
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
-                     position=position, identity=identity, pictures=len(samples), window=window, bad=bad,
+                     position=position, identity=identity, pictures=len(train_paths), window=window, bad=bad,
                      seconds=seconds, waited=waited, settings=vars(s) | dict(ranks=ranks))
         milestone = s.milestone_every and seen % s.milestone_every < s.save_every * s.global_batch
         return rank > 0 or save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts, milestone, gb)
@@ -413,8 +414,8 @@ def train(argv):
         with torch.no_grad(), autocast:
             if held_paths and due(s.eval_every):             # with fixed noise and t: runs compare by it
                 losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
-                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, len(held), ranks))]
-                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held)
+                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, len(held_paths), ranks))]
+                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held_paths)
             if due(s.sample_every):                          # the same prompts and seeds each time
                 images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings)
                 if rank == 0:
@@ -486,8 +487,7 @@ def train(argv):
         bad = torch.stack([bad[0] + ~finite, (bad[1] + 1) * ~finite])
         if ema is not None:
             decay = min(s.ema, (1 + step) / (10 + step))     # short at first: the init is soon forgotten
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(ema.parameters()), [p.data for p in model.parameters()], 1 - decay)
         seen, position = seen + s.global_batch, position + s.global_batch
         if kind == "cuda" and (step + 1) % s.log_every == 0:
             torch.cuda.synchronize()                         # its work runs behind; the clock is to see it
