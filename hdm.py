@@ -779,8 +779,7 @@ class TextEncoder:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(beside if split else path_or_hub_id)
             model, info = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype,
                                                                  output_loading_info=True)
-            # transformers makes an empty tokenizer and random weights of files that are not there
-            assert len(self.tokenizer) > 1 and not info["missing_keys"], "it is not complete"
+            assert len(self.tokenizer) > 1 and not info["missing_keys"], "else it would run on random weights"
         longest = getattr(model.config, "max_position_embeddings", max_length)
         if max_length > longest:
             raise UserError(f"text_length={max_length}: {path_or_hub_id} reads at most {longest} tokens")
@@ -1219,8 +1218,8 @@ def read_config(path, classes):
 
 
 def start_ranks():
-    """-> rank, ranks. Under torchrun (it sets RANK) joins its processes, each on its own GPU; else 0, 1."""
-    if "RANK" not in os.environ:
+    """-> rank, ranks. Under torchrun joins its processes, each on its own GPU; else 0, 1."""
+    if "LOCAL_RANK" not in os.environ:
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -1239,12 +1238,13 @@ def run(main):
         if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
             error = f"{error}: pip install {error.name}"
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if code == 1 and not together:
-            raise
         # Of several processes the first to fail tells its error: the others then fail because it is gone.
-        if not together or torch.distributed.distributed_c10d._get_default_store().add("failed", 1) == 1:
+        key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        if not together or torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1:
             text = {1: traceback.format_exc(), 2: f"error: {error}", 130: "interrupted"}[code]
             print(text, file=sys.stderr, flush=True)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()                                    # loaders do not listen to a gentle end
         if together:
             os._exit(code)                                   # a usual exit would wait for the others
         sys.exit(code)

@@ -218,7 +218,14 @@ def list_samples(data, validation):
 
 def read_caption(image, rng=None):
     """The caption beside an image, with rng (a random.Random) shuffled and thinned out."""
-    return hdm.parse_caption(Path(image).with_suffix(".txt").read_text(encoding="utf-8"), rng)
+    text = Path(image).with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+    return hdm.parse_caption(text, rng)
+
+
+def read_sample(path, rng=None):
+    """-> an RGB picture and its caption; a UserError that names the file, where it cannot be read."""
+    with hdm.naming(path, "not a whole picture with a caption"):
+        return hdm.load_image(path), read_caption(path, rng)
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,7 +8,10 @@ than one, OUT/grid.png. Image i of a prompt has the seed SEED + i and depends on
 In this file, in order: the settings; the prompts; generate, which train.py and prepare.py use as well; main.
 """
 import math
+import os
 import re
+import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,6 +121,21 @@ def generate_dealt(model, vae, te, prompts, seeds, settings, **how):
     images = generate(model, vae, te, prompts[mine], seeds[mine], settings, **how) if prompts[mine] else []
     parts = gather(images)
     return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
+
+
+def catch_signals(worker=None):
+    """From now on Ctrl-C and SIGTERM are noted in the list that comes back, a second one ends the process.
+
+    Also for loader processes (worker): else the signal of a whole group ends them before their step.
+    """
+    noted = []
+    def note(number, frame):
+        noted.append(time.monotonic())
+        if noted[-1] - noted[0] > 1:                         # torchrun repeats what the terminal sent to all
+            os._exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return noted
 
 
 def main(argv):

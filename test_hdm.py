@@ -1038,7 +1038,7 @@ def test_a_run_killed_between_two_lines_of_metrics_goes_on_bitwise(trained, plac
     (out / "ckpt_00000005").rename(out / "partial_ckpt_00000005")
     (out / "partial_ckpt_00000005" / "junk").write_text("")
     train_tiny(place, out, resume=True, save_every=1)
-    assert content(out).keys() == content(trained).keys()
+    assert content(out).keys() == content(trained).keys() | {Path("run_00000004.json")}
     for step in (5, 6):
         assert same(checkpoint(out / f"ckpt_0000000{step}"), checkpoint(trained / f"ckpt_0000000{step}"))
     assert metrics(out) == metrics(trained)
@@ -1454,6 +1454,54 @@ hdm.run(train.main)
     assert done.stderr.count("ValueError: the cat sat on rank 1") == ("raise" in how)
 
 
+@pytest.mark.parametrize("how", ["raise ValueError('the cat sat')", "raise hdm.UserError('the cat sat')"])
+def test_a_crash_ends_the_loader_processes_too(how, place, tmp_path):
+    """They do not listen to the signal by which Python ends them, and would be waited for."""
+    (tmp_path / "crash.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import hdm, train
+def failing(*arguments):
+    {how}
+train.loss_inputs = failing
+hdm.run(train.main)
+""")
+    argv = [sys.executable, "crash.py", str(place / "tiny.py"), "--workers=2", "--eval_every=0"]
+    done = subprocess.run(argv, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (1 if "ValueError" in how else 2)
+    assert done.stderr.count("the cat sat") == 1 + ("ValueError" in how)
+
+
+@slow
+def test_processes_that_see_other_pictures_are_refused(place, tmp_path):
+    shutil.copytree(place / "data", tmp_path / "other")
+    write_picture(tmp_path / "other" / "one_more", (16, 16), 1)
+    (tmp_path / "other.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import hdm, train
+if os.environ["RANK"] == "1":
+    sys.argv.append("--data=other")
+hdm.run(train.main)
+""")
+    done = together(2, place / "tiny.py", cwd=tmp_path, program="other.py")
+    assert done.returncode != 0 and done.stderr.count("not the same to all processes") == 1
+
+
+def test_a_broken_picture_is_named_and_the_next_takes_its_place(place, tmp_path, capsys):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    path = data / "picture1.png"
+    path.write_bytes(path.read_bytes()[:100])
+    (data / "picture2.txt").write_bytes(b"\xff\xfe red \xe9")
+    train_tiny(place, tmp_path / "run", data=data, workers=0)
+    said = capsys.readouterr().out
+    assert f"warning: {path}: not a whole picture" in said and "picture2" not in said
+    samples = stream(data)
+    index = samples.names.index("picture1.png")
+    i = next(i for i in range(48) if samples.place(i)[1] == index)
+    assert same(samples[i], samples[i + 1])
+
+
 def started(*argv, cwd, after):
     """train.py in a process of its own, at the moment when run/metrics.jsonl has `after` lines."""
     words = [sys.executable, str(HERE / "train.py"), *map(str, argv)]
@@ -1483,9 +1531,9 @@ def test_a_stopped_run_saves_and_goes_on_as_if_never_stopped(number, trained, pl
 
 def test_a_second_signal_ends_the_process_and_an_echo_does_not(monkeypatch):
     ended, clock = [], iter([0.0, 0.2, 5.0])
-    monkeypatch.setattr(train.os, "_exit", ended.append)
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
-    noted = train.catch_signals()
+    monkeypatch.setattr(sample.os, "_exit", ended.append)
+    monkeypatch.setattr(sample.time, "monotonic", lambda: next(clock))
+    noted = sample.catch_signals()
     for expected in ([], [], [128 + signal.SIGTERM]):
         signal.raise_signal(signal.SIGTERM)
         assert noted and ended == expected
@@ -2248,9 +2296,11 @@ def test_an_error_after_all_is_loaded_is_still_one_line(shelf, tmp_path):
     assert content(tmp_path) == {}
 
 
-def test_a_mistake_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
+def test_a_mistake_of_ours_keeps_its_traceback(capfd):
+    with pytest.raises(SystemExit) as caught:
         hdm.run(lambda argv: 1 / 0)
+    error = capfd.readouterr().err
+    assert caught.value.code == 1 and "Traceback" in error and "ZeroDivisionError" in error
 
 
 # ---- torch.compile: used where it can be had, and nothing depends on it ----------------------------------

@@ -19,8 +19,8 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -37,8 +37,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import hdm
-from prepare import epoch_order, list_samples, plot, read_caption, read_metrics, tracker
-from sample import gather, generate_dealt, image_grid
+from prepare import epoch_order, list_samples, plot, read_caption, read_metrics, read_sample, tracker
+from sample import catch_signals, gather, generate_dealt, image_grid
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
@@ -122,7 +122,7 @@ def read_settings(argv, ranks=1):
     hdm.check_name(f"--log={s.log}", s.log, ("", "wandb", "tensorboard"), "place")
     before = Path(config_file).with_name(Path(s.init_from).name + ".py")    # configs/256.py of out/256
     if s.init_from and not s.resume and not os.path.exists(s.init_from) and before.is_file():
-        raise hdm.UserError(f"--init_from={s.init_from}: not there; train.py {before} makes it; or another")
+        raise hdm.UserError(f"--init_from={s.init_from}: none; train.py {before} makes it, or name another")
     return s, given
 
 
@@ -150,9 +150,12 @@ class Samples(Dataset):
         rng = random.Random(f"{s.seed} {epoch} {self.names[index]}" if training else self.names[index])
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
-        caption = "" if dropped else read_caption(self.paths[index], rng if training else None)
+        try:
+            image, caption = read_sample(self.paths[index], rng if training and not dropped else None)
+        except hdm.UserError as error:                       # one bad file of millions must not end the run
+            print(f"warning: {error}; the next in order takes its place", flush=True)
+            return self[i + 1]
         # Shifted square crop: the short side becomes X, the cut starts at any pixel of the long side.
-        image = hdm.load_image(self.paths[index])
         width, height = (side * size // min(image.size) for side in image.size)
         image = image.resize((width, height), Image.BICUBIC)                          # antialiased
         spare = width - size, height - size                                           # one of them is 0
@@ -160,7 +163,7 @@ class Samples(Dataset):
         pixels = np.array(image.crop((left, top, left + size, top + size)))           # (X, X, 3) uint8
         shape = config.in_channels, size // self.factor, size // self.factor          # (C, h, w)
         patch = config.patch_size * self.factor              # a token's side in pixels
-        item = dict(pixels=torch.from_numpy(pixels).permute(2, 0, 1), caption=caption,
+        item = dict(pixels=torch.from_numpy(pixels).permute(2, 0, 1), caption="" if dropped else caption,
                     pos=hdm.crop_positions(height, width, top, left, size, patch, config.pos),
                     aspect=math.log(width / height), t=hdm.draw_time(1, s.t_shift, generator)[0],
                     noise=torch.randn(shape, generator=generator))
@@ -198,7 +201,8 @@ def if_the_disk_allows(what):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        print(f"warning: not written: {what} ({hdm.first_line(error)})", flush=True)
+        with contextlib.suppress(OSError):                   # the output may be a file on that disk
+            print(f"warning: not written: {what} ({hdm.first_line(error)})", flush=True)
 
 
 def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
@@ -256,7 +260,7 @@ def open_log(s, config, start):
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
                versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
-    Path(s.out_dir, "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    Path(s.out_dir, f"run_{start:08d}.json" if start else "run.json").write_text(json.dumps(run, indent=1))
     scheduled = start > 0 and any(every and start % every == 0 for every in (s.log_every, s.eval_every))
     lines = [record for record in read_metrics(s.out_dir) if record["step"] < start + scheduled]
     Path(s.out_dir, "metrics.new").write_text("".join(json.dumps(record) + "\n" for record in lines))
@@ -272,7 +276,8 @@ def build_model(s, given, vae, te, device):
     encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=te.dim)
     source = s.resume or s.init_from
     if source:
-        model = hdm.load_model(source, device, ema=not s.resume, with_vae=False)[0]
+        model, _, old = hdm.load_model(source, device, ema=not s.resume, with_vae=False)
+        print(f"weights: {source}, after step {old['step']:,} and {old['images']:,} images")
     else:                                                    # the encoders' two numbers win over the preset's
         model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
     if s.init_from and not s.resume and not model.config.aspect_cond and given.get("aspect_cond", True):
@@ -286,18 +291,6 @@ def build_model(s, given, vae, te, device):
     hdm.check_size(s.image_size, s.image_size, model.config, vae)
     hdm.Block.checkpointing = s.checkpointing
     return model.train()
-
-
-def catch_signals(worker=None):
-    """From now on Ctrl-C and SIGTERM are noted in the list that comes back, a second one ends the process."""
-    noted = []
-    def note(number, frame):
-        noted.append(time.monotonic())
-        if noted[-1] - noted[0] > 1:                         # torchrun repeats what the terminal sent to all
-            os._exit(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return noted
 
 
 def train(argv):
@@ -315,9 +308,13 @@ def train(argv):
     if s.resume:                                             # a run: its newest checkpoint
         s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
     train_paths, held_paths = list_samples(s.data, s.validation)
+    pictures, held_out = len(train_paths), len(held_paths)
     identity = hashlib.sha256("\n".join(train_paths).encode()).hexdigest()
-    state = load_state(s, identity, len(train_paths), ranks) if s.resume else {}
+    state = load_state(s, identity, pictures, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
+
+    if len(set(gather((identity, str(s.resume))))) > 1:
+        raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
 
     # The frozen encoders, the model, its average, the optimiser
     if rank > 0:
@@ -332,7 +329,7 @@ def train(argv):
     optimizer = torch.optim.AdamW(hdm.parameter_groups(model), fused=True)
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     if s.resume:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())                # empty: was not fp16
         if ema is not None:
             ema.load_state_dict(hdm.read_tensors(hdm.find_weights(s.resume, ema=True))[0])
@@ -353,9 +350,9 @@ def train(argv):
     settings = dict(config=model.config, text_encoder=s.text_encoder, text_length=s.text_length, vae=s.vae,
                     image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg, t_shift=s.t_shift)
     for name in ("text_encoder", "vae"):                     # a path in full, a hub id as it is
-        inner = os.path.join(settings[name], name)           # of a diffusers-style folder
-        path = inner if settings[name] and os.path.isdir(inner) else settings[name]
-        settings[name] = os.path.abspath(path) if os.path.exists(path) else path
+        paths = Path(settings[name], name), Path(settings[name])                      # inside a larger folder
+        path = next((path for path in paths if settings[name] and path.exists()), None)
+        settings[name] = str(path.absolute()) if path else settings[name]
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock = FileLock(out_dir / "lock")                    # free when this process ends, however it ends
@@ -371,11 +368,11 @@ def train(argv):
     gb = 4e-9 * parameters * (3 if ema is None else 4)       # float32 weights, AdamW's moments, the average
     kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
     kept += s.images // (s.milestone_every or s.images + 1)
-    print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {len(train_paths):,} pictures, "
-          f"{len(held_paths):,} held out\n{s.images:,} images, {s.images / len(train_paths):.2f} epochs; steps "
-          f"{start:,} to {last:,} of {total:,}, each {ranks} processes x {micro_steps} x {s.batch_size}\n"
-          f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; free are "
-          f"{shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
+    print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {pictures:,} pictures, {held_out:,} held "
+          f"out\n{s.images:,} images, {s.images / pictures:.2f} epochs; steps {start:,} to {last:,} of "
+          f"{total:,}, each {ranks} processes x {micro_steps} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, "
+          f"at most {kept}: {gb * kept:.2f} GB; free are {shutil.disk_usage(out_dir).free / 1e9:.2f} GB",
+          flush=True)
     stream = (i for base in range(position, position + (last - start) * s.global_batch, ranks * s.batch_size)
               for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))    # its share
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
@@ -396,10 +393,9 @@ def train(argv):
     seconds, waited = state.get("seconds", 0.0), state.get("waited", 0.0)
     bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
     lr, norm, stop, began = lr_at(start, s, total), None, False, time.monotonic()
-
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
-                     position=position, identity=identity, pictures=len(train_paths), window=window, bad=bad,
+                     position=position, identity=identity, pictures=pictures, window=window, bad=bad,
                      seconds=seconds, waited=waited, settings=vars(s) | dict(ranks=ranks))
         milestone = s.milestone_every and seen % s.milestone_every < s.save_every * s.global_batch
         return rank > 0 or save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts, milestone, gb)
@@ -414,10 +410,11 @@ def train(argv):
         with torch.no_grad(), autocast:
             if held_paths and due(s.eval_every):             # with fixed noise and t: runs compare by it
                 losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
-                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, len(held_paths), ranks))]
-                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held_paths)
+                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, held_out, ranks))]
+                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / held_out
             if due(s.sample_every):                          # the same prompts and seeds each time
-                images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings)
+                images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings,
+                                        batch_size=s.batch_size)
                 if rank == 0:
                     with if_the_disk_allows("a sheet of previews"):
                         sheet = image_grid(images, 4, scale=max(1, 128 // s.image_size))
@@ -428,24 +425,26 @@ def train(argv):
             if in_a_row >= 10:
                 first = position - in_a_row * s.global_batch
                 names = [samples.names[samples.place(i)[1]] for i in range(first, first + s.global_batch)]
+                (out_dir / "bad_images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
                 raise hdm.UserError(f"no finite loss or gradient since step {step - in_a_row}, of the images "
-                                    f"{', '.join(names)}; mend them or lower --lr, then --resume")
+                                    f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
             count = sum(counts)
             record = dict(
                 step=step, images=seen, lr=lr, val_loss=val_loss, loss=sum(losses) / count if count else None,
                 grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
                 images_per_s=count / seconds if seconds else None, skipped=skipped, data_s=waited,
                 loss_by_t=[a / b if b else None for a, b in zip(losses, counts)],
-                memory_gb=torch.cuda.max_memory_allocated() / 1e9)                    # 0 without CUDA
+                memory_gb=torch.cuda.max_memory_allocated(device if kind == "cuda" else None) / 1e9)  # or 0
             words = [f"step {step}/{last}"] + [f"{name} {record[name]:.4g}" for name in (
                 "loss", "val_loss", "images_per_s", "skipped") if record[name]]
             left = (time.monotonic() - began) / max(1, step - start) * (last - step) / 60
-            tqdm.write(" | ".join(words + [f"{left:.1f} min left"] * (step > start)))
-            sys.stdout.flush()
-            if rank == 0:
-                with if_the_disk_allows("a line of metrics"), open(out_dir / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                tell({name: value for name, value in record.items() if isinstance(value, float)}, step=step)
+            with if_the_disk_allows("a line of metrics"):
+                tqdm.write(" | ".join(words + [f"{left:.1f} min left"] * (step > start)))
+                sys.stdout.flush()
+                if rank == 0:
+                    with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+                    tell({key: value for key, value in record.items() if isinstance(value, float)}, step=step)
         if step % s.log_every == 0:
             window, seconds, waited = torch.zeros_like(window), 0.0, 0.0
         if due(s.save_every) and start < step < last:
@@ -480,7 +479,8 @@ def train(argv):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         finite = stats.isfinite().all() & norm.isfinite()
         optimizer.found_inf = 1 - finite.float()             # the fused AdamW skips the step: no host waits
-        scaler.step(optimizer)
+        if kind != "mps" or finite:                          # whether MPS heeds found_inf was not tried
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         window += torch.where(finite, stats, 0)
@@ -490,7 +490,7 @@ def train(argv):
             torch._foreach_lerp_(list(ema.parameters()), [p.data for p in model.parameters()], 1 - decay)
         seen, position = seen + s.global_batch, position + s.global_batch
         if kind == "cuda" and (step + 1) % s.log_every == 0:
-            torch.cuda.synchronize()                         # its work runs behind; the clock is to see it
+            torch.cuda.synchronize(device)                    # its work runs behind; the clock is to see it
         seconds += time.perf_counter() - clock
 
     if not any(path.name == f"ckpt_{step:08d}" for path in hdm.list_checkpoints(out_dir)) and not save():
@@ -498,8 +498,8 @@ def train(argv):
     gather(None)                                             # the others wait for rank 0's files
     if ranks > 1:
         torch.distributed.destroy_process_group()
-    again = [f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python", *sys.argv, "--resume"]
-    print(f"stopped at step {step}; to go on: {' '.join(again)}" if stop else
+    again = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
+    print(f"stopped at step {step}; to go on: {shlex.join([*again, *sys.argv, '--resume'])}" if stop else
           f"done: python sample.py --ckpt={out_dir} --prompt \"{prompts[0]}\"")
 
 
