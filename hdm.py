@@ -940,10 +940,7 @@ def load_strict(build, tensors, path, device, dtype):
 
 
 def config_from_tensors(tensors, path):
-    """The XUTConfig that a file without one must have, read from its names and shapes.
-
-    skips, residual and pos leave no trace in the weights: they take the published values.
-    """
+    """The XUTConfig of a file without one, by names and shapes; skips, residual and pos as published."""
     def count(pattern):
         return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
     with naming(path, "not an XUT checkpoint"):
@@ -1088,7 +1085,10 @@ def check_size(height, width, config, vae):
 def load_image(path):
     """An upright RGB picture; what is transparent becomes white."""
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGBA")
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):                       # 16-bit grey: convert would clip it to white
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 

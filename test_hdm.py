@@ -1280,6 +1280,13 @@ def test_what_is_transparent_becomes_white(tmp_path):
         assert mode == "LA" or (image[:, :4] == (200, 100, 0)).all()
 
 
+def test_sixteen_bit_grey_keeps_its_values(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode.startswith("I")
+    assert np.array_equal(np.asarray(hdm.load_image(tmp_path / "a.png")), np.stack([levels] * 3, axis=-1))
+
+
 def test_adding_pictures_moves_none_across_the_split(tmp_path):
     for i in range(40):
         write_picture(tmp_path / f"{i}", (16, 16), i)
@@ -1372,7 +1379,7 @@ def test_many_processes_are_one(ranks, place, tmp_path):
     train_tiny(place, tmp_path / "one", **dict(word[2:].split("=") for word in argv))
     done = together(ranks, place / "tiny.py", "--out_dir=many", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"each {ranks} processes x 2 x {4 // ranks}\n" in done.stdout
+    assert f"a step: {ranks} processes x 2 x {4 // ranks}\n" in done.stdout
     assert done.stdout.count("done:") == 1
     for one, many in zip(*(first_gradient(tmp_path / name) for name in ("one", "many"))):
         assert close(many, one, 1e-5)

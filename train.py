@@ -370,9 +370,9 @@ def train(argv):
     kept += s.images // (s.milestone_every or s.images + 1)
     print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {pictures:,} pictures, {held_out:,} held "
           f"out\n{s.images:,} images, {s.images / pictures:.2f} epochs; steps {start:,} to {last:,} of "
-          f"{total:,}, each {ranks} processes x {micro_steps} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, "
-          f"at most {kept}: {gb * kept:.2f} GB; free are {shutil.disk_usage(out_dir).free / 1e9:.2f} GB",
-          flush=True)
+          f"{total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x {micro_steps} x {s.batch_size}\n"
+          f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; free are "
+          f"{shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
     stream = (i for base in range(position, position + (last - start) * s.global_batch, ranks * s.batch_size)
               for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))    # its share
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
