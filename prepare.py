@@ -198,22 +198,27 @@ def name_hash(name):
 
 
 def list_samples(data, validation):
-    """-> {name (path below data): image path} to train on, and those held out."""
+    """-> the names (paths below data) of the images to train on, sorted, and of those held out."""
     if not os.path.isdir(data):
         raise hdm.UserError(f"--data={data}: no such folder (python prepare.py demo makes data/demo)")
-    images = [path for path in sorted(Path(data).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    paths = {path.relative_to(data).as_posix(): path for path in images if path.with_suffix(".txt").is_file()}
-    train = {name: path for name, path in paths.items() if name_hash(name) >= validation}
-    held = sorted(paths.keys() - train.keys(), key=name_hash)[:512]                   # the rest stays unseen
-    if paths and validation and not held:
-        raise hdm.UserError(f"--validation={validation}: holds out none of {len(paths)} pictures; least is "
-                            f"{math.ceil(1000 * min(map(name_hash, paths))) / 1000}; 0: no held-out loss")
+    images, names = 0, []
+    for folder, _, files in os.walk(data):  # plain strings: millions of Path objects would take gigabytes
+        texts = {file[:-4] for file in files if file.endswith(".txt")}
+        found = [file for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES]
+        images += len(found)
+        inner = "" if folder == str(data) else Path(folder).relative_to(data).as_posix() + "/"
+        names += [inner + file for file in found if os.path.splitext(file)[0] in texts]
+    train = sorted(name for name in names if name_hash(name) >= validation)
+    held = sorted((name for name in names if name_hash(name) < validation), key=name_hash)[:512]
+    if names and validation and not held:
+        raise hdm.UserError(f"--validation={validation}: holds out none of {len(names)} pictures; least is "
+                            f"{math.ceil(1000 * min(map(name_hash, names))) / 1000}; 0: no held-out loss")
     if not train:
-        raise hdm.UserError(f"--data={data}: {len(images)} images ({' '.join(IMAGE_SUFFIXES)}), {len(paths)} "
+        raise hdm.UserError(f"--data={data}: {images} images ({' '.join(IMAGE_SUFFIXES)}), {len(names)} "
                             f"with a same-named .txt, none left to train on by --validation={validation}")
-    if len(paths) < len(images):
-        print(f"data: {len(images) - len(paths)} of {len(images)} images are left out: no .txt of their own")
-    return train, {name: paths[name] for name in held}
+    if len(names) < images:
+        print(f"data: {images - len(names)} of {images} images are left out: no .txt of their own")
+    return train, held
 
 
 def read_caption(image, rng=None):

@@ -1053,15 +1053,15 @@ def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place):
     """And of fixed pictures, prompts, noise and seeds, so that lines and grids of a run compare."""
     model, _, settings = hdm.load_model(trained)
     te = hdm.load_text_encoder(settings)
-    paths = train.list_samples(place / "data", TINY["validation"])[1]
+    names = train.list_samples(place / "data", TINY["validation"])[1]
     held = stream(place / "data", training=False)
-    held.names, held.paths = list(paths), list(paths.values())
-    batch = default_collate([held[i] for i in range(len(paths))])
+    held.names = np.array(names)
+    batch = default_collate([held[i] for i in range(len(names))])
     with torch.no_grad():
         loss = hdm.flow_loss(model, **train.loss_inputs(batch, None, te, held.s, "cpu"))
     assert metrics(trained)[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    prompts = [prepare.read_caption(path) for path in paths.values()]
-    images = sample.generate(model, None, te, prompts, range(len(paths)), settings)
+    prompts = [prepare.read_caption(place / "data" / name) for name in names]
+    images = sample.generate(model, None, te, prompts, range(len(names)), settings)
     expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
     assert abs(np.asarray(Image.open(trained / "samples" / "00000006.png")) - expected).max() <= 1
 
@@ -1181,7 +1181,7 @@ def test_lr_warms_up_linearly_and_ends_at_one_percent():
 
 def stream(folder, training=True, pos="long_side", **settings):
     """The samples that train.py would read from a folder of pictures."""
-    s = SimpleNamespace(**TINY | dict(seed=0, t_shift=1.0, mask_padding=False) | settings)
+    s = SimpleNamespace(**TINY | dict(data=folder, seed=0, t_shift=1.0, mask_padding=False) | settings)
     channels, factor = (4, 2) if s.vae else (3, 1)
     config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
     return train.Samples(train.list_samples(folder, 0.0)[0], s, config, factor, training)
@@ -1296,7 +1296,7 @@ def test_adding_pictures_moves_none_across_the_split(tmp_path):
     many = [set(part) for part in train.list_samples(tmp_path, 0.3)]
     assert few[0] < many[0] and few[1] < many[1] and not many[0] & many[1]
     assert 12 < len(many[1]) < 36
-    assert train.list_samples(tmp_path, 0.0)[1] == {}
+    assert train.list_samples(tmp_path, 0.0)[1] == []
 
 
 @pytest.fixture(scope="session")
@@ -1504,8 +1504,7 @@ def test_a_broken_picture_is_named_and_the_next_takes_its_place(place, tmp_path,
     said = capsys.readouterr().out
     assert f"warning: {path}: not a whole picture" in said and "picture2" not in said
     samples = stream(data)
-    index = samples.names.index("picture1.png")
-    i = next(i for i in range(48) if samples.place(i)[1] == index)
+    i = next(i for i in range(48) if samples.place(i)[1] == "picture1.png")
     assert same(samples[i], samples[i + 1])
 
 
@@ -1635,9 +1634,8 @@ def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, m
     how = dict(images=400, eval_every=0, sample_every=0, save_every=1, ema=0)
     message = one_line(lambda: train_tiny(place, tmp_path, **how))
     samples = stream(place / "data")
-    paths = prepare.list_samples(place / "data", TINY["validation"])[0]
-    samples.names, samples.paths = list(paths), list(paths.values())
-    names = [samples.names[samples.place(i)[1]] for i in range(24, 32)]
+    samples.names = np.array(prepare.list_samples(place / "data", TINY["validation"])[0])
+    names = [samples.place(i)[1] for i in range(24, 32)]
     assert "since step 3" in message and all(name in message for name in names)
     assert message.count(".png") + message.count(".webp") == 8
     first, last = (load_file(hdm.list_checkpoints(tmp_path)[i] / "model.safetensors") for i in (0, -1))

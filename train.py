@@ -6,8 +6,7 @@
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
 
-In order: settings; data; checkpoints and log; model and processes; main, a flat loop.
-
+In order: settings; data; checkpoints and log; the model; train, a flat loop; main.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
 epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
@@ -135,23 +134,24 @@ class Samples(Dataset):
     fixed t and noise, no dropout, no TREAD.
     """
 
-    def __init__(self, paths, s, config, factor, training):
-        self.names, self.paths = list(paths), list(paths.values())
+    def __init__(self, names, s, config, factor, training):
+        self.names = np.array(names, str)                    # one block, which loader processes share
         self.s, self.config, self.factor, self.training = s, config, factor, training
 
     def place(self, i):
-        """Item i of the stream -> its epoch, and its picture's index in names and paths."""
+        """Item i of the stream -> its epoch, and its picture's name."""
         epoch, index = divmod(i, len(self.names))
-        return epoch, epoch_order(self.s.seed, epoch, len(self.names))[index] if self.training else index
+        order = epoch_order(self.s.seed, epoch, len(self.names)) if self.training else range(len(self.names))
+        return epoch, str(self.names[order[index]])
 
     def __getitem__(self, i):
         s, config, training, size = self.s, self.config, self.training, self.s.image_size
-        epoch, index = self.place(i)
-        rng = random.Random(f"{s.seed} {epoch} {self.names[index]}" if training else self.names[index])
+        epoch, name = self.place(i)
+        rng = random.Random(f"{s.seed} {epoch} {name}" if training else name)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
         try:
-            image, caption = read_sample(self.paths[index], rng if training and not dropped else None)
+            image, caption = read_sample(Path(s.data, name), rng if training and not dropped else None)
         except hdm.UserError as error:                       # one bad file of millions must not end the run
             print(f"warning: {error}; the next in order takes its place", flush=True)
             return self[i + 1]
@@ -307,9 +307,9 @@ def train(argv):
         raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
     if s.resume:                                             # a run: its newest checkpoint
         s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
-    train_paths, held_paths = list_samples(s.data, s.validation)
-    pictures, held_out = len(train_paths), len(held_paths)
-    identity = hashlib.sha256("\n".join(train_paths).encode()).hexdigest()
+    train_names, held_names = list_samples(s.data, s.validation)
+    pictures, held_out = len(train_names), len(held_names)
+    identity = hashlib.sha256("\n".join(train_names).encode()).hexdigest()
     state = load_state(s, identity, pictures, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
 
@@ -337,9 +337,9 @@ def train(argv):
         group.update(betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
     # The plan
-    samples = Samples(train_paths, s, model.config, vae.factor if vae else 1, training=True)
-    held = Samples(held_paths, s, model.config, samples.factor, training=False)
-    prompts = [read_caption(path) for path in list((held_paths or train_paths).values())[:8]]
+    samples = Samples(train_names, s, model.config, vae.factor if vae else 1, training=True)
+    held = Samples(held_names, s, model.config, samples.factor, training=False)
+    prompts = [read_caption(Path(s.data, name)) for name in (held_names or train_names)[:8]]
     micro_steps = s.global_batch // s.batch_size // ranks
     total = start + math.ceil((s.images - seen) / s.global_batch)
     last = min(total, s.max_steps) if s.max_steps else total
@@ -408,7 +408,7 @@ def train(argv):
         settings.update(step=step, images=seen)
         model.eval()
         with torch.no_grad(), autocast:
-            if held_paths and due(s.eval_every):             # with fixed noise and t: runs compare by it
+            if held_names and due(s.eval_every):             # with fixed noise and t: runs compare by it
                 losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
                           for batch in DataLoader(held, s.batch_size, sampler=range(rank, held_out, ranks))]
                 val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / held_out
@@ -424,7 +424,7 @@ def train(argv):
             (losses, counts), (skipped, in_a_row) = window.tolist(), bad.tolist()
             if in_a_row >= 10:
                 first = position - in_a_row * s.global_batch
-                names = [samples.names[samples.place(i)[1]] for i in range(first, first + s.global_batch)]
+                names = [samples.place(i)[1] for i in range(first, first + s.global_batch)]
                 (out_dir / "bad_images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
                 raise hdm.UserError(f"no finite loss or gradient since step {step - in_a_row}, of the images "
                                     f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
