@@ -1522,16 +1522,17 @@ def started(*argv, cwd, after):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_goes_on_as_if_never_stopped(number, trained, place, tmp_path):
     """Also in the middle of a step's accumulation, with loader processes that get the signal as well."""
-    argv = [place / "tiny.py", "--out_dir=run", "--workers=2", "--batch_size=1", "--global_batch=8"]
-    process = started(*argv, "--sample_steps=40", cwd=tmp_path, after=1)
+    argv = [place / "tiny.py", "--out_dir=run", "--workers=2", "--batch_size=1", "--images=160"]
+    process = started(*argv, cwd=tmp_path, after=1)
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and output.splitlines()[-1].endswith("--resume")
     assert len(hdm.list_checkpoints(tmp_path / "run")) == 1
-    train_tiny(place, tmp_path / "whole", batch_size=1)
-    train_tiny(place, tmp_path / "run", batch_size=1, resume=True)
-    whole = checkpoint(tmp_path / "whole" / "ckpt_00000006")
-    assert same(checkpoint(tmp_path / "run" / "ckpt_00000006"), whole)
+    how = dict(batch_size=1, images=160)
+    train_tiny(place, tmp_path / "whole", **how)
+    train_tiny(place, tmp_path / "run", resume=True, **how)
+    whole = checkpoint(tmp_path / "whole" / "ckpt_00000020")
+    assert same(checkpoint(tmp_path / "run" / "ckpt_00000020"), whole)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
@@ -1568,9 +1569,9 @@ def test_a_run_killed_again_and_again_ends_like_one_that_never_was(trained, plac
         process.kill()
         process.communicate()
         killed_while_saving += bool(list((tmp_path / "run").glob("partial_*")))
-        if process.returncode == 0:
+        if (tmp_path / "run" / "ckpt_00000006").exists():    # it may have been killed as it ended
             break
-    assert killed_while_saving >= 1 and process.returncode == 0
+    assert killed_while_saving >= 1
     ends = [checkpoint(tmp_path / name / "ckpt_00000006") for name in ("run", "whole")]
     assert same(*ends)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
