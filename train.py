@@ -255,16 +255,24 @@ def load_state(s, identity, pictures, ranks):
     return state
 
 
-def open_log(s, config, start):
-    """run.json, and metrics.jsonl less the lines that a resumed run writes again or, uncut, never had."""
+def open_log(out_dir, s, config, start):
+    """The folder is this run's: run.json, metrics.jsonl less what a resumed run writes again or never had."""
+    lock = FileLock(out_dir / "lock")                        # free when this process ends, however it ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
+    for partial in out_dir.glob("partial_ckpt_*"):           # of a run that was killed while saving
+        shutil.rmtree(partial)
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
                versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
-    Path(s.out_dir, f"run_{start:08d}.json" if start else "run.json").write_text(json.dumps(run, indent=1))
+    (out_dir / (f"run_{start:08d}.json" if start else "run.json")).write_text(json.dumps(run, indent=1))
     scheduled = start > 0 and any(every and start % every == 0 for every in (s.log_every, s.eval_every))
-    lines = [record for record in read_metrics(s.out_dir) if record["step"] < start + scheduled]
-    Path(s.out_dir, "metrics.new").write_text("".join(json.dumps(record) + "\n" for record in lines))
-    Path(s.out_dir, "metrics.new").replace(Path(s.out_dir, "metrics.jsonl"))
+    lines = [record for record in read_metrics(out_dir) if record["step"] < start + scheduled]
+    (out_dir / "metrics.new").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    (out_dir / "metrics.new").replace(out_dir / "metrics.jsonl")
+    return lock, tracker(s.log, out_dir, vars(s))
 
 
 # ---- The model, the loop --------------------------------------------------------------------------------
@@ -355,15 +363,7 @@ def train(argv):
         settings[name] = str(path.absolute()) if path else settings[name]
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
-        lock = FileLock(out_dir / "lock")                    # free when this process ends, however it ends
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
-        for partial in out_dir.glob("partial_ckpt_*"):       # of a run that was killed while saving
-            shutil.rmtree(partial)
-        open_log(s, model.config, start)
-        tell = tracker(s.log, out_dir, vars(s))
+        lock, tell = open_log(out_dir, s, model.config, start)
     parameters = sum(p.numel() for p in model.parameters())
     gb = 4e-9 * parameters * (3 if ema is None else 4)       # float32 weights, AdamW's moments, the average
     kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
