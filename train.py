@@ -285,7 +285,7 @@ def build_model(s, given, vae, te, device):
     source = s.resume or s.init_from
     if source:
         model, _, old = hdm.load_model(source, device, ema=not s.resume, with_vae=False)
-        print(f"weights: {source}, after step {old['step']:,} and {old['images']:,} images")
+        print(f"weights: {source}" + f", step {old['step']:,}, {old['images']:,} images" * bool(old["step"]))
     else:                                                    # the encoders' two numbers win over the preset's
         model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
     if s.init_from and not s.resume and not model.config.aspect_cond and given.get("aspect_cond", True):
