@@ -830,7 +830,7 @@ def parse_caption(text, rng=None, drop_tag=0.25, drop_group=0.3):
 RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
 RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
 TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
-SAMPLING = dict(steps=24, cfg=3.0, t_shift=1.0)              # as advised for it; ours hold their own
+SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, t_shift=1.0)     # as advised for it; ours hold their own
 
 
 def first_line(error):
@@ -981,7 +981,7 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
         return load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
 
 
-def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
+def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
     """A VAE in the diffusers layout: a folder or hub repository with config.json and safetensors, a folder
     that holds one as vae/, or a file (with a config.json beside it, where its latents are normalised)."""
     path, stem = Path(path_or_hub_id), "diffusion_pytorch_model"
@@ -995,7 +995,7 @@ def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32):
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
         given = {name: config[name] for name in names if config.get(name) is not None}
-    return vae_from_tensors(read_tensors(weights)[0], weights, device, dtype, **given)
+    return vae_from_tensors(tensors or read_tensors(weights)[0], weights, device, dtype, **given)
 
 
 def list_checkpoints(out_dir):
@@ -1030,7 +1030,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     for sampling steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
     """
     path = find_weights(path_or_hub_id, ema)
-    tensors, metadata = read_tensors(path)
+    (tensors, metadata), own = read_tensors(path), None
     folder = path.parents[path.parent.name == "transformer"]
     def beside(part, recorded):                              # small encoders move with their checkpoint
         known = "hdm" in metadata or path.parent.name == "transformer"
@@ -1041,16 +1041,16 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
             settings["config"] = XUTConfig(**settings["config"])
         settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
     else:                                                    # a published file, Lightning's, diffusers', bare
-        own = str(path) if part_of(tensors, "vae.") else ""
+        own = tensors if part_of(tensors, "vae.") else None  # a VAE in the same file
         prefixes = [start for start in ("unet.model.", "model.", "") if f"{start}ctx_proj.weight" in tensors]
         if not prefixes:
             raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a "
                             f"published one (no unet.model.*); it holds {', '.join(list(tensors)[:3])}, ...")
         tensors = part_of(tensors, prefixes[0])
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=TEXT_ENCODER, text_length=512,
-                        vae=own or beside("vae", ""), image_size=1024, step=0, images=0, **SAMPLING)
+                        vae=str(path) if own else beside("vae", ""), step=0, images=0, **SAMPLING)
     settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
-    vae = load_vae(settings["vae"], device, dtype) if settings["vae"] and with_vae else None
+    vae = load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
     return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
 
 

@@ -208,11 +208,12 @@ def list_samples(data, validation):
         images += len(found)
         inner = "" if folder == str(data) else Path(folder).relative_to(data).as_posix() + "/"
         names += [inner + file for file in found if os.path.splitext(file)[0] in texts]
-    train = sorted(name for name in names if name_hash(name) >= validation)
-    held = sorted((name for name in names if name_hash(name) < validation), key=name_hash)[:512]
+    hashed = sorted((name_hash(name), name) for name in names)
+    train = sorted(name for place, name in hashed if place >= validation)
+    held = [name for place, name in hashed if place < validation][:512]
     if names and validation and not held:
         raise hdm.UserError(f"--validation={validation}: holds out none of {len(names)} pictures; least is "
-                            f"{math.ceil(1000 * min(map(name_hash, names))) / 1000}; 0: no held-out loss")
+                            f"{math.ceil(1000 * hashed[0][0]) / 1000}; 0: no held-out loss")
     if not train:
         raise hdm.UserError(f"--data={data}: {images} images ({' '.join(IMAGE_SUFFIXES)}), {len(names)} "
                             f"with a same-named .txt, none left to train on by --validation={validation}")

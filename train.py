@@ -238,12 +238,9 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
 
 def load_state(s, identity, pictures, ranks):
     """train.pt of --resume, its place in the stream moved to a fresh epoch where the pictures are others."""
-    try:
+    with hdm.naming(f"--resume={s.resume}", "no whole checkpoint of a run; --init_from takes weights alone"):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
         old = state["settings"]
-    except Exception as error:                               # a broken pickle can raise anything
-        raise hdm.UserError(f"--resume={s.resume}: no whole checkpoint of a run ({hdm.first_line(error)}); "
-                            f"--init_from takes weights alone") from error
     if state["identity"] != identity:
         if (old["data"], old["validation"]) == (s.data, s.validation) and not s.new_data:
             raise hdm.UserError(f"--data={s.data}: other pictures ({pictures:,}) than {s.resume} saw "
