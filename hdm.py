@@ -35,6 +35,7 @@ import re
 import sys
 import traceback
 import typing
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch.utils.checkpoint import checkpoint
 
 
@@ -185,6 +186,11 @@ def half_ranges(height, width, convention):
 def cell_centres(half, length, start, cells, patch=1):
     """Positions on an axis of this length over [-half, half]: of cells of size patch, from start on."""
     return -half + (start + patch * (torch.arange(cells, dtype=torch.float64) + 0.5)) * 2 * half / length
+
+
+def scaled_sides(width, height, size):
+    """A picture's width and height once its short side is size: the long one is floored (shifted square crop)."""
+    return width * size // min(width, height), height * size // min(width, height)
 
 
 def crop_positions(height, width, top, left, size, patch, convention="long_side"):
@@ -742,9 +748,13 @@ class VAE(nn.Module):
         noise (B, C, h, w), or drawn by the generator (a CPU one: the same latents on any device).
         """
         z, logvar = self.moments(images)
-        if sample:
-            if noise is None:
-                noise = torch.randn(z.shape, generator=generator)
+        if sample and noise is None:
+            noise = torch.randn(z.shape, generator=generator)
+        return self.latents(z, logvar, noise if sample else None)
+
+    def latents(self, z, logvar, noise=None):
+        """The moments, (B, C, h, w) each -> normalised latents: the mean, or with noise a draw."""
+        if noise is not None:
             z = z + torch.exp(logvar / 2) * noise.to(z.device)
         mean, std = self.statistics(z)
         return (z - mean) / std
@@ -807,21 +817,27 @@ class TextEncoder:
         return states.last_hidden_state, mask
 
 
-def parse_caption(text, rng=None, drop_tag=0.25, drop_group=0.3):
-    """The caption grammar of HDM's data: `kept $$ kept ||| tag $$ tag %% tag $$ tag` -> one line of text.
+def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separator="$$", spaces=False):
+    """The caption grammar of HDM's data: `kept $$ kept ||| tag $$ tag %% tag $$ tag ||| kept` -> a line.
 
-    Before `|||` everything stays, in order. After it groups are split at `%%` and tags at `$$`: with rng (a
-    random.Random) the groups are shuffled, the tags inside each too, and a tag is dropped with probability
-    drop_tag, a group with drop_group; rng None: all is kept, in order. A plain sentence comes back as it is.
+    Before the first `|||` and after the second everything stays, in order. Between them groups are split at
+    `%%` and tags at the separator: with rng (a random.Random) the groups are shuffled, the tags inside each
+    too, and a tag is dropped with probability tag_dropout, a group with group_dropout; rng None: all is kept,
+    in order. A plain sentence comes back as it is; with another separator than `$$` a text without `|||` is
+    a list of tags. spaces turns underscores into them, but in words without two letters in a row: ^_^.
     """
-    head, _, tail = text.partition("|||")
-    groups = [group.split("$$") for group in tail.split("%%")]
+    if separator != "$$" and "|||" not in text:
+        text, group_dropout = "|||" + text, 0.0              # a list of tags has no groups to drop
+    head, middle, tail = (text.split("|||", 2) + ["", ""])[:3]
+    groups = [group.split(separator.strip()) for group in middle.split("%%")]
     if rng is not None:
-        groups = [group for group in groups if rng.random() >= drop_group]
-        groups = [[tag for tag in group if rng.random() >= drop_tag] for group in groups]
+        groups = [group for group in groups if rng.random() >= group_dropout]
+        groups = [[tag for tag in group if rng.random() >= tag_dropout] for group in groups]
         for part in (groups, *groups):
             rng.shuffle(part)
-    tags = head.split("$$") + [tag for group in groups for tag in group]
+    tags = head.split("$$") + [tag for group in groups for tag in group] + tail.split("$$")
+    if spaces:
+        tags = [re.sub(r"\S*[^\W\d_]{2}\S*", lambda word: word[0].replace("_", " "), tag) for tag in tags]
     return ", ".join(" ".join(tag.split()) for tag in tags if tag.strip())
 
 
@@ -1082,14 +1098,54 @@ def check_size(height, width, config, vae):
 
 # ---- Plumbing: pictures, devices, settings ---------------------------------------------------------------
 
-def load_image(path):
-    """An upright RGB picture; what is transparent becomes white."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+def load_image(source, side=None):
+    """An upright RGB picture from a path or a stream; what is transparent becomes white.
+
+    side: its short side is scaled to this length. A JPEG is then decoded in a half, a quarter or an eighth of
+    its size, several times as fast, as long as that leaves the short side twice as long as asked for.
+    """
+    with Image.open(source) as file:
+        (width, height), box = file.size, None
+        if side is not None and (draft := file.draft(None, (2 * side, 2 * side))):
+            box = draft[1]                                   # where the picture is: 1500 / 8 = 187.5 of 188 pixels
+        image = file
         if image.mode.startswith("I"):                       # 16-bit grey: convert would clip it to white
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-        image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if image.mode != "RGB" or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if side is not None:
+            image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
+        image.info = file.info                               # with its EXIF rotation
+        return ImageOps.exif_transpose(image)
+
+
+def measure_image(stream, length, verify=False):
+    """-> upright width and height of an image file of this length, from its header, or, verify, decoded.
+
+    UserError, in words: no readable header, too large, truncated (by its end: JPEG, PNG, GIF and WebP tell that
+    something is missing, BMP and AVIF do not), does not decode.
+    """
+    formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF"] + ["AVIF"] * features.check("avif")         # by content
+    ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
+    trouble = "no readable header" if length else "zero bytes"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
+            image = Image.open(stream, formats=formats)
+            start = stream.tell()
+            # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
+            turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+        trouble = "truncated"
+        # An end before start is that of a JPEG's thumbnail; 64 KB of anything may lie behind the end.
+        stream.seek(max(start, length - 2 ** 16))
+        assert re.search(ends.get(image.format, b""), stream.read())
+        trouble = "does not decode"
+        stream.seek(0)
+        return load_image(stream).size if verify else image.size[::-1] if turned else image.size
+    except Exception as error:                               # what is broken can raise anything
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise UserError("too large" if bomb else trouble) from error
 
 
 def make_folder(path, flag):
@@ -1165,7 +1221,8 @@ def parse_args(argv, classes, positionals=(), doc=""):
     """Command line -> (positional words, {name: typed value} of the settings that were given).
 
     The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
-    A `list[str]` may be given several times, a `bool | str` is True when bare. --help prints their source.
+    A `list[str]` may be given several times, a `bool | str` is True when bare. A last positional that ends in
+    `...` takes one word or more. --help prints the settings' source.
     """
     types = setting_types(classes)
     if "--help" in argv or "-h" in argv:
@@ -1193,7 +1250,8 @@ def parse_args(argv, classes, positionals=(), doc=""):
             value = rest.pop(0)
         value = setting_value(f"--{name}={value}", value, kind)
         values[name] = values.get(name, []) + value if kind == list[str] else value
-    if len(words) != len(positionals):
+    some = len(words) > 0 and bool(positionals) and positionals[-1].endswith("...")
+    if len(words) != len(positionals) and not some:
         raise UserError(f"{' '.join(positionals) or 'nothing'} expected beside the --settings, got "
                         f"{' '.join(words) or 'nothing'}; see --help")
     return words, values

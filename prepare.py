@@ -7,23 +7,37 @@
 In order: the settings; what the demo shows; its data set; the text encoder; a folder of captioned images; the
 judge; a run's curves; the command line.
 """
+import bisect
 import contextlib
+import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import re
+import shutil
+import tarfile
 import tempfile
-from dataclasses import dataclass
+import textwrap
+import time
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
 import hdm
-from sample import generate, image_grid
+from sample import gather, generate, image_grid
 
 
 @dataclass
@@ -38,6 +52,31 @@ class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
     vocab: int = 4096               # most tokens; at least 257: the 256 bytes and the pad
     seed: int = 0                   # of the model's fixed random weights
+
+
+@dataclass
+class DataSettings:
+    out: str = "data/index"         # folder for the index; latents go beside it
+    caption: str = ""               # of tables and .json by their columns: "{characters} $$ {artist} ||| {tags}"
+    caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
+    sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
+    sidecar_place: str = "after"    # ... before or after the caption
+    min_size: int = 0               # pixels of the short side
+    max_ratio: float = 10.0         # long side to short side
+    require_tag: list[str] = field(default_factory=list)  # leave out images without it; may be given often
+    drop_tag: list[str] = field(default_factory=list)     # leave out images with it
+    verify: bool = False            # decode each picture, in place of looking at its header and its end
+    dry_run: bool = False           # write nothing but a report and OUT.png, a contact sheet
+    image_size: int = 256           # of training: side of the square crop
+    text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run ...
+    text_length: int = 256                 # ... and those past this many
+    latents: bool = False           # write a cache of VAE latents for image_size
+    mean_only: bool = False         # without the posterior's variance: half the disk
+    vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id
+    batch_size: int = 16            # images at a time in the VAE
+    workers: int = 4                # processes that read for it
+    device: str = "auto"            # auto, cpu, cuda, cuda:N, mps
+    dtype: str = "auto"             # of the VAE: float32, bfloat16; auto: 16 bit on CUDA
 
 
 @dataclass
@@ -176,20 +215,252 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0):
     model.save_pretrained(out)
 
 
-def text_encoder(folder, settings):
+def text_encoder(source, settings):
     if settings.vocab < 257:
         raise hdm.UserError(f"--vocab={settings.vocab}: at least 257")
-    files = sorted(Path(folder).rglob("*.txt"))
-    if not files:
-        raise hdm.UserError(f"{folder}: no such folder, or no .txt captions in it")
-    captions = [hdm.parse_caption(file.read_text(encoding="utf-8", errors="replace")) for file in files]
+    index = open_index(source)
+    captions = [hdm.parse_caption(text) for i in range(len(index)) for text in index[i].caption.split(OR)]
     with whole_folder(settings.out) as out:
         make_text_encoder(captions, out, vocab_size=settings.vocab, seed=settings.seed)
     print(f"a text encoder for the words of {len(captions)} captions in {settings.out}")
 
 
-# ---- a folder of captioned images --------------------------------------------------------------------------
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# ---- captioned images as they lie on people's disks --------------------------------------------------------
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif")
+TEXTS = (".txt", ".caption", ".json")            # of the caption beside an image: the first one there counts
+TABLES = (".json", ".jsonl", ".csv", ".tsv")
+NAME_COLUMNS = ("file_name", "file", "path", "filename", "id")
+TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
+COLUMN = r"\{([^{}]+)\}"                         # in --caption
+OR = "\x1e"                                      # between the alternatives of a caption
+# name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
+# files that its caption comes from; stamp: of all these; lines: of its caption file.
+Picture = namedtuple("Picture", "name file texts caption offset length width height weight stamp lines")
+
+
+class Report(dict):
+    """{kind: {"count": n, "paths": the first thousand}} of what was left out."""
+
+    def add(self, kind, path):
+        entry = self.setdefault(str(kind), {"count": 0, "paths": []})
+        entry["count"] += 1
+        entry["paths"] += [printable(path)] * (len(entry["paths"]) < 1000)
+
+    @contextlib.contextmanager
+    def leaving_out(self, path):                 # what stops the block is counted, and stops nothing else
+        try:
+            yield
+        except (hdm.UserError, OSError, ValueError, RecursionError, csv.Error) as error:
+            self.add(error if isinstance(error, hdm.UserError) else "unreadable", path)
+
+    def __str__(self):
+        return "\n".join(f"{entry['count']:>11,} left out: {kind}, as {entry['paths'][0]!r}"
+                         for kind, entry in sorted(self.items()))
+
+
+def printable(text):
+    return text.encode(errors="backslashreplace").decode()  # names on disk, and captions, can be any bytes
+
+
+def stamp_of(*files):
+    """64 bits of the sizes and times of files: unchanged means not edited."""
+    stats = [(info.st_size, info.st_mtime_ns) for info in map(os.stat, files)]
+    return int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=8).digest(), "little")
+
+
+def open_at(file, offset, length):
+    """A plain file, or a member of a tar, which is read whole."""
+    stream = open(file, "rb")
+    if not offset:
+        return stream
+    with stream:
+        stream.seek(offset)
+        return io.BytesIO(stream.read(length))
+
+
+def row_caption(row, template):
+    """The caption in a table's row or an image's .json: of the first of TEXT_COLUMNS that holds one, or the
+    template filled in; " $$ " between tags, in a list or a string with commas or else spaces."""
+    def texts(name):
+        value = row.get(name)
+        if "tag" in name.lower() and isinstance(value, str) and "$$" not in value:
+            value = value.split("," if "," in value else None)
+        values = [str(one) for one in (value if isinstance(value, list) else [value])
+                  if isinstance(one, (str, int, float))]
+        return [" ".join(one.split()) for one in values if one.split() and one != "nan"]
+    if template:                                 # in one pass: braces in a caption name no column
+        return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1])), template)
+    name = next(filter(texts, TEXT_COLUMNS), "")
+    return (" $$ " if name == "tags" else OR).join(texts(name))
+
+
+def read_table(path, place, template, rows, report):
+    """Adds {path of an image, with or without suffix: (caption, the table's file)} to rows; -> the columns."""
+    suffix, columns = os.path.splitext(path)[1].lower(), set()
+    with open_at(*place) as file:
+        lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
+        if suffix == ".json":
+            table = json.loads("".join(lines))
+            if isinstance(table, dict):          # kohya's {image: {"caption": , "tags": }} or {image: caption}
+                table = [{"file_name": name, **(row if isinstance(row, dict) else {"caption": row})}
+                         for name, row in table.items()]
+            table = iter(table if isinstance(table, list) else [table])
+        elif suffix == ".jsonl":
+            table = map(json.loads, filter(str.strip, lines))
+        else:  # strict: else a quote that is never closed makes one caption of all that follows
+            table = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+        for number in itertools.count(1):
+            with report.leaving_out(f"{path}, row {number}"):  # what next raises concerns one row
+                if (row := next(table, table)) is table:
+                    return columns
+                if not isinstance(row, dict) or None in row:  # None: cells past the header's
+                    raise hdm.UserError("broken table row")
+                columns.update(row)
+                name = next((str(row[key]) for key in NAME_COLUMNS if row.get(key) not in (None, "")), "")
+                key = os.path.normpath(os.path.join(os.path.dirname(path), name.replace("\\", "/")))
+                if not name or key in rows:
+                    raise hdm.UserError("duplicate name" if name else "row names no image")
+                both = suffix == ".json" and {"caption", "tags"} <= row.keys()  # as kohya uses them
+                rows[key] = row_caption(row, template or "{caption} ||| {tags}" * both), place[0]
+
+
+def read_texts(caption, places, s):
+    """A row's caption or "", the places of text files by suffix -> the caption, lines of its file."""
+    extra, lines = "", []
+    for suffix, place in places.items():
+        if place[2] > 2 ** 20:                   # a guess
+            raise hdm.UserError("caption over 1 MB")
+        with open_at(*place) as file:
+            text = file.read().decode("utf-8-sig", "surrogateescape")
+        if suffix == s.sidecar:
+            extra = " ".join(text.split())
+        elif suffix == ".json":
+            row = json.loads(text)
+            caption = row_caption(row if isinstance(row, dict) else {}, s.caption)
+        else:
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            caption = (OR if s.caption_lines == "choose" else " ").join(lines)
+    written = [one.strip() for one in caption.split(OR) if hdm.parse_caption(one)]
+    if hdm.parse_caption(extra):                 # into the kept head, or behind all: after two ||| or none
+        written = [f"{extra} $$ {one}" if s.sidecar_place == "before" else
+                   f"{one} {'|||' if one.count('|||') == 1 else '$$'} {extra}" for one in written] or [extra]
+    whole = OR.join(written)
+    if not whole or "\0" in whole or printable(whole) != whole:  # such as UTF-16, cp1252
+        raise hdm.UserError("caption is not UTF-8" if whole else "empty caption")
+    return whole, len(lines)
+
+
+def tar_files(path, report):
+    """Yields (path, place or None: no plain file) for a tar's members, as far as its headers can be read."""
+    with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
+        size = os.path.getsize(path)
+        for member in itertools.takewhile(lambda member: member.offset_data + member.size <= size, tar):
+            plain = member.isreg() and not member.issparse()
+            name = os.path.normpath("/" + member.name)  # no ../ leads out of the tar
+            yield path + name, (path, member.offset_data, member.size) if plain else None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) == bytes(512):  # tarfile is silent about some ends that are none
+            return
+    report.add("tar cut short", path)
+
+
+def groups(top, report):
+    """Yields (path, place or None: no plain file) pairs for each folder below top, and for each tar."""
+    seen = set()                                 # links may run in circles
+    for folder, below, names in os.walk(top, followlinks=True,
+                                        onerror=lambda error: report.add("unreadable", error.filename)):
+        info = os.stat(folder)
+        below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        if (info.st_dev, info.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        paths = [os.path.join(folder, name) for name in sorted(names)]
+        places = [(path, (path, 0, os.path.getsize(path)) if os.path.isfile(path) else None) for path in paths]
+        yield places
+        yield from (tar_files(path, report) for path, place in places if place and path.lower().endswith(".tar"))
+
+
+def by_name(group, report):
+    """-> {path with its suffix in lower case: (path, place)}; of a.txt and a.TXT only the first."""
+    files = {}
+    for path, place in group:
+        stem, suffix = os.path.splitext(path)
+        key = stem + suffix.lower()
+        if place is not None and key not in files:
+            files[key] = path, place
+        elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
+            report.add("not a plain file" if place is None else "duplicate name", path)
+    return files
+
+
+def scan(source, report, s, known=lambda name, stamp: None):
+    """Yields a Picture for each captioned image of a folder, a tar or a table; the report tells of the others.
+
+    known: -> the Picture of an earlier scan with this stamp, whose files are not opened again, or None.
+    """
+    top, columns = os.path.abspath(source), re.findall(COLUMN, s.caption)
+    root = top if os.path.isdir(top) else os.path.dirname(top)
+    suffix = os.path.splitext(top)[1].lower() if os.path.isfile(top) else ""
+    if root != top and suffix not in (".tar", *TABLES):
+        raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
+    given, rows, used, counts, stems = suffix in TABLES, {}, set(), Counter(), Counter()
+    if given:
+        with hdm.naming(source, "not a table of images"):
+            there = read_table(top, (top, 0, 0), s.caption, rows, report)
+        if not rows or not set(columns) <= there:
+            raise hdm.UserError(f"{source}: no image or {' '.join(columns)} in its columns, {sorted(there)}")
+        for path, _ in itertools.chain.from_iterable(groups(root, Report())):
+            stems[os.path.basename(os.path.splitext(path)[0])] += path.lower().endswith(IMAGES)
+    for group in [tar_files(top, report)] if suffix == ".tar" else groups(root, report):
+        files = by_name(group, report)
+        images = [key for key in files if key.endswith(IMAGES)]
+        own = {os.path.splitext(key)[0] + ".json" for key in images}
+        for key in files if not given else ():
+            if re.fullmatch(r"metadata\.(jsonl|csv)|meta.*\.json", os.path.basename(key)) and key not in own:
+                with report.leaving_out(key):
+                    read_table(*files[key], s.caption, rows, report)
+        for path, (file, offset, length) in map(files.get, images):
+            with report.leaving_out(path):
+                name, stem = os.path.relpath(path, root).replace(os.sep, "/"), os.path.splitext(path)[0]
+                if printable(path) != path:
+                    raise hdm.UserError("name is not UTF-8")
+                keys = [path, stem]
+                if stems[os.path.basename(stem)] == 1:  # then a row may omit its image's folder
+                    keys += [os.path.join(root, os.path.basename(key)) for key in keys]
+                key = next((key for key in keys if key in rows), None)
+                used.add(key)
+                caption, table = rows.get(key, ("", ""))
+                ends = [end for end in ((".json",) if s.caption else TEXTS) if stem + end in files
+                        and not (s.sidecar and (stem + end).endswith(s.sidecar))][:not table]
+                ends += [end for end in [s.sidecar] if end and stem + end in files]
+                if not table and (given or not ends):
+                    raise hdm.UserError("not in the table" if given else "no caption")
+                places = {end: files[stem + end][1] for end in ends}
+                texts = tuple(text for text in (table, *(place[0] for place in places.values()))
+                              if text not in ("", file))  # a tar may hold them, too
+                kohya = re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # 2020_trip/ is no 2,020 repeats
+                weight, stamp = float(kohya[1]) if kohya else 1.0, stamp_of(file, *texts)
+                picture = known(name, stamp)
+                if picture is None:
+                    caption, lines = read_texts(caption, places, s)
+                    with open_at(file, offset, length) as stream:
+                        width, height = hdm.measure_image(stream, length, s.verify)
+                    picture = Picture(name, file, texts, caption, offset, length, width, height, 1.0, stamp, lines)
+                how = " and ".join([os.path.basename(table)] * bool(table) + ends) + " in a tar" * (file != path)
+                counts[how + (f" in {kohya[0]}" if kohya else "")] += 1
+                yield picture._replace(weight=weight)
+    for key in rows.keys() - used:
+        report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
+    how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
+    print(printable(f"images: {how} in {source}"))
+
+
+# ---- the index: what training reads; images stay where they are ------------------------------------------
+# records.bin: one RECORD an image, in order of weight and place; text.bin: a Picture's text, from `text` on; index.json.
+NUMBERS = Picture._fields[4:]
+RECORD = np.dtype([(name, "<f8" if name == "weight" else "<u8") for name in NUMBERS]
+                  + [("text", "<u8"), ("bytes", "<u8"), ("image", "<u8"), ("place", "<f8")])
 
 
 def name_hash(name):
@@ -197,47 +468,330 @@ def name_hash(name):
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
 
 
-def list_samples(data, validation):
-    """-> the names (paths below data) of the images to train on, sorted, and of those held out."""
-    if not os.path.isdir(data):
+class Index:
+    """index[i]: a Picture, out of records (n,) RECORD and text (bytes,) uint8: memory maps, or (folder None) arrays."""
+
+    def __init__(self, records, text, about, folder=None):
+        self.records, self.text, self.about, self.folder = records, text, about, folder
+
+    @classmethod
+    def open(cls, folder):
+        with hdm.naming(folder, "not a whole index; run prepare.py again"):
+            about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
+            records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
+            text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
+        return cls(records, text, about, folder)
+
+    def __reduce__(self):                        # to a loader process that is spawned goes the path alone
+        return (Index.open, (self.folder,)) if self.folder else (Index, (self.records, self.text, self.about))
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record = self.records[i]
+        start, length = int(record["text"]), int(record["bytes"])
+        name, file, caption, *texts = self.text[start:start + length].tobytes().decode().split("\0")
+        return Picture(name, file, tuple(texts), caption, *(record[name].item() for name in NUMBERS))
+
+    def after(self, place, first, stop):
+        """The first of records first .. stop - 1 whose place is not below this one."""
+        return first + bisect.bisect_left(range(first, stop), place, key=lambda i: self.records[i]["place"])
+
+    def known(self, name, stamp):
+        """The Picture of that name, if it is here with that stamp."""
+        for _, first, stop in self.about["groups"]:
+            i = self.after(name_hash(name), first, stop)
+            if i < stop and (picture := self[i])[0] == name and picture.stamp == stamp:
+                return picture
+
+    def split(self, validation):
+        """-> the training part, [(first record, number, weight)], and at most 512 held-out records."""
+        parts, held = [], []
+        for weight, first, stop in self.about["groups"]:
+            middle = self.after(validation, first, stop)
+            parts += [(middle, stop - middle, weight)] if middle < stop else []
+            held += range(first, min(middle, first + 512))
+        return parts, sorted(held, key=lambda i: self.records[i]["place"])[:512]
+
+    def read(self, i, side=None):
+        """-> an RGB picture (hdm.load_image), and whether its files have changed since they were indexed."""
+        name, file, texts, _, offset, length, *_ = picture = self[i]
+        with hdm.naming(file if file.endswith(name) else f"{file}: {name}", "not a whole picture"):
+            changed = stamp_of(file, *texts) != picture.stamp
+            if offset and changed:               # what lies there now may be another picture
+                raise hdm.UserError(f"{file}: {name}: the tar has changed since it was indexed")
+            with open_at(file, offset, length) as stream:
+                return hdm.load_image(stream, side), changed
+
+
+def refusal(picture, s):
+    """Why the filters leave an image out, or None."""
+    def plain(tags):
+        return {tag.strip().replace("_", " ").lower() for tag in tags}
+    short, long = sorted((picture.width, picture.height))
+    tags = plain(hdm.parse_caption(picture.caption.replace(OR, "$$")).split(","))
+    wrong = {"below --min_size": short < s.min_size, "beyond --max_ratio": long > s.max_ratio * short,
+             "without --require_tag": plain(s.require_tag) - tags, "with --drop_tag": plain(s.drop_tag) & tags}
+    return next((kind for kind, is_so in wrong.items() if is_so), None)
+
+
+def build_index(sources, s, folder=None, old=None):
+    """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier Index by
+    the same settings, and has not changed since is not read again."""
+    options = {name: getattr(s, name) for name in ("caption", "caption_lines", "sidecar", "sidecar_place", "verify")}
+    known = (old.known,) if old and old.about["options"] == options else ()
+    report, raw, several = Report(), io.BytesIO(), 0  # 88 bytes an image stay in memory until they are sorted
+    with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
+        for source, weight in sources:
+            for picture in scan(source, report, s, *known):
+                if kind := refusal(picture, s):
+                    report.add(kind, picture.name)
+                    continue
+                entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts]).encode()
+                numbers = picture._replace(weight=weight * picture.weight)[4:]
+                raw.write(np.array((*numbers, text.tell(), len(entry), stamp_of(picture.file),
+                                    name_hash(picture.name)), RECORD).tobytes())
+                text.write(entry)
+                several += picture.lines > 1
+        data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
+    print(*[f"{several:,} captions of several lines: --caption_lines={s.caption_lines}"] * (several > 0), report, sep="\n")
+    records = np.frombuffer(raw.getbuffer(), RECORD)
+    if not len(records):
+        raise hdm.UserError(f"{' '.join(source for source, _ in sources)}: no image with a caption (.txt, .caption, "
+                            f".json, a table of them) is left to train on")
+    records = records[np.lexsort((records["place"], records["weight"]))]
+    weights, firsts = np.unique(records["weight"], return_index=True)
+    groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
+    identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
+    about = dict(identity=identity, options=options, groups=groups)
+    if folder is None:
+        return Index(records, data, about)
+    records.tofile(Path(folder, "records.bin"))
+    Path(folder, "index.json").write_text(json.dumps(about))
+    Path(folder, "report.json").write_text(json.dumps(report, indent=1))
+    return Index.open(folder)
+
+
+def open_index(data):
+    """--data: what prepare.py wrote, or a source as scan takes it, which is indexed now and in memory."""
+    if Path(data, "index.json").is_file():
+        return Index.open(str(data))
+    if not os.path.exists(data):
         raise hdm.UserError(f"--data={data}: no such folder (python prepare.py demo makes data/demo)")
-    images, names = 0, []
-    for folder, _, files in os.walk(data):  # plain strings: millions of Path objects would take gigabytes
-        texts = {file[:-4] for file in files if file.endswith(".txt")}
-        found = [file for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES]
-        images += len(found)
-        inner = "" if folder == str(data) else Path(folder).relative_to(data).as_posix() + "/"
-        names += [inner + file for file in found if os.path.splitext(file)[0] in texts]
-    hashed = sorted((name_hash(name), name) for name in names)
-    train = sorted(name for place, name in hashed if place >= validation)
-    held = [name for place, name in hashed if place < validation][:512]
-    if names and validation and not held:
-        raise hdm.UserError(f"--validation={validation}: holds out none of {len(names)} pictures; least is "
-                            f"{math.ceil(1000 * hashed[0][0]) / 1000}; 0: no held-out loss")
-    if not train:
-        raise hdm.UserError(f"--data={data}: {images} images ({' '.join(IMAGE_SUFFIXES)}), {len(names)} "
-                            f"with a same-named .txt, none left to train on by --validation={validation}")
-    if len(names) < images:
-        print(f"data: {images - len(names)} of {images} images are left out: no .txt of their own")
-    return train, held
+    return build_index([(str(data), 1.0)], DataSettings())
 
 
-def read_caption(image, rng=None):
-    """The caption beside an image, with rng (a random.Random) shuffled and thinned out."""
-    text = Path(image).with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-    return hdm.parse_caption(text, rng)
+# ---- the order of training ---------------------------------------------------------------------------------
+def shuffled(i, n, *key):
+    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel network
+    over the cells of a grid; from a cell past n it walks on."""
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    def number(*words):
+        return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
+    while True:
+        row, column = divmod(i, columns)
+        for turn in range(4):
+            row = (row + number(turn, column)) % rows
+            column = (column + number(turn, row, "row")) % columns
+        i = row * columns + column
+        if i < n:
+            return i
 
 
-def read_sample(path, rng=None):
-    """-> an RGB picture and its caption; a UserError that names the file, where it cannot be read."""
-    with hdm.naming(path, "not a whole picture with a caption"):
-        return hdm.load_image(path), read_caption(path, rng)
+class Epochs:
+    """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
+    weight says; of weights with fractions some stand once more, drawn anew each time."""
+
+    def __init__(self, parts, seed):
+        self.parts, self.seed = parts, seed      # [(first record, number, weight)]
+        self.pictures = sum(number for _, number, _ in parts)
+        self.length = sum(number * weight for _, number, weight in parts)  # on average
+
+    def once_more(self, number, weight, epoch):
+        """How many extra places fractions of a weight gave in all epochs before this one."""
+        return int(number * (weight % 1) * epoch)
+
+    def start(self, epoch):
+        """The stream's item at which an epoch starts."""
+        return sum(epoch * number * int(weight) + self.once_more(number, weight, epoch)
+                   for _, number, weight in self.parts)
+
+    def next_epoch(self, i):
+        """The first epoch that starts at item i or later."""
+        return bisect.bisect_left(range(2 + int((i + len(self.parts)) / self.length)), i, key=self.start)
+
+    def __getitem__(self, i):
+        """-> epoch, which copy of the record in it, the record's number."""
+        epoch = self.next_epoch(i + 1) - 1
+        index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
+        for first, number, weight in self.parts:
+            extra = self.once_more(number, weight, epoch + 1) - self.once_more(number, weight, epoch)
+            if index < number * int(weight) + extra:
+                copy, index = divmod(index, number)
+                if copy == int(weight):
+                    index = shuffled(index, number, self.seed, epoch, first)
+                return epoch, copy, first + index
+            index -= number * int(weight) + extra
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, n):
-    """In which order an epoch shows its n pictures: (n,) int64 numpy."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def draw_caption(text, rng, s):
+    """One of a record's captions by the grammar (hdm.parse_caption), with the run's settings s; rng None: the
+    first one, with all its tags."""
+    texts = text.split(OR)
+    return hdm.parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
+                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
+
+
+# ---- the cache of latents ----------------------------------------------------------------------------------
+# data/mine_latents256/000007.safetensors: by its record's number a picture's moments, float16 (C or 2 C, height,
+# width); the header says of which pictures and which VAE.
+SHARD = 512                                      # pictures in a file; a process that is killed loses at most these
+
+
+def shard_files(data, index, vae, image_size):
+    """-> {file: (its records, what its header must say)}: the hash of the VAE's encoder, in bfloat16 whatever
+    type it was loaded in, and that of names and files, not of captions."""
+    digest = hashlib.sha256(repr((vae.mean, vae.std)).encode())
+    for name, weight in vae.state_dict().items():
+        if name.startswith(("encoder", "quant_conv")):
+            digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    files, encoder = {}, digest.hexdigest()
+    for first in range(0, len(index), SHARD):
+        records = range(first, min(first + SHARD, len(index)))
+        part = index.records[first:first + SHARD]
+        pictures = hashlib.sha256(part["place"].tobytes() + part["image"].tobytes()).hexdigest()
+        file = Path(f"{os.path.normpath(data)}_latents{image_size}", f"{first // SHARD:06d}.safetensors")
+        files[file] = records, dict(vae=encoder, pictures=pictures)
+    return files
+
+
+@functools.lru_cache(maxsize=64)                 # in each process
+def open_shard(file):
+    return safe_open(file, "pt")                 # a memory map
+
+
+class Latents:
+    """The cache of a run; a UserError names the command that makes the right one."""
+
+    def __init__(self, s, index, vae):
+        if vae is None:
+            raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
+        files = shard_files(s.data, index, vae, s.image_size)
+        self.files = list(files)
+        for file, (_, header) in files.items():
+            with hdm.naming(file, f"--latents needs: python prepare.py SOURCE --out={s.data} --latents "
+                                  f"--image_size={s.image_size} --vae={s.vae}"):
+                if not header.items() <= open_shard(file).metadata().items():
+                    raise ValueError("it is of other pictures or of another VAE")
+
+    def read(self, i):
+        """-> the moments of record i: (C or 2 C, height, width) float16."""
+        with hdm.naming(self.files[i // SHARD], f"no latents of record {i}"):
+            return open_shard(self.files[i // SHARD]).get_tensor(str(i))
+
+
+def encode_latents(s, rank, ranks):
+    """Writes those shards that are not there, dealt over the processes."""
+    index, device = Index.open(s.out), hdm.pick_device(s.device)
+    vae = hdm.load_vae(s.vae, device, hdm.pick_dtype(s.dtype, device))
+    if s.image_size % vae.factor:
+        raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, the pixels of a cell")
+    channels, cells = vae.latent_channels * (1 if s.mean_only else 2), {}
+    def shape(i):                                # of a record's latent: height, width
+        width, height = hdm.scaled_sides(index[i].width, index[i].height, s.image_size)
+        return height // vae.factor, width // vae.factor
+    def whole(i):                                # a picture, scaled and cut to whole cells; None: not to be had
+        height, width = (side * vae.factor for side in shape(i))
+        try:
+            image, changed = index.read(i, s.image_size)
+            assert not changed, "its file has changed; run prepare.py again"
+        except (hdm.UserError, AssertionError) as error:
+            return print(f"warning: {index[i].name}: no latents: {error}", flush=True)
+        return torch.from_numpy(np.array(image.crop((0, 0, width, height)))).permute(2, 0, 1)
+
+    files = {file: (sorted(records, key=shape), dict(header, channels=str(channels))) for file, (records, header)
+             in shard_files(s.out, index, vae, s.image_size).items()}
+    todo = {file: files[file] for file in files if not file.is_file() or safe_open(file, "pt").metadata() != files[file][1]}
+    folder = next(iter(files)).parent
+    hdm.make_folder(folder, "--out")
+    gb = 2e-9 * channels * sum(math.prod(shape(i)) for records, _ in todo.values() for i in records)
+    free, pictures = shutil.disk_usage(folder).free / 1e9, sum(len(records) for records, _ in todo.values())
+    if gb > free:
+        raise hdm.UserError(f"--latents: {gb:.2f} GB are needed in {folder}, {free:.2f} are free")
+    trial = torch.zeros(s.batch_size, 3, s.image_size, s.image_size, device=device)
+    for _ in range(2):                           # the first one warms up
+        clock = time.perf_counter()
+        vae.moments(trial)[0].sum().item()
+    hours = pictures / s.batch_size * (time.perf_counter() - clock) / 3600 / ranks
+    print(f"latents: {pictures:,} of {len(index):,} pictures to encode into {folder}: {gb:.3f} GB ({free:.0f} are "
+          f"free), about {hours:.2f} h on {ranks} x {device} if the disk keeps up", flush=True)
+    gather(None)                                 # all have seen the same files
+    with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
+        for file in tqdm(list(todo)[rank::ranks], disable=rank > 0):
+            (records, header), latents = todo[file], {}
+            ready = ((i, picture) for i, picture in zip(records, pool.map(whole, records)) if picture is not None)
+            for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
+                while batch := list(itertools.islice(same, s.batch_size)):
+                    pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
+                    moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
+                    latents.update((str(i), moment.clone()) for (i, _), moment in zip(batch, moments))
+            save_file(latents, file.with_suffix(".partial"), header)
+            file.with_suffix(".partial").replace(file)
+    gather(None)
+
+
+# ---- a look before a week of training -----------------------------------------------------------------------
+def histogram(what, values, edges):
+    names = [f"below {edges[0]:g}", *(f"from {edge:g}" for edge in edges)]
+    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(names))
+    print(f"{what}: " + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts)))
+
+
+def dry_run(index, s):
+    """Prints what is in an index; OUT.png shows 48 of its pictures, with the crop and the caption of training."""
+    import train                                 # which imports this file
+    n, places = len(index), Epochs(index.split(0.0)[0], 0)
+    sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
+    print(f"{n:,} pictures, {index.records['length'].sum() / 1e9:.3f} GB; {places.length:,.0f} places in an epoch")
+    histogram("width / height", sides[0] / sides[1], (0.5, 0.75, 1, 1.01, 1.34, 2.01))
+    histogram("short side", sides.min(0), sorted({s.image_size, 256, 512, 768, 1024}))
+    cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
+    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only {8e-9 * cells:.3f} GB (4 x f8)")
+    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
+    texts = [draw_caption(index[i].caption, None, train.Data) for i in some]
+    tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
+    tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
+    print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
+          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; {100 * (tokens > s.text_length).mean():.1f} % are "
+          f"cut off at --text_length={s.text_length}")
+    tags = Counter(tag.strip() for text in texts for tag in set(text.split(",")))
+    print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
+    lengths, counts = np.unique(index.records["length"], return_counts=True)
+    same = np.flatnonzero(np.isin(index.records["length"], lengths[counts > 1])).tolist()
+    copies = len(same) - len({hashlib.sha256(open_at(*index[i][1:2], *index[i][4:6]).read()).digest() for i in same})
+    print(f"exact duplicates: {copies:,} pictures")
+    settings = {field.name: field.default for cls in train.CLASSES[:3] for field in fields(cls)}
+    settings |= dict(vae="", tread_rate=0.0, image_size=s.image_size)
+    # One token to a crop: its position is the crop's centre.
+    config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
+    samples = train.Samples(index, places, None, SimpleNamespace(**settings), config, 1, True)
+    sheet = Image.new("RGB", (8 * 210, 6 * 280), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for k in range(min(48, n)):
+        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
+            item, picture = samples.item(k), index.read(places[k][2])[0]
+            (y, x), long, corner = item["pos"][0].tolist(), max(picture.size), (k % 8 * 210 + 5, k // 8 * 280 + 5)
+            centre = [(at * long + side) / 2 * 200 / long for at, side in zip((x, y), picture.size)]
+            half = min(picture.size) * 100 / long
+            sheet.paste(picture.resize([round(side * 200 / long) or 1 for side in picture.size]), corner)
+            canvas.rectangle([c + at + sign * half for sign in (-1, 1) for c, at in zip(corner, centre)], outline="red")
+            text = "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)"
+            canvas.text((corner[0], corner[1] + 203), text, "black")
+    hdm.make_folder(Path(s.out).parent, "--out")
+    sheet.save(f"{s.out}.png")
+    print(f"{s.out}.png: 48 pictures, as an epoch of training takes them: crop in red, caption below")
 
 
 # ---- the judge --------------------------------------------------------------------------------------------
@@ -337,8 +891,34 @@ def tracker(name, folder, settings):
     return lambda values, step: None
 
 
+def prepare(paths, s):
+    rank, ranks = hdm.start_ranks()
+    sources = []
+    for path in paths:
+        head, equals, weight = path.rpartition("=")
+        weighted = bool(equals) and not os.path.exists(path)
+        sources.append((head, hdm.setting_value(path, weight, float)) if weighted else (path, 1.0))
+        if sources[-1][1] <= 0:
+            raise hdm.UserError(f"{path}: a weight above 0 is needed")
+    old = Index.open(s.out) if Path(s.out, "index.json").is_file() else None
+    if s.dry_run:
+        return dry_run(build_index(sources, s, old=old), s)
+    hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
+    hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
+    if s.caption and not re.search(COLUMN, s.caption):
+        raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
+    if rank == 0:
+        with whole_folder(s.out) as folder:
+            n = len(build_index(sources, s, folder, old))
+        print(f"{n:,} pictures in {s.out}; report.json there names what was left out")
+    gather(None)                                 # the others wait for it
+    if s.latents:
+        encode_latents(s, rank, ranks)
+
+
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),
-            "text_encoder": (text_encoder, TextEncoderSettings, ("FOLDER",))}
+            "text_encoder": (text_encoder, TextEncoderSettings, ("SOURCE",)),
+            "data": (lambda *words: prepare(words[:-1], words[-1]), DataSettings, ("PATH ...",))}
 
 
 def main(argv):
@@ -346,7 +926,9 @@ def main(argv):
     if name in ("--help", "-h"):
         print(__doc__)
         return
-    hdm.check_name(f"prepare.py {name}", name, COMMANDS, "command")
+    if name not in COMMANDS and os.path.exists(name.rpartition("=")[0] or name) or name.startswith("--"):
+        argv, name = ["data", *argv], "data"
+    hdm.check_name(f"prepare.py {name}", name, COMMANDS, "command or path")
     command, settings, positionals = COMMANDS[name]
     words, values = hdm.parse_args(argv[1:], [settings], positionals, doc=__doc__)
     command(*words, settings(**values))

@@ -8,7 +8,9 @@ assets/golden.npz holds outputs of the authors' model on made-up weights (its `m
 and the names and shapes of the published files, as json bytes. `fill` below makes the same weights.
 """
 import argparse
+import builtins
 import collections
+import csv
 import dataclasses
 import functools
 import importlib
@@ -22,6 +24,8 @@ import random
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -1001,11 +1005,12 @@ def trained(place):
 def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     keys = {"step", "images", "loss", "lr", "grad_norm", "images_per_s", "val_loss"}
-    assert all(set(line) == keys | {"loss_by_t", "data_s", "memory_gb", "skipped"} for line in lines)
+    assert all(set(line) == keys | {"loss_by_t", "data_s", "memory_gb", "skipped", "unreadable"} for line in lines)
     assert [(line["step"], line["images"]) for line in lines] == [(0, 0), (3, 24), (6, 48)]
     assert lines[0]["loss"] is None and lines[0]["val_loss"] > 0
     assert all(line[key] > 0 for line in lines[1:] for key in keys)
-    assert all(line["data_s"] > 0 and line["memory_gb"] >= 0 and line["skipped"] == 0 for line in lines[1:])
+    assert all(line["data_s"] > 0 and line["memory_gb"] >= 0 for line in lines[1:])
+    assert not any(line["skipped"] or line["unreadable"] for line in lines)
     record = json.loads((trained / "run.json").read_text())
     assert record["settings"]["lr"] == 0.5 and record["settings"]["tread_rate"] == 0.5
     assert record["config"]["dim"] == 32 and "tiny.py" in " ".join(record["command"])
@@ -1053,15 +1058,13 @@ def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place):
     """And of fixed pictures, prompts, noise and seeds, so that lines and grids of a run compare."""
     model, _, settings = hdm.load_model(trained)
     te = hdm.load_text_encoder(settings)
-    names = train.list_samples(place / "data", TINY["validation"])[1]
-    held = stream(place / "data", training=False)
-    held.names = np.array(names)
-    batch = default_collate([held[i] for i in range(len(names))])
+    held = stream(place / "data", training=False, validation=TINY["validation"])
+    n = len(held.places)
+    batch = default_collate([held[i] for i in range(n)])
     with torch.no_grad():
         loss = hdm.flow_loss(model, **train.loss_inputs(batch, None, te, held.s, "cpu"))
     assert metrics(trained)[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    prompts = [prepare.read_caption(place / "data" / name) for name in names]
-    images = sample.generate(model, None, te, prompts, range(len(names)), settings)
+    images = sample.generate(model, None, te, batch["caption"], range(n), settings)
     expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
     assert abs(np.asarray(Image.open(trained / "samples" / "00000006.png")) - expected).max() <= 1
 
@@ -1179,12 +1182,28 @@ def test_lr_warms_up_linearly_and_ends_at_one_percent():
     assert train.lr_at(0, SimpleNamespace(lr=0.5, warmup=0), 10) == 0.5
 
 
-def stream(folder, training=True, pos="long_side", **settings):
-    """The samples that train.py would read from a folder of pictures."""
-    s = SimpleNamespace(**TINY | dict(data=folder, seed=0, t_shift=1.0, mask_padding=False) | settings)
+def stream(data, training=True, pos="long_side", latents=None, **settings):
+    """The samples that train.py would read from a folder of pictures, or from an index."""
+    defaults = {field.name: field.default for cls in train.CLASSES[:3] for field in dataclasses.fields(cls)}
+    s = SimpleNamespace(**defaults | TINY | dict(validation=0.0) | settings)
+    index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
+    parts, held = index.split(s.validation)
+    places = prepare.Epochs(parts, s.seed) if training else held or list(range(len(index)))
     channels, factor = (4, 2) if s.vae else (3, 1)
     config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
-    return train.Samples(train.list_samples(folder, 0.0)[0], s, config, factor, training)
+    return train.Samples(index, places, latents, s, config, factor, training)
+
+
+def names(index, numbers=None):
+    """The names of an index's records."""
+    return [index[i].name for i in (range(len(index)) if numbers is None else numbers)]
+
+
+def split(folder, validation):
+    """The names that train.py trains on, and those that it holds out."""
+    index = prepare.open_index(folder)
+    parts, held = index.split(validation)
+    return [name for first, n, _ in parts for name in names(index, range(first, first + n))], names(index, held)
 
 
 @pytest.mark.parametrize("size", [(24, 16), (16, 24), (16, 16)])
@@ -1290,13 +1309,13 @@ def test_sixteen_bit_grey_keeps_its_values(tmp_path):
 def test_adding_pictures_moves_none_across_the_split(tmp_path):
     for i in range(40):
         write_picture(tmp_path / f"{i}", (16, 16), i)
-    few = [set(part) for part in train.list_samples(tmp_path, 0.3)]
+    few = [set(part) for part in split(tmp_path, 0.3)]
     for i in range(40, 80):
         write_picture(tmp_path / "more" / f"{i}", (16, 16), i)
-    many = [set(part) for part in train.list_samples(tmp_path, 0.3)]
+    many = [set(part) for part in split(tmp_path, 0.3)]
     assert few[0] < many[0] and few[1] < many[1] and not many[0] & many[1]
     assert 12 < len(many[1]) < 36
-    assert train.list_samples(tmp_path, 0.0)[1] == []
+    assert split(tmp_path, 0.0)[1] == []
 
 
 @pytest.fixture(scope="session")
@@ -1495,17 +1514,36 @@ hdm.run(train.main)
     assert done.returncode != 0 and done.stderr.count("not the same to all processes") == 1
 
 
+def spoil(path):
+    """A PNG whose ends are whole and whose pixels cannot be decoded."""
+    data = path.read_bytes()
+    path.write_bytes(data[:41] + bytes(20) + data[61:])
+
+
 def test_a_broken_picture_is_named_and_the_next_takes_its_place(place, tmp_path, capsys):
     data = Path(shutil.copytree(place / "data", tmp_path / "data"))
-    path = data / "picture1.png"
-    path.write_bytes(path.read_bytes()[:100])
-    (data / "picture2.txt").write_bytes(b"\xff\xfe red \xe9")
-    train_tiny(place, tmp_path / "run", data=data, workers=0)
+    path = data / "picture2.png"
+    spoil(path)
+    train_tiny(place, tmp_path / "run", data=data, max_steps=3)
+    train_tiny(place, tmp_path / "run", data=data, resume=True)
     said = capsys.readouterr().out
-    assert f"warning: {path}: not a whole picture" in said and "picture2" not in said
+    assert said.count(f"warning: {path}: not a whole picture") == 2                   # once in each run
+    assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
     samples = stream(data)
-    i = next(i for i in range(48) if samples.place(i)[1] == "picture1.png")
-    assert same(samples[i], samples[i + 1])
+    i = next(i for i in range(48) if names(samples.index, [samples.places[i][2]]) == ["picture2.png"])
+    item = samples[i]
+    assert str(path) in item.pop("unreadable") and samples[i + 1].pop("unreadable") == ""
+    assert same(item, {name: value for name, value in samples[i + 1].items() if name != "unreadable"})
+
+
+def test_too_many_unreadable_pictures_end_the_run(place, tmp_path):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    for i in (2, 3, 6, 7):
+        path = data / f"picture{i}.png"
+        spoil(path)
+    message = one_line(lambda: train_tiny(place, tmp_path / "run", data=data, images=800))
+    assert "pictures cannot be read, more than --max_unreadable=0.05 of them" in message
+    train_tiny(place, tmp_path / "run2", data=data, max_unreadable=0.2)
 
 
 def started(*argv, cwd, after):
@@ -1634,10 +1672,9 @@ def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, m
     monkeypatch.setattr(train, "loss_inputs", Poisoned(range(6, 1000)))               # from step 3 on
     how = dict(images=400, eval_every=0, sample_every=0, save_every=1, ema=0)
     message = one_line(lambda: train_tiny(place, tmp_path, **how))
-    samples = stream(place / "data")
-    samples.names = np.array(prepare.list_samples(place / "data", TINY["validation"])[0])
-    names = [samples.place(i)[1] for i in range(24, 32)]
-    assert "since step 3" in message and all(name in message for name in names)
+    samples = stream(place / "data", validation=TINY["validation"])
+    bad = names(samples.index, [samples.places[i][2] for i in range(24, 32)])
+    assert "since step 3" in message and all(name in message for name in bad)
     assert message.count(".png") + message.count(".webp") == 8
     first, last = (load_file(hdm.list_checkpoints(tmp_path)[i] / "model.safetensors") for i in (0, -1))
     assert same(first, last)                                 # of steps 10 to 12, all as after step 3
@@ -1692,16 +1729,22 @@ def test_a_resume_says_what_the_command_changes(trained, place, tmp_path, capsys
     assert [line["step"] for line in metrics(tmp_path / "b")] == [5]
 
 
-def test_data_changed_under_a_resume_is_refused_unless_asked_for(place, tmp_path):
-    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
-    train_tiny(place, tmp_path / "run", data=data, max_steps=3)
+def test_a_resume_with_grown_data_begins_an_epoch_and_with_others_is_refused_unless_asked_for(
+        place, tmp_path, capsys):
+    data, run = Path(shutil.copytree(place / "data", tmp_path / "data")), tmp_path / "run"
+    train_tiny(place, run, data=data, max_steps=2)
     write_picture(data / "one_more", (16, 16), 1)
-    message = one_line(lambda: train_tiny(place, tmp_path / "run", data=data, resume=True))
-    assert str(data) in message and "--new_data" in message
-    train_tiny(place, tmp_path / "run", data=data, resume=True, new_data=True, log_every=1)
-    state = torch.load(tmp_path / "run" / "ckpt_00000006" / "train.pt", weights_only=True)
+    train_tiny(place, run, data=data, max_steps=4, resume=True, log_every=1)
+    assert "a new epoch begins" in capsys.readouterr().out
+    state = torch.load(run / "ckpt_00000004" / "train.pt", weights_only=True)
     n, before = state["pictures"], state["pictures"] - 1
-    assert state["images"] == 48 and state["position"] == math.ceil(24 / before) * n + 24
+    assert state["images"] == 32 and state["position"] == math.ceil(16 / before) * n + 16
+    (data / "one_more.png").unlink()
+    message = one_line(lambda: train_tiny(place, run, data=data, resume=True))
+    assert str(data) in message and "--new_data" in message
+    train_tiny(place, run, data=data, resume=True, new_data=True, log_every=1)
+    state = torch.load(run / "ckpt_00000006" / "train.pt", weights_only=True)
+    assert state["position"] == math.ceil((math.ceil(16 / before) * n + 16) / n) * before + 16
 
 
 def test_two_runs_do_not_share_a_folder(place, tmp_path):
@@ -1826,6 +1869,876 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(place, tmp_path, mon
     monkeypatch.setattr(Path, "rename", renamed)
     train_tiny(place, tmp_path, max_steps=1)
     assert len(hdm.list_checkpoints(tmp_path)) == 1 and len(flushed) > 5
+
+
+# ---- Layouts that prepare.py reads, broken files -----------------------------------------------------------
+
+def image_bytes(kind="PNG", size=(6, 4), noise=False, **options):
+    image = Image.frombytes("RGB", size, random.Random(0).randbytes(3 * size[0] * size[1])) if noise else \
+        Image.new("RGB", size, (200, 40, 40))
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(kind, orientation, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return image_bytes(kind, exif=exif, **options)
+
+
+def write_files(folder, files):
+    for name, data in files.items():
+        path = os.path.join(os.fsencode(folder), name if isinstance(name, bytes) else os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
+
+
+def tar_bytes(files, **options):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", **options) as tar:
+        for name, data in files:
+            data = data if isinstance(data, bytes) else data.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def scan(source, report=None, known=None, **options):
+    """prepare.scan with settings by name."""
+    report = prepare.Report() if report is None else report
+    return list(prepare.scan(str(source), report, prepare.DataSettings(**options), *[known] * (known is not None)))
+
+
+def scanned(source, **options):
+    """{name: caption}, the report; and the laws of every scan: names differ, bytes are the picture's."""
+    report = prepare.Report()
+    found = scan(source, report, **options)
+    assert len({one.name for one in found}) == len(found)
+    for one in found:
+        assert os.path.isabs(one.file)
+        with open(one.file, "rb") as file:
+            file.seek(one.offset)
+            data = file.read(one.length)
+        assert len(data) == one.length
+        assert hdm.load_image(io.BytesIO(data)).size == (one.width, one.height), one
+    json.dumps(report)
+    str(report).encode()
+    return {one.name: one.caption for one in found}, {kind: report[kind]["count"] for kind in report}
+
+
+PNG = image_bytes()
+
+
+@pytest.mark.parametrize("kind, suffix", [("PNG", "png"), ("JPEG", "jpg"), ("JPEG", "JPEG"), ("WEBP", "WebP"),
+                                          ("BMP", "bmp"), ("GIF", "gif"), ("AVIF", "avif")])
+def test_a_tree_of_images_with_captions_beside_them(tmp_path, kind, suffix, capsys):
+    write_files(tmp_path, {f"a.{suffix}": image_bytes(kind), "a.txt": "one", f"d/e/b.{suffix}": image_bytes(kind),
+                     "d/e/b.CAPTION": "two", "readme.md": "x", "orphan.txt": "x"})
+    assert scanned(tmp_path, verify=True) == ({f"a.{suffix}": "one", f"d/e/b.{suffix}": "two"}, {})
+    line = f"images: 1 with .txt, 1 with .caption in {tmp_path}"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_sizes_are_upright(tmp_path, kind):
+    for i in range(1, 9):
+        write_files(tmp_path, {f"{i}.jpg": turned(kind, i), f"{i}.txt": "x"})
+    found = scan(tmp_path)
+    assert [(one.width, one.height) for one in found] == [(6, 4)] * 4 + [(4, 6)] * 4
+
+
+def test_links_may_loop(tmp_path):
+    write_files(tmp_path, {"data/z/a.png": PNG, "data/z/a.txt": "a", "other/b.png": PNG, "other/b.txt": "b"})
+    for link, to in (("data/a", "z"), ("data/z/loop", "../.."), ("data/b", "../other"), ("data/self", "self"),
+                     ("data/c", "b")):
+        os.symlink(to, tmp_path / link)
+    found, report = scanned(tmp_path / "data")
+    assert found == {"z/a.png": "a", "z/loop/other/b.png": "b"} and report == {}       # each once
+
+
+def test_kohyas_repeats(tmp_path, capsys):
+    write_files(tmp_path, {name + end: data for name in ("10_cat/a", "2020_trip/a", "x/10_cat/a", "007_b/a")
+                     for end, data in ((".png", PNG), (".txt", "x"))})
+    assert {one.name: one.weight for one in scan(tmp_path)} == {
+        "10_cat/a.png": 10, "2020_trip/a.png": 1, "x/10_cat/a.png": 1, "007_b/a.png": 1}
+    assert "10_cat/" in capsys.readouterr().out
+
+
+def test_hugging_face_imagefolders(tmp_path):
+    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "s/b.png", "prompt": ["x", "y"]},
+            {"file_name": "gone.png", "text": "z"}]
+    with open(tmp_path / "n.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "caption"], ["c.png", 'four, "4"\nlines'], ["d.png", ""]])
+    write_files(tmp_path, {"metadata.jsonl": "\ufeff" + "\n\n".join(map(json.dumps, rows)), "a.png": PNG,
+            "s/b.png": PNG,
+                     "t/metadata.csv": (tmp_path / "n.csv").read_bytes(), "t/c.png": PNG, "t/d.png": PNG,
+                     "t/a.png": PNG})
+    assert scanned(tmp_path) == ({"a.png": "one", "s/b.png": f"x{prepare.OR}y", "t/c.png": 'four, "4" lines'},
+                                  {"no caption": 1, "empty caption": 1, "row without an image": 1})
+
+
+def test_json_beside_an_image(tmp_path):
+    rows = [({"caption": "one"}, "one"), ({"text": ["a", "b "], "tags": "x"}, f"a{prepare.OR}b"),
+            ({"tags": ["long hair", "b"]}, "long hair $$ b"), ({"tags": "a_b c"}, "a_b $$ c"),
+            ({"tags": "a b, c,"}, "a b $$ c"), ({"tags": "a b $$ c"}, "a b $$ c")]
+    for i, (row, _) in enumerate(rows):
+        write_files(tmp_path, {f"{i}.png": PNG, f"{i}.json": json.dumps(row)})
+    assert scanned(tmp_path) == ({f"{i}.png": text for i, (_, text) in enumerate(rows)}, {})
+    found, _ = scanned(tmp_path, caption="{caption} ||| {tags}")
+    assert found["0.png"] == "one |||" and found["2.png"] == "||| long hair $$ b"
+
+
+def test_kohyas_metadata(tmp_path, capsys):
+    rows = {"a": {"caption": "one", "tags": "x y, z"}, str(tmp_path / "s" / "b.png"): {"tags": "x y, z"},
+            "c.png": {"caption": "three"}, "d": "four"}
+    write_files(tmp_path, {"meta_cap.json": json.dumps(rows), "a.png": PNG, "s/b.png": PNG, "c.png": PNG,
+            "d.png": PNG,
+                     "metal.png": PNG, "metal.json": json.dumps({"caption": "own"})})
+    want = {"a.png": "one ||| x y $$ z", "s/b.png": "x y $$ z", "c.png": "three", "d.png": "four"}
+    assert scanned(tmp_path) == (want | {"metal.png": "own"}, {})
+    assert "4 with meta_cap.json, 1 with .json" in capsys.readouterr().out
+    assert scanned(tmp_path / "meta_cap.json") == (want, {"not in the table": 1})
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_as_img2dataset_writes_them(tmp_path, form):
+    long = "long/" * 30 + "naïve"
+    shard = tar_bytes([("0.jpg", image_bytes("JPEG", (5, 7))), ("0.txt", "one"), ("0.json", '{"caption": "no"}'),
+                       ("./1.json", '{"caption": "two"}'), ("./1.png", PNG), ("2.webp", image_bytes("WEBP")),
+                       *([(long + ".png", PNG), (long + ".txt",
+                               "ü")] if form != tarfile.USTAR_FORMAT else [])],
+                      format=form)
+    write_files(tmp_path, {"t/00000.tar": shard, "t/00000_stats.json": "{}", "t/00000.parquet": "PAR1"})
+    want = {"00000.tar/0.jpg": "one", "00000.tar/1.png": "two"}
+    want |= {f"00000.tar/{long}.png": "ü"} if form != tarfile.USTAR_FORMAT else {}
+    assert scanned(tmp_path / "t") == scanned(tmp_path / "t/00000.tar") == (want, {"no caption": 1})
+    assert scanned(tmp_path)[0] == {f"t/{name}": text for name, text in want.items()}
+
+
+def test_every_cut_of_a_tar(tmp_path):
+    files = [(f"{i}.{end}", data) for i in range(3) for end, data in (("txt", f"c{i}"), ("png", PNG))]
+    shard = tar_bytes(files)
+    for length in range(0, 3 * 2048 + 1024, 128):  # each picture has four blocks of 512
+        write_files(tmp_path, {"s.tar": shard[:length]})
+        found, report = scanned(tmp_path / "s.tar")
+        assert len(found) == sum(length >= 2048 * i + 1536 + len(PNG) for i in range(3))
+        assert length >= 3 * 2048 + 512 or "tar cut short" in report or "not a tar" in report
+
+
+@pytest.mark.parametrize("end", ["jsonl", "csv", "tsv", "json"])
+def test_tables_with_a_template(tmp_path, end):
+    rows = [{"id": "7", "characters": ["miku", "rin"] if "json" in end else "miku $$ rin", "artist": "a_b", "tags": "x_y z"},
+            {"id": "8", "characters": [] if "json" in end else "", "artist": "{tags}", "tags": "long hair,z"}]
+    with open(tmp_path / "t", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if end == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = {"jsonl": "\n".join(map(json.dumps, rows)), "json": json.dumps(rows)}.get(end,
+            (tmp_path / "t").read_text())
+    write_files(tmp_path, {f"t.{end}": text, "img/7.png": PNG, "img/8.png": PNG, "img/9.png": PNG, "8.txt": "x"})
+    found, report = scanned(tmp_path / f"t.{end}", caption="{characters} $$ {artist} ||| {tags}")
+    assert found == {"img/7.png": "miku $$ rin $$ a_b ||| x_y $$ z",
+            "img/8.png": "$$ {tags} ||| long hair $$ z"}
+    assert report == {"not in the table": 1}
+    with pytest.raises(hdm.UserError, match="artits"):
+        scanned(tmp_path / f"t.{end}", caption="{artits}")
+
+
+def test_a_row_is_never_given_to_the_wrong_image(tmp_path):
+    write_files(tmp_path, {"t.jsonl": '{"id": 1, "text": "x"}\n{"file": "a\\\\2.png", "text": "y"}', "a/1.png": PNG,
+                     "b/1.png": PNG, "a/2.png": PNG, "b/2.png": PNG})
+    assert scanned(tmp_path / "t.jsonl") == ({"a/2.png": "y"}, {"not in the table": 3, "row without an image": 1})
+
+
+def test_broken_rows_of_tables_are_counted(tmp_path):
+    bad = 'file_name,text\na.png,one, two\nb.png,"good, b"\nb.png,again\n,none\nc.png,"open\nd.png,x\n'
+    write_files(tmp_path, {"metadata.csv": bad,
+            "metadata.jsonl": b'{"file_name": "e.png", "text": "caf\xe9"}\n{"file\n5\n'
+                     b'{"file_name": "f.png", "text": "caf\xc3\xa9"}\n' + b"[" * 10000, "metal.json": "5",
+                     "meta.json": "{", **{f"{letter}.png": PNG for letter in "abcdef"}})
+    found, report = scanned(tmp_path)
+    assert found == {"b.png": "good, b", "f.png": "café"}
+    assert report == {"broken table row": 3, "unreadable": 4, "duplicate name": 1, "row names no image": 1, "no caption": 3,
+                      "caption is not UTF-8": 1}
+
+
+def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
+    write_files(tmp_path, {"a.png": PNG, "a.txt": " one \r\n\n two\x1ethree \n", "b.png": PNG, "b.txt": "one\n"})
+    assert scanned(tmp_path)[0] == {"a.png": "one two three", "b.png": "one"}
+    assert scanned(tmp_path, caption_lines="choose") == ({"a.png": f"one{prepare.OR}two{prepare.OR}three", "b.png": "one"}, {})
+
+
+def png_chunks(*chunks):
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(
+        ">I", zlib.crc32(kind + data)) for kind, data in chunks)
+
+
+def bomb(width, height):
+    return png_chunks((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b"x"),
+            (b"IEND", b""))
+
+
+def moving(kind, frames=3):
+    colours = [Image.new("RGB", (6, 4), (80 * i, 0, 99)) for i in range(frames)]
+    file = io.BytesIO()
+    colours[0].save(file, kind, save_all=True, append_images=colours[1:])
+    return file.getvalue()
+
+
+def corpus():
+    """Yields (name, picture's bytes, caption's bytes, the verdict: a kind, or "" where it must survive)."""
+    good = {kind: image_bytes(kind, (40, 30), noise=True) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF")}
+    good["JPEG with a thumbnail"] = image_bytes(
+        "JPEG", (40, 30), noise=True, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0" + image_bytes("JPEG"))
+    good["progressive JPEG"] = image_bytes("JPEG", (40, 30), noise=True, progressive=True)
+    for kind, data in good.items():
+        yield f"whole {kind}.jpg", data, b"x", ""
+        yield f"{kind} and zeros.png", data + bytes(1000), b"x", ""
+        # What lies behind a cut decides: a WebP's header knows, a BMP's and an AVIF's lack only verify sees.
+        late = {"WEBP": "no readable header", "BMP": "does not decode", "AVIF": "does not decode"}
+        for share in (0.9, 0.95, 0.99):
+            yield f"{share} of {kind}.jpg", data[:int(share * len(data))], b"x", late.get(kind, "truncated")
+        for length in (1, 2, 3, 4, 6, 8, 10):
+            yield f"{length} bytes of {kind}.jpg", data[:length], b"x", "no readable header"
+        yield f"{kind} less a byte.png", data[:-1 - (kind == "WEBP")], b"x", late.get(kind, "truncated")
+    for kind in ("JPEG", "progressive JPEG", "PNG", "GIF"):
+        for percent in range(70, 90, 4):
+            data = good[kind][:len(good[kind]) * percent // 100]
+            yield f"{percent} % of {kind}.jpg", data, b"x", "truncated"
+    for kind in ("JPEG", "PNG", "WEBP", "BMP"):
+        yield f"{kind} and garbage.png", good[kind] + random.Random(1).randbytes(60000), b"x", ""
+    for kind in ("JPEG", "PNG", "WEBP"):
+        for orientation in range(10):          # 0 and 9 mean nothing: as they lie
+            yield f"{kind} turned {orientation}.jpg", turned(kind, orientation), b"x", ""
+    for seed in range(20):
+        noise = random.Random(seed).randbytes(200)
+        yield f"noise {seed}.webp", noise, b"x", "no readable header"
+        yield f"noise {seed}.txt of a picture.png", PNG, b"\0" + noise, "caption is not UTF-8"
+    for seed in range(5):
+        data = bytearray(good["PNG"])
+        data[data.index(b"IDAT") + 20 + seed] ^= 255
+        yield f"wrong sum {seed}.png", bytes(data), b"x", "does not decode"
+    for i, (data, verdict) in enumerate([
+            (b"", "zero bytes"), (bytes(5000), "no readable header"), (b"\xff\xd8\xff\xd9", "no readable header"),
+            (b"<html>no</html>", "no readable header"), (random.Random(2).randbytes(3000), "no readable header"),
+            (b"version https://git-lfs.github.com/spec/v1", "no readable header"), (image_bytes("TIFF"),
+            "no readable header"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no readable header"), (b"GIF89a", "no readable header"),
+            (b"\xff\xd8\xff", "no readable header"), (b"\x89PNG\r\n\x1a\n", "no readable header"), (b"BM", "no readable header"),
+            (b"RIFF\4\0\0\0WEBP", "no readable header"), (b"RIFF\xff\xff\0\0WEBPVP8 ", "no readable header"), (b"x",
+            "no readable header"),
+            (bomb(20000, 20000), "too large"), (bomb(16000, 11500), "too large"), (bomb(2 ** 31 - 1, 1),
+            "too large"),
+            (bomb(13000, 13000), "does not decode"), (bomb(0, 5), "no readable header"), (bomb(5, 5),
+            "does not decode"),
+            (image_bytes("JPEG", exif=b"Exif\0\0garbage"), ""), (png_chunks((b"IHDR", struct.pack(">IIBBBBB", 1,
+            1, 8, 0, 0, 0, 0)), (b"eXIf", b"garbage"), (b"IDAT", zlib.compress(b"\0\0")), (b"IEND", b"")),
+                    "no readable header"), (moving("PNG"), ""), (moving("GIF"), ""),
+            (moving("WEBP"), ""), (moving("MPO"), ""), (moving("AVIF"), ""),
+            (image_bytes("GIF")[:-30] + b"\0;", "no readable header"), (PNG[:45] + b"\xff" * 8 + PNG[53:],
+            "does not decode"),
+            (image_bytes("JPEG", (1, 3000)), ""), (image_bytes("PNG", (1, 1)), "")]):
+        yield f"odd {i}.png", data, b"x", verdict
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16"):
+        file = io.BytesIO()
+        Image.new(mode, (6, 4)).save(file, "JPEG" if mode == "CMYK" else "PNG")
+        yield f"mode {mode}.png", file.getvalue(), b"x", ""
+    for i, (text, verdict) in enumerate([
+            (None, "no caption"), (b"", "empty caption"), (b" \n\t\r\n", "empty caption"), (b"\xef\xbb\xbf",
+            "empty caption"),
+            (b"$$ ||| %%,"[:-1], "empty caption"), ("\ufeffé".encode(), ""), ("é".encode("utf-16"), "caption is not UTF-8"),
+            (b"\xff", "caption is not UTF-8"),
+            ("é猫".encode("utf-16-be"), "caption is not UTF-8"), (b"\xfe\xff\0\xe9", "caption is not UTF-8"), (b"caf\xe9",
+            "caption is not UTF-8"), (b"\x81\xe9", "caption is not UTF-8"),
+            (b"\xff\xfea", "caption is not UTF-8"), (b"\xff\xfe\0\xd8", "caption is not UTF-8"), (b"a\0b",
+            "caption is not UTF-8"),
+            ("ab".encode("utf-16-le"), "caption is not UTF-8"), ("ab".encode("utf-32"),
+            "caption is not UTF-8"),
+            (b"x" * (2 ** 20 + 1), "caption over 1 MB"), (b"x" * 2 ** 20, ""), ("🐈 猫 \u202e".encode(), ""),
+            (b"a\nb", ""), (b'{"a": "', ""), (b"{tags} {0} %s %(x)s", "")]):
+        yield f"caption {i}.png", PNG, text, verdict
+    for name in ("new\nline", "quo'te\"", "🐈", " space ", "-rf", "a.b.c", "$HOME;`x`", "%s{0}", "..x",
+            "x" * 240, "a\\b", "cafe\u0301",
+                 "tab\t", "#?&=", "CON"):
+        yield name + ".png", PNG, b"x", ""
+    yield b"bytes \xff\xfe.png", PNG, b"x", "name is not UTF-8"
+    yield b"folder \xff/a.png", PNG, b"x", "name is not UTF-8"
+    for i, (row, verdict) in enumerate([
+            ('{"caption": "x"}', ""), ("{", "unreadable"), ("[]", "empty caption"),
+            ("{}", "empty caption"), ('{"text": null}', "empty caption"), ('{"caption": "\\ud800"}',
+            "caption is not UTF-8"),
+            ('{"text": {}}', "empty caption"), ("[" * 100000, "unreadable"), ('{"text": NaN}',
+            "empty caption"),
+            ('{"caption": "\\u0000"}', "caption is not UTF-8"), ('{"text": ["", "b"]}', ""),
+            ('{"text": ' + "9" * 5000 + "}", "unreadable"), ('"x"', "empty caption")]):
+        yield f"row {i}.png", PNG, {".json": row}, verdict
+
+
+def verdicts_of(source, root, **options):
+    """{path below root: "" where it is found, or its one kind}."""
+    report = prepare.Report()
+    found = {one.name for one in scan(source, report, **options)}
+    got = dict.fromkeys(found, "")
+    for kind, entry in report.items():
+        for path in entry["paths"]:
+            name = os.path.relpath(path, root)
+            assert name not in got, (name, kind, got[name])
+            got[name] = kind
+    return got
+
+
+def differences(got, want, verify):
+    """{name: (what the scan said, what it should say)}; what only decoding shows survives without it."""
+    want = {name: verdict if verify or verdict != "does not decode" else "" for name, verdict in want.items()}
+    return {name: (got.get(name), want.get(name)) for name in got.keys() | want.keys()
+            if got.get(name) != want.get(name)}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_each_broken_or_odd_file_gets_its_verdict(tmp_path, verify):
+    verdicts, members = {}, []
+    for name, data, text, verdict in corpus():
+        stem = os.path.splitext(os.fsencode(name))[0]
+        sides = text if isinstance(text, dict) else {".txt": text} if text is not None else {}
+        files = {os.fsencode(name): data, **{stem + end.encode(): side for end, side in sides.items()}}
+        write_files(tmp_path, files)
+        verdicts[os.fsdecode(name).encode(errors="backslashreplace").decode()] = verdict
+        if isinstance(name, str):
+            members += [(os.fsdecode(path), data) for path, data in files.items()]
+            verdicts["corpus.tar/" + name] = verdict
+    for name, make in (("fifo.png", os.mkfifo), ("dangling.png", lambda path: os.symlink("gone", path)),
+                       ("socket.png", lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))),
+                       ("loop.png", lambda path: os.symlink("loop.png", path)),
+                       ("device.png", lambda path: os.symlink("/dev/zero", path)),
+                       ("caption fifo.txt", os.mkfifo), ("linked.png", lambda path: os.symlink("a.b.c.png", path))):
+        make(tmp_path / name)
+        write_files(tmp_path, {} if name.endswith(".txt") else {name[:-4] + ".txt": "x"})
+        verdicts[name] = "" if name == "linked.png" else "not a plain file"
+    write_files(tmp_path, {"a folder.png/a.png": PNG, "a folder.png/a.txt": "x", "row 3.txt/x": "x",
+                     "caption fifo.png": PNG, "corpus.tar": tar_bytes(members),
+                     "cut.tar": tar_bytes([("a.png", PNG), ("a.txt", "x"), ("b.txt", "x"), ("b.png", PNG)])[:3600],
+                     "no.tar": "no tar"})
+    verdicts |= {"a folder.png/a.png": "", "caption fifo.png": "no caption", "cut.tar/a.png": "",
+                 "cut.tar": "tar cut short", "no.tar": "tar cut short"}
+    assert sum(map(bool, verdicts.values())) > 300 and len(verdicts) > 500
+    wrong = differences(verdicts_of(tmp_path, tmp_path, verify=verify), verdicts, verify)
+    assert not wrong, repr(wrong)
+
+
+def test_no_cut_survives(tmp_path):
+    kinds = [data for name, data, *_ in corpus() if str(name).startswith("whole ")]
+    for i, data in enumerate(kinds + [turned("JPEG", 6), moving("GIF"), moving("AVIF")]):
+        for length in range(0, len(data) - 1, 1 + len(data) // 97):
+            write_files(tmp_path, {f"{i} {length}.jpg": data[:length], f"{i} {length}.txt": "x"})
+    report = prepare.Report()
+    left = [one.name for one in scan(tmp_path, report)]
+    assert {hdm.Image.open(tmp_path / name).format for name in left} == {"BMP", "AVIF"}  # they do not tell
+    left_out = {"zero bytes", "truncated", "no readable header", "does not decode"}
+    assert set(report) <= left_out and report["truncated"]["count"] > 300
+    assert [one.name for one in scan(tmp_path, verify=True)] == []
+
+
+def test_what_may_not_be_read_is_counted(tmp_path, monkeypatch):
+    write_files(tmp_path, {f"{name}.{end}": PNG if end == "png" else "x" for name in ("a", "b", "d/c",
+            "ok") for end in ("png", "txt")})
+
+    def refusing(call, *ends):
+        def refuse(path, *args, **kwargs):
+            if str(path).endswith(ends):
+                raise PermissionError(13, "Permission denied", path)
+            return call(path, *args, **kwargs)
+        return refuse
+
+    monkeypatch.setattr("prepare.open", refusing(builtins.open, "a.png", "b.txt"), raising=False)
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir, "/d"))
+    report = prepare.Report()
+    assert [one.name for one in scan(tmp_path, report)] == ["ok.png"]
+    assert set(report) == {"unreadable"}
+
+
+def test_a_source_of_any_name(tmp_path):
+    folder = os.path.join(tmp_path, "\udcff\n")
+    write_files(folder, {"meta\udcfe.json": '{"a": {"text": "x"}}', "a.png": PNG})
+    assert scanned(folder) == ({}, {"name is not UTF-8": 1, "row without an image": 1})
+
+
+def test_a_table_of_a_tars_images(tmp_path):
+    write_files(tmp_path, {"t.jsonl": '{"id": 1, "text": "x"}', "0.tar": tar_bytes([("1.png", PNG), ("1.txt",
+            "y")])})
+    assert scanned(tmp_path / "t.jsonl") == ({"0.tar/1.png": "x"}, {})
+
+
+def test_odd_tars_are_read_as_far_as_they_go(tmp_path):
+    shard = tar_bytes([("a.png", PNG), ("./a.png", PNG), ("../a.png", PNG), ("a.txt", "x"), ("b.png", PNG),
+            ("b.txt", "x"), ("é.png", b""), ("é.txt", "x")])
+    bad = bytearray(shard)
+    bad[shard.index(b"b.png") + 1] ^= 1  # a header that no longer sums up: what follows cannot be trusted
+    write_files(tmp_path, {"x.tar": b"no tar", "z.tar": shard, "bad.tar": bytes(bad), "empty.tar": bytes(10240),
+            "zero.tar": b""})
+    os.mkfifo(tmp_path / "fifo.tar")
+    with tarfile.open(tmp_path / "k.tar", "w") as tar:
+        for name, kind in (("l.png", tarfile.SYMTYPE), ("h.png", tarfile.LNKTYPE), ("d.png", tarfile.DIRTYPE),
+                ("f.png", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "z"
+            tar.addfile(info)
+            text = tarfile.TarInfo(name.replace("png", "txt"))
+            text.size = 1
+            tar.addfile(text, io.BytesIO(b"x"))
+    found, report = scanned(tmp_path)
+    assert found == {"z.tar/a.png": "x", "z.tar/b.png": "x", "bad.tar/a.png": "x"}
+    assert report == {"not a plain file": 5, "duplicate name": 4, "zero bytes": 1, "tar cut short": 3,
+                      }
+
+
+def test_flipped_bytes_never_crash(tmp_path):
+    rng = random.Random(0)
+    kinds = [image_bytes(kind, (20, 20), noise=True) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP",
+            "AVIF")] + [
+        turned("JPEG", 6), turned("PNG", 6), moving("GIF"), moving("MPO"), moving("WEBP"), moving("PNG")]
+    for i in range(240):
+        data = bytearray(kinds[i % len(kinds)])
+        for _ in range(rng.choice((1, 3, 30))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        write_files(tmp_path, {f"{i}.png": bytes(data), f"{i}.txt": "x"})
+    report = prepare.Report()
+    found = scan(tmp_path, report, verify=True)
+    left_out = sum(entry["count"] for entry in report.values())
+    assert len(found) + left_out == 240
+    shard = tar_bytes([(f"{i}.{end}", data) for i in range(4) for end, data in (("png", PNG), ("txt", "x"))])
+    for i in range(200):
+        data = bytearray(shard)
+        for _ in range(5):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        write_files(tmp_path, {"s.tar": bytes(data)})
+        scan(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize("source, options, word", [
+    ("gone", {}, "gone"), ("x.zip", {}, "x.zip"), ("bad.json", {}, "bad.json"), ("empty.csv", {}, "image")])
+def test_a_source_that_is_none_is_refused(tmp_path, source, options, word):
+    write_files(tmp_path, {"x.zip": "x", "bad.json": "{", "empty.csv": ""})
+    with pytest.raises(hdm.UserError, match=word):
+        scan(tmp_path / source, **options)
+
+
+def test_report_lists_a_thousand():
+    report = prepare.Report()
+    for i in range(1500):
+        report.add("x", str(i))
+    assert report["x"]["count"] == 1500 and len(report["x"]["paths"]) == 1000
+
+
+@pytest.mark.parametrize("place, text, want", [
+    ("after", "one", "one $$ some words"), ("after", "a ||| b", "a ||| b ||| some words"),
+    ("after", "a ||| b ||| c", "a ||| b ||| c $$ some words"), ("before", "a ||| b", "some words $$ a ||| b"),
+    ("before", "one\ntwo", f"some words $$ one{prepare.OR}some words $$ two"),
+    ("after", "one\na ||| b", f"one $$ some words{prepare.OR}a ||| b ||| some words"),
+    ("after", " ", "some words"), ("before", None, "some words")])
+def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
+    files = {"a.png": PNG, "a.nl.txt": "some\n\nwords\n", "a.nl.png": PNG, "b.png": PNG, "b.txt": "x", "b.nl.txt": " "}
+    files |= {"a.txt": text} if text is not None else {}
+    write_files(tmp_path / "f", files)
+    write_files(tmp_path / "t", {"t.tar": tar_bytes(list(files.items()))})
+    options = dict(sidecar=".nl.txt", sidecar_place=place, caption_lines="choose")
+    for source, inner in (("f", ""), ("t", "t.tar/")):
+        found, report = scanned(tmp_path / source, **options)
+        assert found == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
+    sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
+    assert set(sides["a.png"]) == {str(tmp_path / "f" / name) for name in files if name in ("a.txt", "a.nl.txt")}
+    assert {one.texts for one in scan(tmp_path / "t", **options)} == {()}
+
+
+def test_a_sidecar_beside_a_tables_image(tmp_path):
+    write_files(tmp_path, {"metadata.jsonl": '{"file_name": "a.png", "tags": "x, y"}', "a.png": PNG, "a.nl.txt": "words"})
+    assert scanned(tmp_path, sidecar=".nl.txt") == ({"a.png": "x $$ y $$ words"}, {})
+    one, = scan(tmp_path, sidecar=".nl.txt")
+    assert one.texts == (str(tmp_path / "metadata.jsonl"), str(tmp_path / "a.nl.txt"))
+    assert one.stamp == prepare.stamp_of(one.file, *one.texts)
+
+
+def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
+    for i in range(6):
+        write_files(tmp_path, {f"{i}.png": moving("PNG") if i == 5 else PNG, f"{i}.txt": "one\ntwo", f"{i}.nl.txt": "x"})
+    write_files(tmp_path, {"t.tar": tar_bytes([("a.png", PNG), ("a.txt", "in a tar")]), "gone.png": PNG, "gone.txt": "x"})
+    first, before = prepare.Report(), {}
+    for one in scan(tmp_path, first, sidecar=".nl.txt"):
+        before[one.name] = one
+
+    def known(name, stamp):
+        one = before.get(name)
+        return one if one is not None and one.stamp == stamp else None
+
+    opened = []
+    monkeypatch.setattr("prepare.open", lambda path, *args: opened.append(os.path.relpath(path, tmp_path)) or builtins.open(
+        path, *args), raising=False)
+    again = prepare.Report()
+    assert {one.name: one for one in scan(tmp_path, again, sidecar=".nl.txt", known=known)} == before
+    assert opened == [] and again == first
+    write_files(tmp_path, {"1.txt": "new caption", "2.png": image_bytes(size=(9, 9)), "3.nl.txt": "longer", "new.png": PNG,
+                     "new.caption": "y"})
+    for name in ("gone.png", "gone.txt", "4.nl.txt"):
+        os.remove(tmp_path / name)
+    after = {one.name: one for one in scan(tmp_path, sidecar=".nl.txt", known=known)}
+    assert set(opened) == {"1.png", "1.txt", "1.nl.txt", "2.png", "2.txt", "2.nl.txt", "3.png", "3.txt", "3.nl.txt",
+                           "4.png", "4.txt", "new.png", "new.caption"}
+    assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == {
+        "1.png", "2.png", "3.png", "4.png", "new.png", "gone.png"}
+    assert (after["1.png"].caption, after["2.png"].width) == ("new caption $$ x", 9)
+
+
+# ---- Captions, order, index, latents ----------------------------------------------------------------------
+
+def test_a_tail_stays_in_place():
+    """sd-scripts' form with two separators: head ||| shuffled ||| tail."""
+    drawn = {hdm.parse_caption("a $$ b ||| x $$ y ||| end $$ of, it", random.Random(seed)) for seed in range(99)}
+    assert {text.split(", ")[0:2] == ["a", "b"] and text.endswith("end, of, it") for text in drawn} == {True}
+    assert {text[6:-11] for text in drawn} == {"", "x, ", "y, ", "x, y, ", "y, x, "}
+    assert hdm.parse_caption("||| x $$ y ||| of ||| it") == "x, y, of ||| it"           # what is more is text
+
+
+def test_lists_of_tags_shuffle_as_a_whole_but_for_what_is_kept():
+    def draw(text, seed):
+        return hdm.parse_caption(text, random.Random(seed), separator=", ").split(", ")
+    drawn = [draw("a, b,c,, d", seed) for seed in range(2000)]
+    assert {tag for tags in drawn for tag in tags} - {""} == set("abcd")
+    assert len({tuple(tags) for tags in drawn}) == 65        # each subset in each order: no group is dropped
+    assert sum(map(len, drawn)) / 8000 == pytest.approx(0.75, abs=0.02)
+    assert all(draw("k, l ||| a, b %% c, d", seed)[:2] == ["k", "l"] for seed in range(50))
+    assert hdm.parse_caption("a, b $$ c", separator=",") == "a, b $$ c"
+
+
+@pytest.mark.parametrize("text, plain", [
+    ("long_hair $$ ^_^", "long hair, ^_^"), ("k-on!_(series), >_<", "k-on! (series), >_<"),
+    ("o_o, 0_0, ;_;, (o)_(o), |_|, a girl says ^_^ to_me", "o_o, 0_0, ;_;, (o)_(o), |_|, a girl says ^_^ to me"),
+    ("初音_ミク", "初音 ミク")])
+def test_underscores_become_spaces_but_in_emoticons(text, plain):
+    assert hdm.parse_caption(text, spaces=True) == plain
+    assert hdm.parse_caption(text) == text.replace(" $$", ",")
+
+
+def test_what_a_run_reads_follows_its_settings(tmp_path):
+    write_picture(tmp_path / "a", (16, 16), 1)
+    (tmp_path / "a.txt").write_text("1_girl, long_hair, ^_^\n")
+    how = dict(tag_separator=",", spaces=True, caption_dropout=0.0)
+    drawn = {stream(tmp_path, **how, tag_dropout=0.0)[i]["caption"] for i in range(60)}
+    assert drawn == {", ".join(tags) for tags in itertools.permutations(("1 girl", "long hair", "^_^"))}
+    assert {stream(tmp_path, **how, tag_dropout=0.999)[i]["caption"] for i in range(9)} == {""}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
+def test_an_order_is_a_permutation_for_each_key(n):
+    orders = [[prepare.shuffled(i, n, key) for i in range(n)] for key in range(3)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert n < 10 or orders[0] != orders[1] != orders[2]
+
+
+def test_short_orders_are_all_as_likely():
+    counts = collections.Counter(tuple(prepare.shuffled(i, 4, key) for i in range(4)) for key in range(7200))
+    assert len(counts) == 24 and 230 < min(counts.values()) and max(counts.values()) < 370      # 300 +- 17
+
+
+def test_an_order_of_ten_millions_is_random():
+    epochs = prepare.Epochs([(0, 10_000_000, 1.0)], seed=0)
+    first, second = (np.array([epochs[i][2] for i in range(start, start + 20_000)]) for start in (0, 10_000_000))
+    apart = abs(np.diff(first)).mean() / 10_000_000          # of 20,000: a standard deviation of 0.0017
+    assert apart == pytest.approx(1 / 3, rel=0.02)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+    assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.03
+
+
+def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
+    """Whole copies each time, fractions drawn anew: over ten epochs exactly, in one epoch to within one."""
+    parts = [(0, 7, 1.0), (7, 5, 3.0), (12, 10, 0.25), (22, 6, 1.5), (28, 1, 0.1)]
+    epochs = prepare.Epochs(parts, seed=3)
+    items = [epochs[i] for i in range(epochs.start(20))]
+    assert [epoch for epoch, _, _ in items] == sorted(epoch for epoch, _, _ in items)
+    drawn = collections.defaultdict(set)
+    for epoch in range(20):
+        copies = collections.Counter(number for e, _, number in items if e == epoch)
+        assert len({item for item in items if item[0] == epoch}) == sum(copies.values())        # no copy twice
+        for first, n, weight in parts:
+            counts = [copies[number] for number in range(first, first + n)]
+            assert set(counts) <= {math.floor(weight), math.ceil(weight)}
+            assert abs(sum(counts) - n * weight) < 1
+            drawn[first].add(tuple(counts))
+    total = collections.Counter(number for _, _, number in items)
+    assert [sum(total[number] for number in range(first, first + n)) for first, n, _ in parts] == [140, 300, 50, 180, 2]
+    assert len(drawn[12]) > 10 and len(drawn[22]) > 10       # other records each time
+    assert [epochs.next_epoch(epochs.start(e) + more) for e in range(9) for more in (0, 1)] == [
+        e + more for e in range(9) for more in (0, 1)]
+
+
+def test_global_batches_run_over_the_ends_of_epochs_and_each_epoch_is_whole():
+    epochs = prepare.Epochs([(0, 200, 1.0)], seed=0)         # with a global batch of 512, for five steps
+    items = [epochs[i] for i in range(512 * 5)]
+    for epoch in range(12):
+        assert sorted(number for e, _, number in items if e == epoch) == list(range(200))
+
+
+def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
+    """A synthetic one, sparse on the disk but for the ten thousand records that are read at random."""
+    n = 10_000_000
+    (tmp_path / "index.json").write_text(json.dumps(dict(identity="", options={}, groups=[[1.0, 0, n]])))
+    records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
+    epochs, at = prepare.Epochs([(0, n, 1.0)], 0), 0
+    with open(tmp_path / "text.bin", "wb") as file:
+        for i in range(10_000):
+            file.seek(i * 2_000_000)                         # 20 GB
+            entry = f"name{i}\0/file{i}.jpg\0caption {i}\0/file{i}.txt".encode()
+            records[epochs[i][2]]["text"], records[epochs[i][2]]["bytes"] = file.tell(), len(entry)
+            file.write(entry)
+    records.flush()
+    (tmp_path / "read.py").write_text(f"""
+import re, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import prepare
+def private():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000
+before, clock = private(), time.perf_counter()
+index = prepare.Index.open(sys.argv[1])
+opened = time.perf_counter() - clock
+epochs = prepare.Epochs(index.split(0.0)[0], 0)
+for i in range(10_000):
+    assert index[epochs[i][2]].caption == f"caption {{i}}"
+print(len(index), opened, private() - before)
+""")
+    done = command(tmp_path / "read.py", tmp_path, cwd=tmp_path)
+    size, seconds, megabytes = map(float, done.stdout.split())
+    assert size == n and seconds < 1 and megabytes < 100
+
+
+def indexed(folder, *argv):
+    """prepare.py's index of sources."""
+    prepare.main([*map(str, argv), f"--out={folder}"])
+    return prepare.Index.open(str(folder))
+
+
+def test_an_index_is_read_as_the_folder_is(place, tmp_path):
+    index = indexed(tmp_path / "index", place / "data")
+    plain, samples = stream(place / "data"), stream(index)
+    assert all(same(plain[i], samples[i]) for i in range(60))
+    assert pickle.loads(pickle.dumps(index))[3] == index[3]
+    assert len(pickle.dumps(index)) < 500                    # loader processes get its path alone
+
+
+def test_a_tar_is_read_as_the_folder_is(place, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(place / "data", arcname=".")
+    train_tiny(place, tmp_path / "folder")
+    train_tiny(place, tmp_path / "tar", data=tmp_path / "a.tar", images=16)
+    index = indexed(tmp_path / "index", tmp_path / "a.tar")
+    folder = prepare.open_index(place / "data")
+    for name, i in zip(names(index), range(len(index))):
+        other = names(folder).index(name.removeprefix("a.tar/"))
+        assert same(*(np.asarray(one.read(k)[0]).tolist() for one, k in ((index, i), (folder, other))))
+        assert index[i].caption == folder[other].caption
+    with open(tmp_path / "a.tar", "ab") as file:
+        file.write(bytes(512))
+    message = one_line(lambda: index.read(0))
+    assert "a.tar" in message and "changed since it was indexed" in message
+
+
+def test_sources_have_weights_and_a_wrong_one_is_refused(place, tmp_path):
+    (tmp_path / "b").mkdir()
+    write_picture(tmp_path / "b" / "3_new" / "x", (20, 20), 1)
+    index = indexed(tmp_path / "index", place / "data", f"{tmp_path}/b=0.5")
+    assert index.about["groups"] == [[1.0, 0, 24], [1.5, 24, 25]] and names(index)[-1] == "3_new/x.png"
+    for wrong in ("=0", "=-1", "=x"):
+        assert str(tmp_path) in one_line(lambda: prepare.main([f"{tmp_path}/b{wrong}", f"--out={tmp_path}/c"]))
+    assert not (tmp_path / "c").exists()
+
+
+def test_filters_leave_out_and_count(tmp_path, capsys):
+    for name, size, caption in (("a", (40, 30), "Red_Fish, b"), ("b", (29, 90), "red fish"), ("c", (90, 30), "x"),
+                                ("d", (30, 91), "red fish"), ("e", (31, 31), "red fish, unsafe")):
+        write_picture(tmp_path / "in" / name, size, 1)
+        (tmp_path / "in" / f"{name}.txt").write_text(caption)
+    index = indexed(tmp_path / "index", tmp_path / "in", "--min_size=30", "--max_ratio=3", "--require_tag=red_fish",
+                    "--drop_tag=Unsafe", "--drop_tag=none")
+    assert names(index) == ["a.png"]
+    report = json.loads((tmp_path / "index" / "report.json").read_text())
+    assert {kind: entry["paths"] for kind, entry in report.items()} == {
+        "below --min_size": ["b.png"], "without --require_tag": ["c.png"], "beyond --max_ratio": ["d.png"],
+        "with --drop_tag": ["e.png"]}
+
+
+def test_pictures_that_a_stage_enlarges_are_told(place, tmp_path, capsys):
+    train_tiny(place, tmp_path / "run", images=8, image_size=24)
+    assert "25 % of the pictures are smaller than --image_size=24" in capsys.readouterr().out
+
+
+def test_what_changed_after_indexing_is_seen(place, tmp_path, capsys):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    indexed(tmp_path / "index", data)
+    for i in (2, 3):
+        (data / f"picture{i}.txt").write_text("another caption")
+    (data / "picture7.png").unlink()
+    train_tiny(place, tmp_path / "run", data=tmp_path / "index", caption_dropout=0.0)
+    said = capsys.readouterr().out
+    assert said.count("is not as it was indexed: run prepare.py again") == 1
+    assert said.count(f"warning: {data / 'picture7.png'}: not a whole picture") == 1
+    index = indexed(tmp_path / "index", data)
+    assert len(index) == 23 and sum(index[i].caption == "another caption" for i in range(23)) == 2
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latent") / "vae"
+    save_part(tiny_vae().state_dict(), folder)
+    return folder
+
+
+def cached(place, vae_folder, tmp_path, *argv, data="data"):
+    """An index with a cache of latents at 16 px, their reader, the settings of a run."""
+    index = indexed(tmp_path / "index", place / data, "--latents", f"--vae={vae_folder}", "--image_size=16",
+                    "--workers=2", *argv)
+    s = SimpleNamespace(data=str(tmp_path / "index"), image_size=16, vae=str(vae_folder))
+    return index, prepare.Latents(s, index, hdm.load_vae(vae_folder)), s
+
+
+@pytest.mark.parametrize("mean_only", [False, True])
+def test_cached_latents_are_those_of_the_whole_picture_cut_at_the_same_cells(mean_only, place, vae_folder, te, tmp_path):
+    index, latents, s = cached(place, vae_folder, tmp_path, *["--mean_only"] * mean_only)
+    vae = hdm.load_vae(vae_folder)
+    online, cache = (stream(index, vae=str(vae_folder), latents=which) for which in (None, latents))
+    online.s.sample = not mean_only
+    for i in range(60):
+        a, b = online[i], cache[i]
+        assert same(*({name: item[name] for name in ("caption", "aspect", "t", "noise", "vae_noise", "keep")}
+                      for item in (a, b)))
+        number = online.places[i][2]
+        image = index.read(number)[0]
+        width, height = hdm.scaled_sides(*image.size, 16)
+        whole = image.resize((width, height), Image.BICUBIC).crop((0, 0, width // 2 * 2, height // 2 * 2))
+        pixels = torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None] / 127.5 - 1
+        mean, logvar = vae.moments(pixels)                   # (1, 4, height / 2, width / 2)
+        h, w = mean.shape[2:]
+        half_y, half_x = hdm.half_ranges(h, w, "long_side")
+        top, left = ((b["pos"][0, k].item() / half * 0.5 + 0.5) * n - 2 for k, half, n in ((0, half_y, h), (1, half_x, w)))
+        top, left = round(top, 4), round(left, 4)
+        assert top == int(top) and left == int(left)
+        cut = torch.cat([mean, logvar], dim=1)[0, :4 if mean_only else 8, int(top):int(top) + 8, int(left):int(left) + 8]
+        assert close(b["moments"].float(), cut, 1e-3)
+        expected = hdm.crop_positions(h, w, int(top), int(left), 8, 4)
+        assert torch.equal(b["pos"], expected)
+        if width == height and not mean_only:
+            x0 = [train.loss_inputs(default_collate([item]), vae, te, online.s, "cpu")["x0"] for item in (a, b)]
+            assert close(x0[1], x0[0], 2e-3) and torch.equal(a["pos"], b["pos"])
+
+
+def test_every_cell_offset_of_a_cached_latent_is_drawn(place, vae_folder, tmp_path):
+    write_picture(tmp_path / "in" / "a", (20, 33), 1)        # 16 x 26 pixels, 8 x 13 cells
+    index, latents, _ = cached(tmp_path, vae_folder, tmp_path, data="in")
+    samples = stream(index, vae="vae", latents=latents)
+    tops = {round((samples[i]["pos"][0, 0].item() * 0.5 + 0.5) * 13 - 2, 3) for i in range(100)}
+    assert tops == set(range(6))
+
+
+def test_a_cache_trains_and_one_that_does_not_belong_is_refused_by_its_command(place, vae_folder, te_folder, tmp_path, capsys):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    how = dict(data=tmp_path / "index", vae=vae_folder, patch_size=2, latents=True, images=16)
+    def refused(**others):
+        message = one_line(lambda: train_tiny(place, tmp_path / "no", **how | others))
+        assert f"python prepare.py SOURCE --out={tmp_path / 'index'} --latents --image_size=" in message
+        return message
+    indexed(tmp_path / "index", data)
+    refused()                                                # there is none
+    cached(tmp_path, vae_folder, tmp_path)
+    assert "24 of 24 pictures to encode" in capsys.readouterr().out
+    train_tiny(place, tmp_path / "run", **how)
+    (data / "picture1.txt").write_text("another caption")    # captions stay live
+    cached(tmp_path, vae_folder, tmp_path)
+    assert "0 of 24 pictures to encode" in capsys.readouterr().out
+    train_tiny(place, tmp_path / "run2", **how)
+    refused(image_size=24)
+    save_part(tiny_vae(**STATISTICS | dict(latents_std=[1.0] * 4)).state_dict(), tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(dict(scaling_factor=0.5)))
+    refused(vae=tmp_path / "vae")
+    write_picture(data / "another", (16, 16), 2)
+    indexed(tmp_path / "index", data)
+    refused()
+    assert "a run in pixels" in one_line(lambda: train_tiny(place, tmp_path / "no", **how | dict(vae="")))
+
+
+def test_a_killed_encoding_goes_on_with_whole_shards(place, vae_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "SHARD", 5)
+    class Killed(Exception): pass
+    saved = []
+    def save(*arguments):
+        if len(saved) == 2:
+            raise Killed
+        saved.append(save_file(*arguments))
+    monkeypatch.setattr(prepare, "save_file", save)
+    with pytest.raises(Killed):
+        cached(place, vae_folder, tmp_path)
+    before = content(tmp_path / "index_latents16")
+    assert sorted(map(str, before)) == ["000000.safetensors", "000001.safetensors"]
+    monkeypatch.setattr(prepare, "save_file", save_file)
+    capsys.readouterr()
+    index, latents, _ = cached(place, vae_folder, tmp_path)
+    assert "14 of 24 pictures to encode" in capsys.readouterr().out
+    assert before.items() <= content(tmp_path / "index_latents16").items() and len(content(tmp_path / "index_latents16")) == 5
+    assert all(latents.read(i).shape[0] == 8 for i in range(24))
+    file = tmp_path / "index_latents16" / "000003.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    prepare.open_shard.cache_clear()
+    s = SimpleNamespace(data=tmp_path / "index", image_size=16, vae=vae_folder)
+    assert str(file) in one_line(lambda: prepare.Latents(s, index, hdm.load_vae(vae_folder)))
+
+
+def test_processes_share_the_encoding(place, vae_folder, tmp_path):
+    argv = [place / "data", "--latents", f"--vae={vae_folder}", "--image_size=16"]
+    done = together(2, *argv, "--out=index", cwd=tmp_path, program=HERE / "prepare.py")
+    assert done.returncode == 0, done.stderr
+    index, latents, _ = cached(place, vae_folder, tmp_path / "alone")
+    other = tmp_path / "index_latents16" / "000000.safetensors"
+    assert same(load_file(other), load_file(latents.files[0]))
+
+
+def photograph(width, height, seed=0):
+    """Noise whose amplitude falls with frequency, 1 / f, as that of photographs does (Field 1987)."""
+    rng = np.random.default_rng(seed)
+    f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    f[0, 0] = 1
+    noise = rng.standard_normal((4, height, width))
+    light, *colours = np.fft.irfft2(np.fft.rfft2(noise) / f, (height, width))
+    pixels = np.stack([127 + (48 * light + 12 * colour) / light.std() for colour in colours], axis=-1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_is_decoded_small_only_where_it_hardly_shows(orientation, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph(757, 551).save(tmp_path / "a.jpg", quality=92, exif=exif)
+    whole, decoded, scale = hdm.load_image(tmp_path / "a.jpg"), [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *how: decoded.append(min(how[0].size)) or scale(*how))
+    for side, sharp in ((32, 69), (34, 69), (35, 138), (68, 138), (69, 276), (137, 276), (138, 551)):
+        decoded.clear()
+        image = hdm.load_image(tmp_path / "a.jpg", side)
+        assert decoded == [sharp] and image.size == hdm.scaled_sides(*whole.size, side)
+        expected = np.asarray(scale(whole, image.size, Image.BICUBIC)).astype(int)
+        assert abs(np.asarray(image) - expected).mean() < 2  # of 255
+
+
+def test_a_dry_run_tells_and_draws_what_training_takes(place, te_folder, tmp_path, capsys):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    shutil.copy(data / "picture1.png", data / "copy.png")
+    (data / "copy.txt").write_text("red square copy")
+    argv = [str(data), f"--out={tmp_path / 'new' / 'index'}", "--dry_run", f"--text_encoder={te_folder}",
+            "--image_size=18", "--text_length=8"]
+    prepare.main(argv)
+    said = capsys.readouterr().out
+    for words in ("25 pictures", "below 18 6", "exact duplicates: 1 picture", "are cut off at --text_length=8",
+                  "on navy 24", "--latents at 18 px"):
+        assert words in said, words
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["index.png"]
+    sheet = np.asarray(Image.open(tmp_path / "new" / "index.png"))
+    assert (sheet == (255, 0, 0)).all(-1).sum() > 24 * 4 * 100
 
 
 # ---- sample.py -------------------------------------------------------------------------------------------
@@ -2182,9 +3095,9 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("train.py @tiny.py --lr", "--lr"),
     ("train.py @tiny.py --compile=perhaps", "--compile=perhaps"),
     ("train.py @tiny.py --data=nowhere", "--data=nowhere"),
-    ("train.py @tiny.py --data=@empty", "--data=@empty"),
-    ("train.py @tiny.py --data=@uncaptioned", "--data=@uncaptioned .txt"),
-    ("train.py @tiny.py --data=@captions", "--data=@captions"),
+    ("train.py @tiny.py --data=@empty", "@empty .caption"),
+    ("train.py @tiny.py --data=@uncaptioned", "@uncaptioned .txt"),
+    ("train.py @tiny.py --data=@captions", "@captions .txt"),
     ("train.py @tiny.py --global_batch=9", "--global_batch=9 batch_size 8"),
     ("train.py @tiny.py --global_batch=2", "--global_batch=2 batch_size 4"),
     ("train.py @tiny.py --image_size=18", "18 multiple 16"),

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import hdm
-from prepare import epoch_order, list_samples, plot, read_caption, read_metrics, read_sample, tracker
+from prepare import Epochs, Latents, draw_caption, open_index, plot, read_metrics, tracker
 from sample import catch_signals, gather, generate_dealt, image_grid
 
 
@@ -65,15 +65,21 @@ class Run:
 
 @dataclasses.dataclass
 class Data:
-    data: str = "data/train"       # folder, of any depth, of images with same-named .txt captions
+    data: str = "data/train"       # what prepare.py wrote, or a source of captioned images as it takes it
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id; "": train on pixels
     text_encoder: str = hdm.TEXT_ENCODER   # folder or hub id of a causal LM
     image_size: int = 256          # side of the square crop in pixels: an image's short side is scaled to it
     text_length: int = 256         # tokens that captions are cut and padded to
     mask_padding: bool = False     # False: pads are ordinary tokens, as published; True: nothing sees them
     caption_dropout: float = 0.1   # share of captions replaced by an empty one, for guidance
+    tag_dropout: float = 0.25      # share of a caption's shuffled tags (after |||) that are left out
+    group_dropout: float = 0.3     # share of its groups of them
+    tag_separator: str = "$$"      # ",": captions are plain lists of tags, shuffled as a whole but for a |||
+    spaces: bool = False           # underscores in captions become spaces, not in ^_^
     validation: float = 0.02       # share of the pictures held out, by a hash of their name
     new_data: bool = False         # with --resume: other pictures than before, from a fresh epoch on
+    latents: bool = False          # read prepare.py's cache of VAE latents in place of the pictures
+    max_unreadable: float = 0.05   # share of the pictures; when more of them cannot be read, the run ends
 
 
 @dataclasses.dataclass
@@ -99,7 +105,8 @@ class Optim:
 CLASSES = Run, Data, Optim, hdm.XUTConfig
 POSITIVE = ("images", "batch_size", "global_batch", "image_size", "text_length", "log_every", "sample_steps",
             "lr", "clip", "t_shift")
-SHARES = ("caption_dropout", "validation", "tread_rate", "ema", "beta1", "beta2")     # in [0, 1)
+SHARES = ("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable", "tread_rate",
+          "ema", "beta1", "beta2")                           # in [0, 1)
 
 
 def read_settings(argv, ranks=1):
@@ -127,46 +134,73 @@ def read_settings(argv, ranks=1):
 
 # ---- Data ------------------------------------------------------------------------------------------------
 
+def open_data(s):
+    """-> the Index of s.data, its training stream, the held-out records, an identity of all these."""
+    index = open_index(s.data)
+    parts, held = index.split(s.validation)
+    if not parts or s.validation and not held:
+        least = math.ceil(1000 * index.records["place"].min()) / 1000
+        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held) or 'none'} of {len(index):,} "
+                            f"pictures; " + ("none is left" if held else f"least is {least}; 0: no held-out loss"))
+    some = index.records[::1 + len(index) // 100_000]        # of very many a sample
+    small = np.minimum(some["width"], some["height"]) < s.image_size
+    if small.any():
+        print(f"data: {100 * small.mean():.2g} % of the pictures are smaller than --image_size={s.image_size} "
+              f"and will be enlarged; prepare.py --min_size={s.image_size} leaves them out")
+    identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
+    return index, Epochs(parts, s.seed), held, identity
+
+
 class Samples(Dataset):
     """Item i of the endless training stream, or of the held-out set: what the loss of one image needs.
 
-    Training: epoch i // n in an order of its own, a random square crop. Held out: centre crop, all tags,
-    fixed t and noise, no dropout, no TREAD.
+    Training (places: Epochs): a random square crop. Held out (places: record numbers): centre crop, all tags,
+    fixed t and noise, no dropout, no TREAD. latents: prepare.Latents, or None.
     """
 
-    def __init__(self, names, s, config, factor, training):
-        self.names = np.array(names, str)                    # one block, which loader processes share
-        self.s, self.config, self.factor, self.training = s, config, factor, training
-
-    def place(self, i):
-        """Item i of the stream -> its epoch, and its picture's name."""
-        epoch, index = divmod(i, len(self.names))
-        order = epoch_order(self.s.seed, epoch, len(self.names)) if self.training else range(len(self.names))
-        return epoch, str(self.names[order[index]])
+    def __init__(self, index, places, latents, s, config, factor, training):
+        self.index, self.places, self.latents, self.training = index, places, latents, training
+        self.s, self.config, self.factor = s, config, factor
 
     def __getitem__(self, i):
+        unreadable = []
+        for at in range(i, i + 100):                         # one bad file of millions must not end the run:
+            try:                                             # the next in order takes its place
+                return dict(self.item(at), unreadable="\n".join(unreadable))
+            except hdm.UserError as error:
+                unreadable.append(str(error))
+        raise hdm.UserError(f"100 pictures in a row cannot be read, from {unreadable[0]} on")
+
+    def item(self, i):
         s, config, training, size = self.s, self.config, self.training, self.s.image_size
-        epoch, name = self.place(i)
-        rng = random.Random(f"{s.seed} {epoch} {name}" if training else name)
+        epoch, copy, number = self.places[i] if training else (0, 0, self.places[i % len(self.places)])
+        picture = self.index[number]
+        name = picture.name
+        rng = random.Random(f"{s.seed} {epoch} {copy} {name}" if training else name)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
-        try:
-            image, caption = read_sample(Path(s.data, name), rng if training and not dropped else None)
-        except hdm.UserError as error:                       # one bad file of millions must not end the run
-            print(f"warning: {error}; the next in order takes its place", flush=True)
-            return self[i + 1]
-        # Shifted square crop: the short side becomes X, the cut starts at any pixel of the long side.
-        width, height = (side * size // min(image.size) for side in image.size)
-        image = image.resize((width, height), Image.BICUBIC)                          # antialiased
-        spare = width - size, height - size                                           # one of them is 0
-        left, top = (rng.randint(0, most) if training else most // 2 for most in spare)
-        pixels = np.array(image.crop((left, top, left + size, top + size)))           # (X, X, 3) uint8
+        caption = "" if dropped else draw_caption(picture.caption, rng if training else None, s)
+        if self.latents is None:
+            whole, changed = self.index.read(number, size)
+            width, height = whole.size
+        else:                                                # (C or 2 C, height, width) in cells
+            whole, changed = self.latents.read(number), False
+            width, height = hdm.scaled_sides(picture.width, picture.height, size)
+        # Shifted square crop: the short side is X, the cut starts at any pixel, or any cell, of the long one.
         shape = config.in_channels, size // self.factor, size // self.factor          # (C, h, w)
-        patch = config.patch_size * self.factor              # a token's side in pixels
-        item = dict(pixels=torch.from_numpy(pixels).permute(2, 0, 1), caption="" if dropped else caption,
-                    pos=hdm.crop_positions(height, width, top, left, size, patch, config.pos),
-                    aspect=math.log(width / height), t=hdm.draw_time(1, s.t_shift, generator)[0],
-                    noise=torch.randn(shape, generator=generator))
+        item = dict(caption=caption, aspect=math.log(width / height), changed=name if changed else "",
+                    t=hdm.draw_time(1, s.t_shift, generator)[0], noise=torch.randn(shape, generator=generator))
+        side, patch = size, config.patch_size * self.factor                           # in pixels
+        if self.latents is not None:                         # in cells
+            side, patch, height, width = shape[1], config.patch_size, *whole.shape[1:]
+        spare = width - side, height - side                                           # one of them is 0
+        left, top = (rng.randint(0, most) if training else most // 2 for most in spare)
+        item["pos"] = hdm.crop_positions(height, width, top, left, side, patch, config.pos)
+        if self.latents is not None:
+            item["moments"] = whole[:, top:top + side, left:left + side]
+        else:
+            pixels = np.array(whole.crop((left, top, left + size, top + size)))       # (X, X, 3) uint8
+            item["pixels"] = torch.from_numpy(pixels).permute(2, 0, 1)
         if s.vae:                                            # for a draw from its posterior
             item["vae_noise"] = torch.randn(shape, generator=generator)
         if training and s.tread_rate > 0:
@@ -176,9 +210,13 @@ class Samples(Dataset):
 
 def loss_inputs(batch, vae, te, s, device):
     """A collated batch -> the arguments of hdm.flow_loss, through the frozen encoders."""
-    x0 = batch["pixels"].to(device).float() / 127.5 - 1                               # (B, 3, X, X)
-    if vae is not None:
-        x0 = vae.encode(x0, sample=True, noise=batch["vae_noise"])                    # (B, C, h, w)
+    if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
+        moments = batch["moments"].to(device).float().split(vae.latent_channels, dim=1)
+        x0 = vae.latents(moments[0], moments[-1], batch["vae_noise"] if len(moments) > 1 else None)
+    else:
+        x0 = batch["pixels"].to(device).float() / 127.5 - 1                           # (B, 3, X, X)
+        if vae is not None:
+            x0 = vae.encode(x0, sample=True, noise=batch["vae_noise"])                # (B, C, h, w)
     ctx, mask = te(batch["caption"], pad_to=s.text_length)
     inputs = {name: batch[name].to(device) for name in ("pos", "t", "noise", "keep") if name in batch}
     return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if s.mask_padding else None,
@@ -236,16 +274,18 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
     return final.is_dir()
 
 
-def load_state(s, identity, pictures, ranks):
+def load_state(s, identity, epochs, ranks):
     """train.pt of --resume, its place in the stream moved to a fresh epoch where the pictures are others."""
     with hdm.naming(f"--resume={s.resume}", "no whole checkpoint of a run; --init_from takes weights alone"):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
         old = state["settings"]
     if state["identity"] != identity:
-        if (old["data"], old["validation"]) == (s.data, s.validation) and not s.new_data:
-            raise hdm.UserError(f"--data={s.data}: other pictures ({pictures:,}) than {s.resume} saw "
-                                f"({state['pictures']:,}): put those back, or go on with these by --new_data")
-        state["position"] = math.ceil(state["position"] / state["pictures"]) * pictures
+        told = f"--data={s.data}: other pictures ({epochs.pictures:,}) than {s.resume} saw ({state['pictures']:,})"
+        same_place = (old["data"], old["validation"]) == (s.data, s.validation)
+        if same_place and epochs.pictures <= state["pictures"] and not s.new_data:
+            raise hdm.UserError(f"{told}: put those back, or go on with these by --new_data")
+        print(f"{told}: a new epoch begins")
+        state["position"] = epochs.start(state["next_epoch"])
     changed = [f"{name} {old.get(name)} -> {value}" for name, value in (vars(s) | dict(ranks=ranks)).items()
                if value != old.get(name) and name not in ("resume", "new_data", "max_steps", "max_hours")]
     print(f"resume: {s.resume}; changed by this command: {', '.join(changed) or 'nothing'}")
@@ -298,6 +338,47 @@ def build_model(s, given, vae, te, device):
     return model.train()
 
 
+def print_plan(s, model, gb, steps, devices, held_out, epochs):
+    """What will happen, before step 0; a checkpoint takes gb: float32 weights, AdamW's moments, the average."""
+    start, last, total = steps
+    ranks = int(devices.split()[0])
+    kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
+    kept += s.images // (s.milestone_every or s.images + 1)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {devices}; {epochs.pictures:,} pictures, "
+          f"{held_out:,} held out\n{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps {start:,} to "
+          f"{last:,} of {total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x "
+          f"{s.global_batch // s.batch_size // ranks} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, at most {kept}: "
+          f"{gb * kept:.2f} GB; free are {shutil.disk_usage(s.out_dir).free / 1e9:.2f} GB", flush=True)
+
+
+class Troubles:
+    """What goes wrong with the data, told once: pictures that cannot be read or have changed, a slow disk."""
+
+    def __init__(self, s, pictures):
+        self.s, self.pictures, self.unreadable, self.told = s, pictures, set(), set()
+
+    def once(self, kind, text):
+        if kind not in self.told:
+            print(f"warning: {text}", flush=True)
+        self.told.add(kind)
+
+    def hear(self, unreadable, changed):
+        """Of the last batches of all processes: for each unreadable picture a line, the names of changed ones."""
+        for line in unreadable:
+            self.once(line, f"{line}; the next in order takes its place")
+        for name in changed:
+            self.once("changed", f"{name} or its caption is not as it was indexed: run prepare.py again")
+        self.unreadable.update(unreadable)
+        if len(self.unreadable) > math.ceil(self.s.max_unreadable * self.pictures):
+            raise hdm.UserError(f"{len(self.unreadable)} of {self.pictures:,} pictures cannot be read, more than "
+                                f"--max_unreadable={self.s.max_unreadable} of them, such as {unreadable[0]}")
+
+    def waited(self, share):
+        if share > 0.1:
+            self.once("slow", f"{share:.0%} of the time goes into waiting for data; what helps: more --workers "
+                      f"(now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents, smaller files")
+
+
 def train(argv):
     rank, ranks = hdm.start_ranks()
     s, given = read_settings(argv, ranks)
@@ -312,10 +393,8 @@ def train(argv):
         raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
     if s.resume:                                             # a run: its newest checkpoint
         s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
-    train_names, held_names = list_samples(s.data, s.validation)
-    pictures, held_out = len(train_names), len(held_names)
-    identity = hashlib.sha256("\n".join(train_names).encode()).hexdigest()
-    state = load_state(s, identity, pictures, ranks) if s.resume else {}
+    index, epochs, held_out, identity = open_data(s)
+    state = load_state(s, identity, epochs, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
 
     if len(set(gather((identity, str(s.resume))))) > 1:
@@ -341,10 +420,12 @@ def train(argv):
     for group in optimizer.param_groups:                     # a resumed run's, too, are the command's
         group.update(betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
-    # The plan
-    samples = Samples(train_names, s, model.config, vae.factor if vae else 1, training=True)
-    held = Samples(held_names, s, model.config, samples.factor, training=False)
-    prompts = [read_caption(Path(s.data, name)) for name in (held_names or train_names)[:8]]
+    # The data, the plan
+    cache = Latents(s, index, vae) if s.latents else None
+    samples = Samples(index, epochs, cache, s, model.config, vae.factor if vae else 1, training=True)
+    held = Samples(index, held_out, cache, s, model.config, samples.factor, training=False)
+    shown = held_out[:8] or [epochs[i][2] for i in range(8)]                          # in previews
+    prompts = [draw_caption(index[number].caption, None, s) for number in shown]
     micro_steps = s.global_batch // s.batch_size // ranks
     total = start + math.ceil((s.images - seen) / s.global_batch)
     last = min(total, s.max_steps) if s.max_steps else total
@@ -361,15 +442,8 @@ def train(argv):
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
-    parameters = sum(p.numel() for p in model.parameters())
-    gb = 4e-9 * parameters * (3 if ema is None else 4)       # float32 weights, AdamW's moments, the average
-    kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
-    kept += s.images // (s.milestone_every or s.images + 1)
-    print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {pictures:,} pictures, {held_out:,} held "
-          f"out\n{s.images:,} images, {s.images / pictures:.2f} epochs; steps {start:,} to {last:,} of "
-          f"{total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x {micro_steps} x {s.batch_size}\n"
-          f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; free are "
-          f"{shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
+    gb = 4e-9 * sum(p.numel() for p in model.parameters()) * (3 if ema is None else 4)     # see print_plan
+    print_plan(s, model, gb, (start, last, total), f"{ranks} x {device}, {dtype}", len(held_out), epochs)
     stream = (i for base in range(position, position + (last - start) * s.global_batch, ranks * s.batch_size)
               for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))    # its share
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
@@ -390,10 +464,12 @@ def train(argv):
     seconds, waited = state.get("seconds", 0.0), state.get("waited", 0.0)
     bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
     lr, norm, stop, began = lr_at(start, s, total), None, False, time.monotonic()
+    troubles, news = Troubles(s, epochs.pictures), ([], [])  # of the last batch
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
-                     position=position, identity=identity, pictures=pictures, window=window, bad=bad,
-                     seconds=seconds, waited=waited, settings=vars(s) | dict(ranks=ranks))
+                     position=position, next_epoch=epochs.next_epoch(position), pictures=epochs.pictures,
+                     identity=identity, window=window, bad=bad, seconds=seconds, waited=waited,
+                     settings=vars(s) | dict(ranks=ranks))
         milestone = s.milestone_every and seen % s.milestone_every < s.save_every * s.global_batch
         return rank > 0 or save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts, milestone, gb)
 
@@ -405,10 +481,10 @@ def train(argv):
         settings.update(step=step, images=seen)
         model.eval()
         with torch.no_grad(), autocast:
-            if held_names and due(s.eval_every):             # with fixed noise and t: runs compare by it
+            if held_out and due(s.eval_every):               # with fixed noise and t: runs compare by it
                 losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
-                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, held_out, ranks))]
-                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / held_out
+                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, len(held_out), ranks))]
+                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held_out)
             if due(s.sample_every):                          # the same prompts and seeds each time
                 images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings,
                                         batch_size=s.batch_size)
@@ -421,7 +497,7 @@ def train(argv):
             (losses, counts), (skipped, in_a_row) = window.tolist(), bad.tolist()
             if in_a_row >= 10:
                 first = position - in_a_row * s.global_batch
-                names = [samples.place(i)[1] for i in range(first, first + s.global_batch)]
+                names = [index[epochs[i][2]].name for i in range(first, first + s.global_batch)]
                 (out_dir / "bad_images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
                 raise hdm.UserError(f"no finite loss or gradient since step {step - in_a_row}, of the images "
                                     f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
@@ -430,6 +506,7 @@ def train(argv):
                 step=step, images=seen, lr=lr, val_loss=val_loss, loss=sum(losses) / count if count else None,
                 grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
                 images_per_s=count / seconds if seconds else None, skipped=skipped, data_s=waited,
+                unreadable=len(troubles.unreadable),
                 loss_by_t=[a / b if b else None for a, b in zip(losses, counts)],
                 memory_gb=torch.cuda.max_memory_allocated(device if kind == "cuda" else None) / 1e9)  # or 0
             words = [f"step {step}/{last}"] + [f"{name} {record[name]:.4g}" for name in (
@@ -442,6 +519,7 @@ def train(argv):
                     with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
                     tell({key: value for key, value in record.items() if isinstance(value, float)}, step=step)
+            troubles.waited(waited / max(seconds, 1e-9))
         if step % s.log_every == 0:
             window, seconds, waited = torch.zeros_like(window), 0.0, 0.0
         if due(s.save_every) and start < step < last:
@@ -455,11 +533,15 @@ def train(argv):
             group["lr"] = lr / group["fan_in"]
         stats = torch.zeros_like(window)
         for micro in range(1, micro_steps + 1):
-            if stop := any(gather(bool(noted) or time.monotonic() > deadline)):       # all stop, or none
+            votes = gather((bool(noted) or time.monotonic() > deadline, *news))
+            troubles.hear(*(sum((vote[part] for vote in votes), []) for part in (1, 2)))
+            if stop := any(vote[0] for vote in votes):       # all stop, or none
                 break
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
+            news = [line for lines in batch["unreadable"] for line in lines.splitlines()], [
+                name for name in batch["changed"] if name]
             if ranks > 1:                                    # gradients are exchanged once a step
                 network.require_backward_grad_sync = micro == micro_steps
             inputs = loss_inputs(batch, vae, te, s, device)

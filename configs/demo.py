@@ -18,7 +18,7 @@ pre_blocks = 1
 post_blocks = 1
 patch_size = 4
 
-images = 44_000
+images = 56_000
 batch_size = 16
 global_batch = 16
 lr = 0.5
