@@ -189,7 +189,7 @@ def cell_centres(half, length, start, cells, patch=1):
 
 
 def scaled_sides(width, height, size):
-    """A picture's width and height once its short side is size: the long one is floored (shifted square crop)."""
+    """A picture's sides once the short one is size; the long one is floored (HDM's shifted square crop)."""
     return width * size // min(width, height), height * size // min(width, height)
 
 
@@ -1107,7 +1107,7 @@ def load_image(source, side=None):
     with Image.open(source) as file:
         (width, height), box = file.size, None
         if side is not None and (draft := file.draft(None, (2 * side, 2 * side))):
-            box = draft[1]                                   # where the picture is: 1500 / 8 = 187.5 of 188 pixels
+            box = draft[1]                                   # what the picture fills: 187.5 of 188 pixels
         image = file
         if image.mode.startswith("I"):                       # 16-bit grey: convert would clip it to white
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
@@ -1123,8 +1123,8 @@ def load_image(source, side=None):
 def measure_image(stream, length, verify=False):
     """-> upright width and height of an image file of this length, from its header, or, verify, decoded.
 
-    UserError, in words: no readable header, too large, truncated (by its end: JPEG, PNG, GIF and WebP tell that
-    something is missing, BMP and AVIF do not), does not decode.
+    UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
+    end, BMP and AVIF do not), does not decode.
     """
     formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF"] + ["AVIF"] * features.check("avif")         # by content
     ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")

@@ -57,7 +57,7 @@ class TextEncoderSettings:
 @dataclass
 class DataSettings:
     out: str = "data/index"         # folder for the index; latents go beside it
-    caption: str = ""               # of tables and .json by their columns: "{characters} $$ {artist} ||| {tags}"
+    caption: str = ""               # by columns of tables and .json: "{characters} $$ {artist} ||| {tags}"
     caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
@@ -295,13 +295,13 @@ def row_caption(row, template):
 
 
 def read_table(path, place, template, rows, report):
-    """Adds {path of an image, with or without suffix: (caption, the table's file)} to rows; -> the columns."""
+    """Adds {path of an image, with or without suffix: (caption, table's file)} to rows; -> the columns."""
     suffix, columns = os.path.splitext(path)[1].lower(), set()
     with open_at(*place) as file:
         lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
         if suffix == ".json":
             table = json.loads("".join(lines))
-            if isinstance(table, dict):          # kohya's {image: {"caption": , "tags": }} or {image: caption}
+            if isinstance(table, dict):          # kohya's {image: {"caption": , "tags": }}, {image: caption}
                 table = [{"file_name": name, **(row if isinstance(row, dict) else {"caption": row})}
                          for name, row in table.items()]
             table = iter(table if isinstance(table, list) else [table])
@@ -376,9 +376,11 @@ def groups(top, report):
             continue
         seen.add((info.st_dev, info.st_ino))
         paths = [os.path.join(folder, name) for name in sorted(names)]
-        places = [(path, (path, 0, os.path.getsize(path)) if os.path.isfile(path) else None) for path in paths]
-        yield places
-        yield from (tar_files(path, report) for path, place in places if place and path.lower().endswith(".tar"))
+        sizes = {path: os.path.getsize(path) if os.path.isfile(path) else None for path in paths}
+        yield [(path, None if size is None else (path, 0, size)) for path, size in sizes.items()]
+        for path in paths:
+            if path.lower().endswith(".tar") and sizes[path] is not None:
+                yield tar_files(path, report)
 
 
 def by_name(group, report):
@@ -395,7 +397,7 @@ def by_name(group, report):
 
 
 def scan(source, report, s, known=lambda name, stamp: None):
-    """Yields a Picture for each captioned image of a folder, a tar or a table; the report tells of the others.
+    """Yields a Picture for each captioned image of a folder, a tar or a table; others go into the report.
 
     known: -> the Picture of an earlier scan with this stamp, whose files are not opened again, or None.
     """
@@ -446,9 +448,10 @@ def scan(source, report, s, known=lambda name, stamp: None):
                     caption, lines = read_texts(caption, places, s)
                     with open_at(file, offset, length) as stream:
                         width, height = hdm.measure_image(stream, length, s.verify)
-                    picture = Picture(name, file, texts, caption, offset, length, width, height, 1.0, stamp, lines)
-                how = " and ".join([os.path.basename(table)] * bool(table) + ends) + " in a tar" * (file != path)
-                counts[how + (f" in {kohya[0]}" if kohya else "")] += 1
+                    picture = Picture(name, file, texts, caption, offset, length, width, height, weight,
+                                      stamp, lines)
+                how = " and ".join([os.path.basename(table)] * bool(table) + ends)
+                counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
                 yield picture._replace(weight=weight)
     for key in rows.keys() - used:
         report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
@@ -457,7 +460,7 @@ def scan(source, report, s, known=lambda name, stamp: None):
 
 
 # ---- the index: what training reads; images stay where they are ------------------------------------------
-# records.bin: one RECORD an image, in order of weight and place; text.bin: a Picture's text, from `text` on; index.json.
+# records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
 NUMBERS = Picture._fields[4:]
 RECORD = np.dtype([(name, "<f8" if name == "weight" else "<u8") for name in NUMBERS]
                   + [("text", "<u8"), ("bytes", "<u8"), ("image", "<u8"), ("place", "<f8")])
@@ -469,7 +472,7 @@ def name_hash(name):
 
 
 class Index:
-    """index[i]: a Picture, out of records (n,) RECORD and text (bytes,) uint8: memory maps, or (folder None) arrays."""
+    """index[i]: a Picture, out of records (n,) RECORD and text (bytes,) uint8, which a folder has as maps."""
 
     def __init__(self, records, text, about, folder=None):
         self.records, self.text, self.about, self.folder = records, text, about, folder
@@ -532,16 +535,17 @@ def refusal(picture, s):
     short, long = sorted((picture.width, picture.height))
     tags = plain(hdm.parse_caption(picture.caption.replace(OR, "$$")).split(","))
     wrong = {"below --min_size": short < s.min_size, "beyond --max_ratio": long > s.max_ratio * short,
-             "without --require_tag": plain(s.require_tag) - tags, "with --drop_tag": plain(s.drop_tag) & tags}
+             "without --require_tag": plain(s.require_tag) - tags,
+             "with --drop_tag": plain(s.drop_tag) & tags}
     return next((kind for kind, is_so in wrong.items() if is_so), None)
 
 
 def build_index(sources, s, folder=None, old=None):
-    """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier Index by
-    the same settings, and has not changed since is not read again."""
-    options = {name: getattr(s, name) for name in ("caption", "caption_lines", "sidecar", "sidecar_place", "verify")}
-    known = (old.known,) if old and old.about["options"] == options else ()
-    report, raw, several = Report(), io.BytesIO(), 0  # 88 bytes an image stay in memory until they are sorted
+    """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
+    by the same settings, and has not changed since is not read again."""
+    options = [s.caption, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
+    known = [old.known] if old and old.about["options"] == options else []
+    report, raw, several = Report(), io.BytesIO(), 0  # raw: 88 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for source, weight in sources:
             for picture in scan(source, report, s, *known):
@@ -555,11 +559,13 @@ def build_index(sources, s, folder=None, old=None):
                 text.write(entry)
                 several += picture.lines > 1
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
-    print(*[f"{several:,} captions of several lines: --caption_lines={s.caption_lines}"] * (several > 0), report, sep="\n")
+    if several:
+        print(f"{several:,} captions have several lines, which --caption_lines={s.caption_lines}s")
+    print(report)
     records = np.frombuffer(raw.getbuffer(), RECORD)
     if not len(records):
-        raise hdm.UserError(f"{' '.join(source for source, _ in sources)}: no image with a caption (.txt, .caption, "
-                            f".json, a table of them) is left to train on")
+        raise hdm.UserError(f"{' '.join(source for source, _ in sources)}: no image with a caption (.txt, "
+                            f".caption, .json, a table of them) is left to train on")
     records = records[np.lexsort((records["place"], records["weight"]))]
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
@@ -584,8 +590,8 @@ def open_index(data):
 
 # ---- the order of training ---------------------------------------------------------------------------------
 def shuffled(i, n, *key):
-    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel network
-    over the cells of a grid; from a cell past n it walks on."""
+    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel
+    network over the cells of a grid; from a cell past n it walks on."""
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
     def number(*words):
@@ -645,26 +651,19 @@ def draw_caption(text, rng, s):
 
 
 # ---- the cache of latents ----------------------------------------------------------------------------------
-# data/mine_latents256/000007.safetensors: by its record's number a picture's moments, float16 (C or 2 C, height,
-# width); the header says of which pictures and which VAE.
-SHARD = 512                                      # pictures in a file; a process that is killed loses at most these
+SHARD = 512                                      # pictures in a file; a kill loses at most these
 
 
-def shard_files(data, index, vae, image_size):
-    """-> {file: (its records, what its header must say)}: the hash of the VAE's encoder, in bfloat16 whatever
-    type it was loaded in, and that of names and files, not of captions."""
+def latents_folder(data, index, vae, image_size):
+    """Its name says whose latents it holds: a hash of the VAE's encoder (in bfloat16, whatever it has) and of
+    the pictures' names and files, not of captions. In it 000007.safetensors: by the numbers of 512 records
+    their moments (C or 2 C, height, width), float16."""
     digest = hashlib.sha256(repr((vae.mean, vae.std)).encode())
     for name, weight in vae.state_dict().items():
         if name.startswith(("encoder", "quant_conv")):
             digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    files, encoder = {}, digest.hexdigest()
-    for first in range(0, len(index), SHARD):
-        records = range(first, min(first + SHARD, len(index)))
-        part = index.records[first:first + SHARD]
-        pictures = hashlib.sha256(part["place"].tobytes() + part["image"].tobytes()).hexdigest()
-        file = Path(f"{os.path.normpath(data)}_latents{image_size}", f"{first // SHARD:06d}.safetensors")
-        files[file] = records, dict(vae=encoder, pictures=pictures)
-    return files
+    digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
+    return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
 
 @functools.lru_cache(maxsize=64)                 # in each process
@@ -678,46 +677,50 @@ class Latents:
     def __init__(self, s, index, vae):
         if vae is None:
             raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
-        files = shard_files(s.data, index, vae, s.image_size)
-        self.files = list(files)
-        for file, (_, header) in files.items():
-            with hdm.naming(file, f"--latents needs: python prepare.py SOURCE --out={s.data} --latents "
-                                  f"--image_size={s.image_size} --vae={s.vae}"):
-                if not header.items() <= open_shard(file).metadata().items():
-                    raise ValueError("it is of other pictures or of another VAE")
+        folder = latents_folder(s.data, index, vae, s.image_size)
+        self.folder = next(filter(Path.is_dir, (Path(folder), Path(folder + "_mean"))), Path(folder))
+        missing = [i for i in range(0, len(index), SHARD) if not self.file(i).is_file()]
+        if missing:
+            raise hdm.UserError(
+                f"--latents: for these pictures and this VAE {self.file(missing[0])} is missing: python "
+                f"prepare.py SOURCE --out={s.data} --latents --image_size={s.image_size} --vae={s.vae}")
+
+    def file(self, i):
+        return self.folder / f"{i // SHARD:06d}.safetensors"
 
     def read(self, i):
         """-> the moments of record i: (C or 2 C, height, width) float16."""
-        with hdm.naming(self.files[i // SHARD], f"no latents of record {i}"):
-            return open_shard(self.files[i // SHARD]).get_tensor(str(i))
+        with hdm.naming(self.file(i), f"no latents of record {i}"):
+            return open_shard(self.file(i)).get_tensor(str(i))
 
 
 def encode_latents(s, rank, ranks):
-    """Writes those shards that are not there, dealt over the processes."""
+    """Writes the shards that are not there, dealt over the processes."""
     index, device = Index.open(s.out), hdm.pick_device(s.device)
     vae = hdm.load_vae(s.vae, device, hdm.pick_dtype(s.dtype, device))
     if s.image_size % vae.factor:
         raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, the pixels of a cell")
-    channels, cells = vae.latent_channels * (1 if s.mean_only else 2), {}
+    folder = Path(latents_folder(s.out, index, vae, s.image_size) + "_mean" * s.mean_only)
+    hdm.make_folder(folder, "--out")
+    channels = vae.latent_channels * (1 if s.mean_only else 2)
     def shape(i):                                # of a record's latent: height, width
         width, height = hdm.scaled_sides(index[i].width, index[i].height, s.image_size)
         return height // vae.factor, width // vae.factor
-    def whole(i):                                # a picture, scaled and cut to whole cells; None: not to be had
-        height, width = (side * vae.factor for side in shape(i))
+    def whole(i):                                # a picture, scaled and cut to whole cells, or None
         try:
             image, changed = index.read(i, s.image_size)
-            assert not changed, "its file has changed; run prepare.py again"
+            assert not changed, "it has changed since it was indexed; run prepare.py again"
         except (hdm.UserError, AssertionError) as error:
             return print(f"warning: {index[i].name}: no latents: {error}", flush=True)
+        height, width = (side * vae.factor for side in shape(i))
         return torch.from_numpy(np.array(image.crop((0, 0, width, height)))).permute(2, 0, 1)
 
-    files = {file: (sorted(records, key=shape), dict(header, channels=str(channels))) for file, (records, header)
-             in shard_files(s.out, index, vae, s.image_size).items()}
-    todo = {file: files[file] for file in files if not file.is_file() or safe_open(file, "pt").metadata() != files[file][1]}
-    folder = next(iter(files)).parent
-    hdm.make_folder(folder, "--out")
-    gb = 2e-9 * channels * sum(math.prod(shape(i)) for records, _ in todo.values() for i in records)
-    free, pictures = shutil.disk_usage(folder).free / 1e9, sum(len(records) for records, _ in todo.values())
+    todo = {}
+    for first in range(0, len(index), SHARD):
+        if not (file := folder / f"{first // SHARD:06d}.safetensors").is_file():
+            todo[file] = sorted(range(first, min(first + SHARD, len(index))), key=shape)
+    gb = 2e-9 * channels * sum(math.prod(shape(i)) for records in todo.values() for i in records)
+    free, pictures = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo.values()))
     if gb > free:
         raise hdm.UserError(f"--latents: {gb:.2f} GB are needed in {folder}, {free:.2f} are free")
     trial = torch.zeros(s.batch_size, 3, s.image_size, s.image_size, device=device)
@@ -725,53 +728,52 @@ def encode_latents(s, rank, ranks):
         clock = time.perf_counter()
         vae.moments(trial)[0].sum().item()
     hours = pictures / s.batch_size * (time.perf_counter() - clock) / 3600 / ranks
-    print(f"latents: {pictures:,} of {len(index):,} pictures to encode into {folder}: {gb:.3f} GB ({free:.0f} are "
-          f"free), about {hours:.2f} h on {ranks} x {device} if the disk keeps up", flush=True)
+    print(f"latents: {pictures:,} of {len(index):,} pictures to encode into {folder}: {gb:.3f} GB, "
+          f"{free:.0f} are free; about {hours:.2f} h on {ranks} x {device} if the disk keeps up", flush=True)
     gather(None)                                 # all have seen the same files
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
         for file in tqdm(list(todo)[rank::ranks], disable=rank > 0):
-            (records, header), latents = todo[file], {}
-            ready = ((i, picture) for i, picture in zip(records, pool.map(whole, records)) if picture is not None)
+            latents, ready = {}, zip(todo[file], pool.map(whole, todo[file]))
+            ready = ((i, picture) for i, picture in ready if picture is not None)
             for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
                 while batch := list(itertools.islice(same, s.batch_size)):
                     pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
                     moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
                     latents.update((str(i), moment.clone()) for (i, _), moment in zip(batch, moments))
-            save_file(latents, file.with_suffix(".partial"), header)
+            save_file(latents, file.with_suffix(".partial"))
             file.with_suffix(".partial").replace(file)
     gather(None)
 
 
-# ---- a look before a week of training -----------------------------------------------------------------------
-def histogram(what, values, edges):
-    names = [f"below {edges[0]:g}", *(f"from {edge:g}" for edge in edges)]
-    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(names))
-    print(f"{what}: " + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts)))
-
-
+# ---- a look before a week of training ----------------------------------------------------------------------
 def dry_run(index, s):
-    """Prints what is in an index; OUT.png shows 48 of its pictures, with the crop and the caption of training."""
+    """Prints what is in an index; OUT.png shows 48 pictures with the crops and captions of training."""
     import train                                 # which imports this file
     n, places = len(index), Epochs(index.split(0.0)[0], 0)
     sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
-    print(f"{n:,} pictures, {index.records['length'].sum() / 1e9:.3f} GB; {places.length:,.0f} places in an epoch")
-    histogram("width / height", sides[0] / sides[1], (0.5, 0.75, 1, 1.01, 1.34, 2.01))
-    histogram("short side", sides.min(0), sorted({s.image_size, 256, 512, 768, 1024}))
+    print(f"{n:,} pictures, {index.records['length'].sum() / 1e9:.3f} GB; {places.length:,.0f} to an epoch")
+    for what, values, edges in (("width / height", sides[0] / sides[1], [0.5, 0.75, 1, 1.01, 1.34, 2.01]),
+                                ("short side", sides.min(0), sorted({s.image_size, 256, 512, 768, 1024}))):
+        counts = np.histogram(values, [0, *edges, np.inf])[0]
+        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip([0, *edges], counts) if n))
     cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
-    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only {8e-9 * cells:.3f} GB (4 x f8)")
+    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
     some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
     texts = [draw_caption(index[i].caption, None, train.Data) for i in some]
     tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
-          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; {100 * (tokens > s.text_length).mean():.1f} % are "
-          f"cut off at --text_length={s.text_length}")
+          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
+          f"{100 * (tokens > s.text_length).mean():.1f} %")
     tags = Counter(tag.strip() for text in texts for tag in set(text.split(",")))
     print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
     lengths, counts = np.unique(index.records["length"], return_counts=True)
     same = np.flatnonzero(np.isin(index.records["length"], lengths[counts > 1])).tolist()
-    copies = len(same) - len({hashlib.sha256(open_at(*index[i][1:2], *index[i][4:6]).read()).digest() for i in same})
-    print(f"exact duplicates: {copies:,} pictures")
+    different = set()
+    for picture in map(index.__getitem__, same):
+        with open_at(picture.file, picture.offset, picture.length) as stream:
+            different.add(hashlib.sha256(stream.read()).digest())
+    print(f"exact duplicates: {len(same) - len(different):,} pictures")
     settings = {field.name: field.default for cls in train.CLASSES[:3] for field in fields(cls)}
     settings |= dict(vae="", tread_rate=0.0, image_size=s.image_size)
     # One token to a crop: its position is the crop's centre.
@@ -782,11 +784,13 @@ def dry_run(index, s):
     for k in range(min(48, n)):
         with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
             item, picture = samples.item(k), index.read(places[k][2])[0]
-            (y, x), long, corner = item["pos"][0].tolist(), max(picture.size), (k % 8 * 210 + 5, k // 8 * 280 + 5)
+            (y, x), long = item["pos"][0].tolist(), max(picture.size)
+            corner = k % 8 * 210 + 5, k // 8 * 280 + 5
             centre = [(at * long + side) / 2 * 200 / long for at, side in zip((x, y), picture.size)]
             half = min(picture.size) * 100 / long
             sheet.paste(picture.resize([round(side * 200 / long) or 1 for side in picture.size]), corner)
-            canvas.rectangle([c + at + sign * half for sign in (-1, 1) for c, at in zip(corner, centre)], outline="red")
+            box = [c + at + sign * half for sign in (-1, 1) for c, at in zip(corner, centre)]
+            canvas.rectangle(box, outline="red")
             text = "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)"
             canvas.text((corner[0], corner[1] + 203), text, "black")
     hdm.make_folder(Path(s.out).parent, "--out")
@@ -851,46 +855,7 @@ def judge_checkpoint(settings):
         image_grid(images, settings.seeds, scale=2).save(settings.grid, "PNG")
 
 
-# ---- a run's curves -------------------------------------------------------------------------------------
-def read_metrics(run):
-    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
-    file, records = Path(run, "metrics.jsonl"), []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def plot(runs):
-    """The curves of some runs over the images that they saw -> plot.png in the current folder."""
-    lines = {run: read_metrics(run) for run in runs}
-    if not lines or not all(lines.values()):
-        empty = [run for run in runs if not lines[run]]
-        raise hdm.UserError(f"--plot {' '.join(empty) or 'RUN'}: a folder with metrics.jsonl is needed")
-    from matplotlib.figure import Figure
-    figure = Figure((20, 4), layout="constrained")
-    for name, axis in zip(("loss", "val_loss", "grad_norm", "images_per_s"), figure.subplots(1, 4)):
-        for run in runs:
-            points = [(line["images"], line[name]) for line in lines[run] if line.get(name) is not None]
-            axis.plot([x for x, _ in points], [y for _, y in points], label=run)
-        axis.set(title=name, xlabel="images", yscale="log" if "loss" in name else "linear")
-        axis.legend()
-    figure.savefig("plot.png")
-    print(f"plot.png: {', '.join(runs)}")
-
-
-def tracker(name, folder, settings):
-    """-> a function of ({name: number}, step=) that tells wandb or tensorboard, or, name "", nobody."""
-    if name == "wandb":
-        import wandb
-        return wandb.init(project="hdm", name=str(folder), config=settings).log
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(folder)
-        return lambda values, step: [board.add_scalar(name, values[name], step) for name in values]
-    return lambda values, step: None
-
-
+# ---- the command line -----------------------------------------------------------------------------------
 def prepare(paths, s):
     rank, ranks = hdm.start_ranks()
     sources = []
@@ -914,6 +879,8 @@ def prepare(paths, s):
     gather(None)                                 # the others wait for it
     if s.latents:
         encode_latents(s, rank, ranks)
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
 
 
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),

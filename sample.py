@@ -7,6 +7,8 @@ Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the p
 than one, OUT/grid.png. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
 In this file, in order: the settings; the prompts; generate, which train.py and prepare.py use as well; main.
 """
+import contextlib
+import json
 import math
 import os
 import re
@@ -136,6 +138,45 @@ def catch_signals(worker=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     return noted
+
+
+def read_metrics(run):
+    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
+    file, records = Path(run, "metrics.jsonl"), []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def plot(runs):
+    """The curves of some runs over the images that they saw -> plot.png in the current folder."""
+    lines = {run: read_metrics(run) for run in runs}
+    if not lines or not all(lines.values()):
+        empty = [run for run in runs if not lines[run]]
+        raise hdm.UserError(f"--plot {' '.join(empty) or 'RUN'}: a folder with metrics.jsonl is needed")
+    from matplotlib.figure import Figure
+    figure = Figure((20, 4), layout="constrained")
+    for name, axis in zip(("loss", "val_loss", "grad_norm", "images_per_s"), figure.subplots(1, 4)):
+        for run in runs:
+            points = [(line["images"], line[name]) for line in lines[run] if line.get(name) is not None]
+            axis.plot([x for x, _ in points], [y for _, y in points], label=run)
+        axis.set(title=name, xlabel="images", yscale="log" if "loss" in name else "linear")
+        axis.legend()
+    figure.savefig("plot.png")
+    print(f"plot.png: {', '.join(runs)}")
+
+
+def tracker(name, folder, settings):
+    """-> a function of ({name: number}, step=) that tells wandb or tensorboard, or, name "", nobody."""
+    if name == "wandb":
+        import wandb
+        return wandb.init(project="hdm", name=str(folder), config=settings).log
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(folder)
+        return lambda values, step: [board.add_scalar(name, values[name], step) for name in values]
+    return lambda values, step: None
 
 
 def main(argv):

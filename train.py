@@ -36,8 +36,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import hdm
-from prepare import Epochs, Latents, draw_caption, open_index, plot, read_metrics, tracker
-from sample import catch_signals, gather, generate_dealt, image_grid
+from prepare import Epochs, Latents, draw_caption, open_index
+from sample import catch_signals, gather, generate_dealt, image_grid, plot, read_metrics, tracker
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
@@ -140,13 +140,13 @@ def open_data(s):
     parts, held = index.split(s.validation)
     if not parts or s.validation and not held:
         least = math.ceil(1000 * index.records["place"].min()) / 1000
-        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held) or 'none'} of {len(index):,} "
-                            f"pictures; " + ("none is left" if held else f"least is {least}; 0: no held-out loss"))
+        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held) if parts else 'all'} of "
+                            f"{len(index):,} pictures; least is {least}; 0: no held-out loss")
     some = index.records[::1 + len(index) // 100_000]        # of very many a sample
     small = np.minimum(some["width"], some["height"]) < s.image_size
     if small.any():
-        print(f"data: {100 * small.mean():.2g} % of the pictures are smaller than --image_size={s.image_size} "
-              f"and will be enlarged; prepare.py --min_size={s.image_size} leaves them out")
+        print(f"data: {100 * small.mean():.2g} % of the pictures are smaller than image_size and enlarged; "
+              f"prepare.py --min_size={s.image_size} leaves them out")
     identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
     return index, Epochs(parts, s.seed), held, identity
 
@@ -175,8 +175,7 @@ class Samples(Dataset):
         s, config, training, size = self.s, self.config, self.training, self.s.image_size
         epoch, copy, number = self.places[i] if training else (0, 0, self.places[i % len(self.places)])
         picture = self.index[number]
-        name = picture.name
-        rng = random.Random(f"{s.seed} {epoch} {copy} {name}" if training else name)
+        rng = random.Random(f"{s.seed} {epoch} {copy} {picture.name}" if training else picture.name)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
         caption = "" if dropped else draw_caption(picture.caption, rng if training else None, s)
@@ -188,8 +187,9 @@ class Samples(Dataset):
             width, height = hdm.scaled_sides(picture.width, picture.height, size)
         # Shifted square crop: the short side is X, the cut starts at any pixel, or any cell, of the long one.
         shape = config.in_channels, size // self.factor, size // self.factor          # (C, h, w)
-        item = dict(caption=caption, aspect=math.log(width / height), changed=name if changed else "",
-                    t=hdm.draw_time(1, s.t_shift, generator)[0], noise=torch.randn(shape, generator=generator))
+        item = dict(caption=caption, aspect=math.log(width / height), changed=picture.name * changed,
+                    t=hdm.draw_time(1, s.t_shift, generator)[0],
+                    noise=torch.randn(shape, generator=generator))
         side, patch = size, config.patch_size * self.factor                           # in pixels
         if self.latents is not None:                         # in cells
             side, patch, height, width = shape[1], config.patch_size, *whole.shape[1:]
@@ -280,7 +280,8 @@ def load_state(s, identity, epochs, ranks):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
         old = state["settings"]
     if state["identity"] != identity:
-        told = f"--data={s.data}: other pictures ({epochs.pictures:,}) than {s.resume} saw ({state['pictures']:,})"
+        told = (f"--data={s.data}: other pictures ({epochs.pictures:,}) than {s.resume} saw "
+                f"({state['pictures']:,})")
         same_place = (old["data"], old["validation"]) == (s.data, s.validation)
         if same_place and epochs.pictures <= state["pictures"] and not s.new_data:
             raise hdm.UserError(f"{told}: put those back, or go on with these by --new_data")
@@ -338,17 +339,19 @@ def build_model(s, given, vae, te, device):
     return model.train()
 
 
-def print_plan(s, model, gb, steps, devices, held_out, epochs):
-    """What will happen, before step 0; a checkpoint takes gb: float32 weights, AdamW's moments, the average."""
+def print_plan(s, model, steps, ranks, devices, held_out, epochs):
+    """What will happen, before step 0. -> GB of a checkpoint: weights, moments, average, in float32."""
     start, last, total = steps
-    ranks = int(devices.split()[0])
+    parameters = sum(p.numel() for p in model.parameters())
+    gb = 4e-9 * parameters * (4 if s.ema else 3)
     kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
     kept += s.images // (s.milestone_every or s.images + 1)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {devices}; {epochs.pictures:,} pictures, "
-          f"{held_out:,} held out\n{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps {start:,} to "
-          f"{last:,} of {total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x "
-          f"{s.global_batch // s.batch_size // ranks} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, at most {kept}: "
-          f"{gb * kept:.2f} GB; free are {shutil.disk_usage(s.out_dir).free / 1e9:.2f} GB", flush=True)
+    print(f"{parameters:,} parameters, {ranks} x {devices}; {epochs.pictures:,} pictures, {held_out:,} held "
+          f"out\n{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps {start:,} to {last:,} of "
+          f"{total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x "
+          f"{s.global_batch // s.batch_size // ranks} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, at most "
+          f"{kept}: {gb * kept:.2f} GB; free: {shutil.disk_usage(s.out_dir).free / 1e9:.2f} GB", flush=True)
+    return gb
 
 
 class Troubles:
@@ -362,21 +365,23 @@ class Troubles:
             print(f"warning: {text}", flush=True)
         self.told.add(kind)
 
-    def hear(self, unreadable, changed):
-        """Of the last batches of all processes: for each unreadable picture a line, the names of changed ones."""
+    def hear(self, batches):
+        """What all processes' last batches say: lines on unreadable pictures, names of changed ones."""
+        unreadable = [line for texts, _ in batches for text in texts for line in text.splitlines()]
+        changed = [name for _, names in batches for name in names if name]
         for line in unreadable:
             self.once(line, f"{line}; the next in order takes its place")
         for name in changed:
             self.once("changed", f"{name} or its caption is not as it was indexed: run prepare.py again")
         self.unreadable.update(unreadable)
         if len(self.unreadable) > math.ceil(self.s.max_unreadable * self.pictures):
-            raise hdm.UserError(f"{len(self.unreadable)} of {self.pictures:,} pictures cannot be read, more than "
-                                f"--max_unreadable={self.s.max_unreadable} of them, such as {unreadable[0]}")
+            raise hdm.UserError(f"{len(self.unreadable)} of {self.pictures:,} pictures cannot be read, more "
+                                f"than --max_unreadable={self.s.max_unreadable}, such as {unreadable[0]}")
 
     def waited(self, share):
         if share > 0.1:
-            self.once("slow", f"{share:.0%} of the time goes into waiting for data; what helps: more --workers "
-                      f"(now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents, smaller files")
+            self.once("slow", f"{share:.0%} of the time is spent waiting for data; what may help: more --workers "
+                      f"(now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
 
 
 def train(argv):
@@ -442,10 +447,10 @@ def train(argv):
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
-    gb = 4e-9 * sum(p.numel() for p in model.parameters()) * (3 if ema is None else 4)     # see print_plan
-    print_plan(s, model, gb, (start, last, total), f"{ranks} x {device}, {dtype}", len(held_out), epochs)
+    gb = print_plan(s, model, (start, last, total), ranks, f"{device}, {dtype}", len(held_out), epochs)
     stream = (i for base in range(position, position + (last - start) * s.global_batch, ranks * s.batch_size)
               for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))    # its share
+    mine = range(rank, len(held_out), ranks)                 # of the held-out pictures
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
     batches = iter(DataLoader(samples, s.batch_size, sampler=stream, num_workers=s.workers,
                               worker_init_fn=catch_signals))
@@ -464,7 +469,7 @@ def train(argv):
     seconds, waited = state.get("seconds", 0.0), state.get("waited", 0.0)
     bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
     lr, norm, stop, began = lr_at(start, s, total), None, False, time.monotonic()
-    troubles, news = Troubles(s, epochs.pictures), ([], [])  # of the last batch
+    troubles, said = Troubles(s, epochs.pictures), ([], [])  # said of the last batch
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
                      position=position, next_epoch=epochs.next_epoch(position), pictures=epochs.pictures,
@@ -483,7 +488,7 @@ def train(argv):
         with torch.no_grad(), autocast:
             if held_out and due(s.eval_every):               # with fixed noise and t: runs compare by it
                 losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
-                          for batch in DataLoader(held, s.batch_size, sampler=range(rank, len(held_out), ranks))]
+                          for batch in DataLoader(held, s.batch_size, sampler=mine)]
                 val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held_out)
             if due(s.sample_every):                          # the same prompts and seeds each time
                 images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings,
@@ -533,15 +538,14 @@ def train(argv):
             group["lr"] = lr / group["fan_in"]
         stats = torch.zeros_like(window)
         for micro in range(1, micro_steps + 1):
-            votes = gather((bool(noted) or time.monotonic() > deadline, *news))
-            troubles.hear(*(sum((vote[part] for vote in votes), []) for part in (1, 2)))
-            if stop := any(vote[0] for vote in votes):       # all stop, or none
+            stops, batches_say = zip(*gather((bool(noted) or time.monotonic() > deadline, said)))
+            troubles.hear(batches_say)
+            if stop := any(stops):                           # all stop, or none
                 break
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            news = [line for lines in batch["unreadable"] for line in lines.splitlines()], [
-                name for name in batch["changed"] if name]
+            said = batch["unreadable"], batch["changed"]
             if ranks > 1:                                    # gradients are exchanged once a step
                 network.require_backward_grad_sync = micro == micro_steps
             inputs = loss_inputs(batch, vae, te, s, device)
