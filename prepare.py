@@ -694,12 +694,9 @@ class Latents:
             return open_shard(self.file(i)).get_tensor(str(i))
 
 
-def encode_latents(s, rank, ranks):
+def encode_latents(s, vae, device, rank, ranks):
     """Writes the shards that are not there, dealt over the processes."""
-    index, device = Index.open(s.out), hdm.pick_device(s.device)
-    vae = hdm.load_vae(s.vae, device, hdm.pick_dtype(s.dtype, device))
-    if s.image_size % vae.factor:
-        raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, the pixels of a cell")
+    index = Index.open(s.out)
     folder = Path(latents_folder(s.out, index, vae, s.image_size) + "_mean" * s.mean_only)
     hdm.make_folder(folder, "--out")
     channels = vae.latent_channels * (1 if s.mean_only else 2)
@@ -856,36 +853,44 @@ def judge_checkpoint(settings):
 
 
 # ---- the command line -----------------------------------------------------------------------------------
-def prepare(paths, s):
-    rank, ranks = hdm.start_ranks()
+def prepare(*paths_and_settings):
+    *paths, s = paths_and_settings
+    hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
+    hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
+    for name in ("max_ratio", "image_size", "text_length", "batch_size", "workers"):
+        if getattr(s, name) < 1:
+            raise hdm.UserError(f"--{name}={getattr(s, name)}: at least 1")
+    if s.caption and not re.search(COLUMN, s.caption):
+        raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
     sources = []
-    for path in paths:
-        head, equals, weight = path.rpartition("=")
-        weighted = bool(equals) and not os.path.exists(path)
-        sources.append((head, hdm.setting_value(path, weight, float)) if weighted else (path, 1.0))
+    for path in paths:                           # PATH or PATH=WEIGHT
+        head, _, weight = path.rpartition("=")
+        sources.append((path, 1.0) if os.path.exists(path) else (head, hdm.setting_value(path, weight, float)))
         if sources[-1][1] <= 0:
             raise hdm.UserError(f"{path}: a weight above 0 is needed")
     old = Index.open(s.out) if Path(s.out, "index.json").is_file() else None
     if s.dry_run:
         return dry_run(build_index(sources, s, old=old), s)
-    hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
-    hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
-    if s.caption and not re.search(COLUMN, s.caption):
-        raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
+    rank, ranks = hdm.start_ranks()
+    if s.latents:                                # first: a mistake is told before an hour's work
+        device = hdm.pick_device(s.device)
+        vae = hdm.load_vae(s.vae, device, hdm.pick_dtype(s.dtype, device))
+        if s.image_size % vae.factor:
+            raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, the pixels of a cell")
     if rank == 0:
         with whole_folder(s.out) as folder:
             n = len(build_index(sources, s, folder, old))
         print(f"{n:,} pictures in {s.out}; report.json there names what was left out")
     gather(None)                                 # the others wait for it
     if s.latents:
-        encode_latents(s, rank, ranks)
+        encode_latents(s, vae, device, rank, ranks)
     if ranks > 1:
         torch.distributed.destroy_process_group()
 
 
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),
             "text_encoder": (text_encoder, TextEncoderSettings, ("SOURCE",)),
-            "data": (lambda *words: prepare(words[:-1], words[-1]), DataSettings, ("PATH ...",))}
+            "data": (prepare, DataSettings, ("PATH ...",))}
 
 
 def main(argv):

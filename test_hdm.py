@@ -2725,6 +2725,49 @@ def test_a_jpeg_is_decoded_small_only_where_it_hardly_shows(orientation, tmp_pat
         assert abs(np.asarray(image) - expected).mean() < 2  # of 255
 
 
+class Plainly(torch.utils.data.Dataset):
+    """What Samples is measured against: open, convert, resize, crop; no draft, no more than the pixels."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def __getitem__(self, i):
+        picture = self.index[i % len(self.index)]
+        image = Image.open(picture.file).convert("RGB")
+        image = image.resize(hdm.scaled_sides(*image.size, 256), Image.BICUBIC)
+        return torch.from_numpy(np.array(image.crop((0, 0, 256, 256))))
+
+
+@slow
+def test_reading_is_fast(te_folder, tmp_path):
+    """README's benchmark: images/s of crops of 256 pixels with one loader process for each of two cores."""
+    rates = {}
+    for side, n in ((512, 60), (2048, 12)):
+        (tmp_path / str(side)).mkdir()
+        for i in range(n):
+            photograph(side, side, i).save(tmp_path / str(side) / f"{i}.jpg", quality=90)
+            (tmp_path / str(side) / f"{i}.txt").write_text("a photograph")
+        samples = stream(tmp_path / str(side), image_size=256, patch_size=16, tread_rate=0.0)
+        for name, data in ("ours", samples), ("plain", Plainly(samples.index)):
+            loader = iter(torch.utils.data.DataLoader(data, 16, sampler=range(10 ** 6), num_workers=2))
+            times = []
+            for _ in range(6 * n // 16):
+                next(loader)
+                times.append(time.perf_counter())
+            warm = times[len(times) // 4:]
+            rates[side, name] = 16 * (len(warm) - 1) / (warm[-1] - warm[0])
+            del loader
+    many = tmp_path / "many"
+    data = image_bytes("JPEG", (64, 64))
+    write_files(many, {f"{i % 5}/{i}{end}": what for i in range(2500) for end, what in ((".jpg", data), (".txt", "a"))})
+    clock = time.perf_counter()
+    assert len(scan(many)) == 2500
+    rates["files indexed"] = 5000 / (time.perf_counter() - clock)
+    print({name: round(rate) for name, rate in rates.items()})
+    assert rates[512, "ours"] >= 300 and rates[2048, "ours"] >= 2 * rates[2048, "plain"]
+    assert rates["files indexed"] >= 2000
+
+
 def test_a_dry_run_tells_and_draws_what_training_takes(place, te_folder, tmp_path, capsys):
     data = Path(shutil.copytree(place / "data", tmp_path / "data"))
     shutil.copy(data / "picture1.png", data / "copy.png")
@@ -3079,6 +3122,9 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
     save_file(published_tensors(vae=False), shelf / "no_vae.safetensors")
     prepare.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
+    shutil.copytree(place / "data", shelf / "data")
+    (shelf / "cut_index").mkdir()
+    (shelf / "cut_index" / "index.json").write_text("{")
     return shelf
 
 
@@ -3191,6 +3237,28 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("prepare.py text_encoder @empty", "@empty"),
     ("prepare.py text_encoder @captions --vocab=10", "--vocab=10"),
     ("prepare.py judge --unseen=nowhere.txt", "nowhere.txt"),
+    ("prepare.py @empty nowhere", "nowhere"),
+    ("prepare.py @empty", "@empty .caption"),
+    ("prepare.py @file", "@file .tar"),
+    ("prepare.py @uncaptioned", "@uncaptioned .caption"),
+    ("prepare.py @data=0", "@data=0"),
+    ("prepare.py @data=much", "@data=much number"),
+    ("prepare.py data", "PATH"),
+    ("prepare.py @data --caption_lines=all", "--caption_lines 'all' join"),
+    ("prepare.py @data --sidecar_place=above", "--sidecar_place 'above' before"),
+    ("prepare.py @data --caption=tags", "--caption=tags"),
+    ("prepare.py @data --workers=0", "--workers=0"),
+    ("prepare.py @data --max_ratio=0.5", "--max_ratio=0.5"),
+    ("prepare.py @data --min_size=1000", "@data"),
+    ("prepare.py @data --out=@run", "@run"),
+    ("prepare.py @data --latents --vae=nowhere", "nowhere"),
+    ("prepare.py @data --latents --vae=@good_vae --image_size=17", "--image_size=17 2"),
+    ("prepare.py @data --dry_run --text_encoder=nowhere", "nowhere"),
+    ("train.py @tiny.py --tag_dropout=1", "--tag_dropout=1"),
+    ("train.py @tiny.py --tag_separator=", "--tag_separator="),
+    ("train.py @tiny.py --latents", "--latents --vae="),
+    ("train.py @tiny.py --latents --vae=@good_vae --patch_size=2", "prepare.py --latents --vae=@good_vae"),
+    ("train.py @tiny.py --data=@cut_index", "@cut_index prepare.py"),
     ("prepare.py judge --seeds=0", "--seeds=0")])
 def test_bad_input_is_one_line(line, words, shelf, tmp_path, monkeypatch, capfd):
     program, *argv = line.replace("@", f"{shelf}/").split()

@@ -124,6 +124,8 @@ def read_settings(argv, ranks=1):
         near = max(1, round(s.global_batch / s.batch_size / ranks)) * s.batch_size * ranks
         raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size x processes = "
                             f"{s.batch_size} x {ranks}; {near} is")
+    if not s.tag_separator.strip():
+        raise hdm.UserError("--tag_separator=: $$, or a comma, is needed")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--log={s.log}", s.log, ("", "wandb", "tensorboard"), "place")
     before = Path(config_file).with_name(Path(s.init_from).name + ".py")    # configs/256.py of out/256
@@ -380,8 +382,8 @@ class Troubles:
 
     def waited(self, share):
         if share > 0.1:
-            self.once("slow", f"{share:.0%} of the time is spent waiting for data; what may help: more --workers "
-                      f"(now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
+            self.once("slow", f"{share:.0%} of the time is spent waiting for data; what may help: more "
+                      f"--workers (now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
 
 
 def train(argv):
