@@ -1,11 +1,14 @@
-"""Data for train.py: the demo set, a small text encoder, a folder's list; the demo's judge; curves of runs.
+"""Data for train.py: an index of captioned images as they lie on disks, a cache of latents; the demo set.
 
+    python prepare.py PATH ... --out=data/mine --dry_run     # what is there, without writing an index
+    python prepare.py PATH ... --out=data/mine               # folders, tars, tables -> an index: no copies
+    python prepare.py PATH ... --out=data/mine --latents     # and a cache of VAE latents
+    python prepare.py text_encoder PATH --out=data/my_te     # a tokenizer and a tiny LM for PATH's captions
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
-    python prepare.py text_encoder FOLDER --out=data/my_te   # a tokenizer and a tiny LM for FOLDER's captions
     python prepare.py judge --ckpt=out/demo --grid=grid.png  # how many unseen captions are drawn right
 
-In order: the settings; what the demo shows; its data set; the text encoder; a folder of captioned images; the
-judge; a run's curves; the command line.
+In order: the settings; what the demo shows; its data set; the text encoder; captioned images as they lie on
+people's disks; the index; the order of training; the cache of latents; the dry run; the judge; commands.
 """
 import bisect
 import contextlib
@@ -518,14 +521,15 @@ class Index:
         return parts, sorted(held, key=lambda i: self.records[i]["place"])[:512]
 
     def read(self, i, side=None):
-        """-> an RGB picture (hdm.load_image), and whether its files have changed since they were indexed."""
+        """-> a picture (3, height, width) uint8, its short side scaled to side, and whether its files have
+        changed since they were indexed."""
         name, file, texts, _, offset, length, *_ = picture = self[i]
         with hdm.naming(file if file.endswith(name) else f"{file}: {name}", "not a whole picture"):
             changed = stamp_of(file, *texts) != picture.stamp
             if offset and changed:               # what lies there now may be another picture
                 raise hdm.UserError(f"{file}: {name}: the tar has changed since it was indexed")
             with open_at(file, offset, length) as stream:
-                return hdm.load_image(stream, side), changed
+                return torch.from_numpy(np.array(hdm.load_image(stream, side))).permute(2, 0, 1), changed
 
 
 def refusal(picture, s):
@@ -688,10 +692,10 @@ class Latents:
     def file(self, i):
         return self.folder / f"{i // SHARD:06d}.safetensors"
 
-    def read(self, i):
-        """-> the moments of record i: (C or 2 C, height, width) float16."""
+    def read(self, i, side=None):
+        """-> the moments of record i, (C or 2 C, height, width) float16, and False: as Index.read."""
         with hdm.naming(self.file(i), f"no latents of record {i}"):
-            return open_shard(self.file(i)).get_tensor(str(i))
+            return open_shard(self.file(i)).get_tensor(str(i)), False
 
 
 def encode_latents(s, vae, device, rank, ranks):
@@ -705,12 +709,12 @@ def encode_latents(s, vae, device, rank, ranks):
         return height // vae.factor, width // vae.factor
     def whole(i):                                # a picture, scaled and cut to whole cells, or None
         try:
-            image, changed = index.read(i, s.image_size)
+            picture, changed = index.read(i, s.image_size)
             assert not changed, "it has changed since it was indexed; run prepare.py again"
         except (hdm.UserError, AssertionError) as error:
             return print(f"warning: {index[i].name}: no latents: {error}", flush=True)
         height, width = (side * vae.factor for side in shape(i))
-        return torch.from_numpy(np.array(image.crop((0, 0, width, height)))).permute(2, 0, 1)
+        return picture[:, :height, :width]
 
     todo = {}
     for first in range(0, len(index), SHARD):
@@ -780,7 +784,8 @@ def dry_run(index, s):
     canvas = ImageDraw.Draw(sheet)
     for k in range(min(48, n)):
         with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
-            item, picture = samples.item(k), index.read(places[k][2])[0]
+            item, pixels = samples.item(k), index.read(places[k][2])[0].permute(1, 2, 0)
+            picture = Image.fromarray(pixels.contiguous().numpy())
             (y, x), long = item["pos"][0].tolist(), max(picture.size)
             corner = k % 8 * 210 + 5, k // 8 * 280 + 5
             centre = [(at * long + side) / 2 * 200 / long for at, side in zip((x, y), picture.size)]
@@ -865,9 +870,10 @@ def prepare(*paths_and_settings):
     sources = []
     for path in paths:                           # PATH or PATH=WEIGHT
         head, _, weight = path.rpartition("=")
-        sources.append((path, 1.0) if os.path.exists(path) else (head, hdm.setting_value(path, weight, float)))
-        if sources[-1][1] <= 0:
+        source = (path, 1.0) if os.path.exists(path) else (head, hdm.setting_value(path, weight, float))
+        if source[1] <= 0:
             raise hdm.UserError(f"{path}: a weight above 0 is needed")
+        sources.append(source)
     old = Index.open(s.out) if Path(s.out, "index.json").is_file() else None
     if s.dry_run:
         return dry_run(build_index(sources, s, old=old), s)
@@ -876,7 +882,7 @@ def prepare(*paths_and_settings):
         device = hdm.pick_device(s.device)
         vae = hdm.load_vae(s.vae, device, hdm.pick_dtype(s.dtype, device))
         if s.image_size % vae.factor:
-            raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, the pixels of a cell")
+            raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, a cell's pixels")
     if rank == 0:
         with whole_folder(s.out) as folder:
             n = len(build_index(sources, s, folder, old))

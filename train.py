@@ -181,28 +181,22 @@ class Samples(Dataset):
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
         caption = "" if dropped else draw_caption(picture.caption, rng if training else None, s)
-        if self.latents is None:
-            whole, changed = self.index.read(number, size)
-            width, height = whole.size
-        else:                                                # (C or 2 C, height, width) in cells
-            whole, changed = self.latents.read(number), False
-            width, height = hdm.scaled_sides(picture.width, picture.height, size)
-        # Shifted square crop: the short side is X, the cut starts at any pixel, or any cell, of the long one.
+        # The whole picture, its short side X: (3, height, width), or its latent: (C or 2 C, height, width)
+        whole, changed = (self.latents or self.index).read(number, size)
+        height, width = whole.shape[1:]
+        sides = hdm.scaled_sides(picture.width, picture.height, size) if self.latents else (width, height)
         shape = config.in_channels, size // self.factor, size // self.factor          # (C, h, w)
-        item = dict(caption=caption, aspect=math.log(width / height), changed=picture.name * changed,
+        item = dict(caption=caption, aspect=math.log(sides[0] / sides[1]), changed=picture.name * changed,
                     t=hdm.draw_time(1, s.t_shift, generator)[0],
                     noise=torch.randn(shape, generator=generator))
-        side, patch = size, config.patch_size * self.factor                           # in pixels
-        if self.latents is not None:                         # in cells
-            side, patch, height, width = shape[1], config.patch_size, *whole.shape[1:]
-        spare = width - side, height - side                                           # one of them is 0
+        # Shifted square crop: the cut starts at any pixel, or any cell, of the long side.
+        unit = self.factor if self.latents else 1
+        side = size // unit
+        spare = width - side, height - side                  # one of them is 0
         left, top = (rng.randint(0, most) if training else most // 2 for most in spare)
+        patch = config.patch_size * self.factor // unit
         item["pos"] = hdm.crop_positions(height, width, top, left, side, patch, config.pos)
-        if self.latents is not None:
-            item["moments"] = whole[:, top:top + side, left:left + side]
-        else:
-            pixels = np.array(whole.crop((left, top, left + size, top + size)))       # (X, X, 3) uint8
-            item["pixels"] = torch.from_numpy(pixels).permute(2, 0, 1)
+        item["moments" if self.latents else "pixels"] = whole[:, top:top + side, left:left + side]
         if s.vae:                                            # for a draw from its posterior
             item["vae_noise"] = torch.randn(shape, generator=generator)
         if training and s.tread_rate > 0:
