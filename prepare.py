@@ -484,6 +484,7 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
+            assert about["format"] == 1, "of another format"
             records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
         return cls(records, text, about, folder)
@@ -497,7 +498,8 @@ class Index:
     def __getitem__(self, i):
         record = self.records[i]
         start, length = int(record["text"]), int(record["bytes"])
-        name, file, caption, *texts = self.text[start:start + length].tobytes().decode().split("\0")
+        entry = self.text[start:start + length].tobytes().decode(errors="surrogateescape")
+        name, file, caption, *texts = entry.split("\0")
         return Picture(name, file, tuple(texts), caption, *(record[name].item() for name in NUMBERS))
 
     def after(self, place, first, stop):
@@ -556,7 +558,8 @@ def build_index(sources, s, folder=None, old=None):
                 if kind := refusal(picture, s):
                     report.add(kind, picture.name)
                     continue
-                entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts]).encode()
+                entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
+                entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
                 numbers = picture._replace(weight=weight * picture.weight)[4:]
                 raw.write(np.array((*numbers, text.tell(), len(entry), stamp_of(picture.file),
                                     name_hash(picture.name)), RECORD).tobytes())
@@ -564,8 +567,9 @@ def build_index(sources, s, folder=None, old=None):
                 several += picture.lines > 1
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
     if several:
-        print(f"{several:,} captions have several lines, which --caption_lines={s.caption_lines}s")
-    print(report)
+        print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
+    if report:
+        print(report)
     records = np.frombuffer(raw.getbuffer(), RECORD)
     if not len(records):
         raise hdm.UserError(f"{' '.join(source for source, _ in sources)}: no image with a caption (.txt, "
@@ -574,7 +578,7 @@ def build_index(sources, s, folder=None, old=None):
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
-    about = dict(identity=identity, options=options, groups=groups)
+    about = dict(format=1, identity=identity, options=options, groups=groups)
     if folder is None:
         return Index(records, data, about)
     records.tofile(Path(folder, "records.bin"))
@@ -874,7 +878,9 @@ def prepare(*paths_and_settings):
         if source[1] <= 0:
             raise hdm.UserError(f"{path}: a weight above 0 is needed")
         sources.append(source)
-    old = Index.open(s.out) if Path(s.out, "index.json").is_file() else None
+    old = None
+    with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
+        old = Index.open(s.out)
     if s.dry_run:
         return dry_run(build_index(sources, s, old=old), s)
     rank, ranks = hdm.start_ranks()

@@ -2485,7 +2485,7 @@ def test_global_batches_run_over_the_ends_of_epochs_and_each_epoch_is_whole():
 def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the ten thousand records that are read at random."""
     n = 10_000_000
-    (tmp_path / "index.json").write_text(json.dumps(dict(identity="", options={}, groups=[[1.0, 0, n]])))
+    (tmp_path / "index.json").write_text(json.dumps(dict(format=1, identity="", groups=[[1.0, 0, n]])))
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
     epochs, at = prepare.Epochs([(0, n, 1.0)], 0), 0
     with open(tmp_path / "text.bin", "wb") as file:
@@ -2520,7 +2520,18 @@ def indexed(folder, *argv):
     return prepare.Index.open(str(folder))
 
 
+def test_a_table_may_have_any_name_and_many_lines_are_told(tmp_path, capsys):
+    write_files(tmp_path / "in", {b"meta\xff.json": '{"a": {"text": "x"}}', "a.png": PNG, "b.png": PNG, "b.txt": "1\n2"})
+    index = indexed(tmp_path / "index", tmp_path / "in", "--caption_lines=choose")
+    assert sorted(index[i].caption for i in (0, 1)) == [f"1{prepare.OR}2", "x"]
+    assert "1 captions have several lines: --caption_lines=choose" in capsys.readouterr().out
+    drawn = {stream(index, caption_dropout=0.0)[i]["caption"] for i in range(40)}
+    assert drawn == {"1", "2", "x"}
+
+
 def test_an_index_is_read_as_the_folder_is(place, tmp_path):
+    indexed(tmp_path / "index", place / "data")
+    (tmp_path / "index" / "index.json").write_text("broken")
     index = indexed(tmp_path / "index", place / "data")
     plain, samples = stream(place / "data"), stream(index)
     assert all(same(plain[i], samples[i]) for i in range(60))
