@@ -32,6 +32,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -823,13 +824,13 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
     Before the first `|||` and after the second everything stays, in order. Between them groups are split at
     `%%` and tags at the separator: with rng (a random.Random) the groups are shuffled, the tags inside each
     too, and a tag is dropped with probability tag_dropout, a group with group_dropout; rng None: all is kept,
-    in order. A plain sentence comes back as it is; with another separator than `$$` a text without `|||` is
+    in order. A plain sentence comes back as it is; with another separator beside `$$` a text without `|||` is
     a list of tags. spaces turns underscores into them, but in words without two letters in a row: ^_^.
     """
     if separator != "$$" and "|||" not in text:
         text, group_dropout = "|||" + text, 0.0              # a list of tags has no groups to drop
     head, middle, tail = (text.split("|||", 2) + ["", ""])[:3]
-    groups = [group.split(separator.strip()) for group in middle.split("%%")]
+    groups = [re.split(rf"\$\$|{re.escape(separator.strip())}", group) for group in middle.split("%%")]
     if rng is not None:
         groups = [group for group in groups if rng.random() >= group_dropout]
         groups = [[tag for tag in group if rng.random() >= tag_dropout] for group in groups]
@@ -1299,10 +1300,13 @@ def run(main):
         # Of several processes the first to fail tells its error: the others then fail because it is gone.
         key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         if not together or torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1:
-            text = {1: traceback.format_exc(), 2: f"error: {error}", 130: "interrupted"}[code]
+            line = str(error).rpartition("UserError: ")[2].strip()                    # of a loader process
+            text = {1: traceback.format_exc(), 2: f"error: {line}", 130: "interrupted"}[code]
             print(text, file=sys.stderr, flush=True)
+        if hasattr(signal, "SIGCHLD"):                       # torch's handler would raise as loaders die
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in torch.multiprocessing.active_children():
-            worker.kill()                                    # loaders do not listen to a gentle end
+            worker.kill()                                    # they do not listen to a gentle end
         if together:
             os._exit(code)                                   # a usual exit would wait for the others
         sys.exit(code)

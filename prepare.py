@@ -60,7 +60,7 @@ class TextEncoderSettings:
 @dataclass
 class DataSettings:
     out: str = "data/index"         # folder for the index; latents go beside it
-    caption: str = ""               # by columns of tables and .json: "{characters} $$ {artist} ||| {tags}"
+    caption: str = ""               # by columns of tables and .json: '{characters} $$ {artist} ||| {tags}'
     caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
@@ -77,7 +77,7 @@ class DataSettings:
     mean_only: bool = False         # without the posterior's variance: half the disk
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id
     batch_size: int = 16            # images at a time in the VAE
-    workers: int = 4                # processes that read for it
+    workers: int = 4                # threads that read for it
     device: str = "auto"            # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"             # of the VAE: float32, bfloat16; auto: 16 bit on CUDA
 
@@ -222,9 +222,9 @@ def text_encoder(source, settings):
     if settings.vocab < 257:
         raise hdm.UserError(f"--vocab={settings.vocab}: at least 257")
     index = open_index(source)
-    captions = [hdm.parse_caption(text) for i in range(len(index)) for text in index[i].caption.split(OR)]
+    captions = [re.sub(f"{OR}|{BESIDE}", " $$ ", index[i].caption) for i in range(len(index))]
     with whole_folder(settings.out) as out:
-        make_text_encoder(captions, out, vocab_size=settings.vocab, seed=settings.seed)
+        make_text_encoder(map(hdm.parse_caption, captions), out, settings.vocab, seed=settings.seed)
     print(f"a text encoder for the words of {len(captions)} captions in {settings.out}")
 
 
@@ -235,10 +235,10 @@ TABLES = (".json", ".jsonl", ".csv", ".tsv")
 NAME_COLUMNS = ("file_name", "file", "path", "filename", "id")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
-OR = "\x1e"                                      # between the alternatives of a caption
+OR, BESIDE = "\x1e", "\x1d"                      # between alternatives; around them, where there is a sidecar
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
-# files that its caption comes from; stamp: of all these; lines: of its caption file.
-Picture = namedtuple("Picture", "name file texts caption offset length width height weight stamp lines")
+# files that its caption comes from; stamp: of all these; image: of file alone; lines: of its caption file.
+Picture = namedtuple("Picture", "name file texts caption offset length width height weight stamp image lines")
 
 
 class Report(dict):
@@ -343,11 +343,9 @@ def read_texts(caption, places, s):
         else:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             caption = (OR if s.caption_lines == "choose" else " ").join(lines)
-    written = [one.strip() for one in caption.split(OR) if hdm.parse_caption(one)]
-    if hdm.parse_caption(extra):                 # into the kept head, or behind all: after two ||| or none
-        written = [f"{extra} $$ {one}" if s.sidecar_place == "before" else
-                   f"{one} {'|||' if one.count('|||') == 1 else '$$'} {extra}" for one in written] or [extra]
-    whole = OR.join(written)
+    whole = OR.join(one.strip() for one in caption.split(OR) if hdm.parse_caption(one))
+    if extra:
+        whole = BESIDE.join((extra, whole, "") if s.sidecar_place == "before" else ("", whole, extra))
     if not whole or "\0" in whole or printable(whole) != whole:  # such as UTF-16, cp1252
         raise hdm.UserError("caption is not UTF-8" if whole else "empty caption")
     return whole, len(lines)
@@ -436,7 +434,7 @@ def scan(source, report, s, known=lambda name, stamp: None):
                 key = next((key for key in keys if key in rows), None)
                 used.add(key)
                 caption, table = rows.get(key, ("", ""))
-                ends = [end for end in ((".json",) if s.caption else TEXTS) if stem + end in files
+                ends = [end for end in (TEXTS[::-1] if s.caption else TEXTS) if stem + end in files
                         and not (s.sidecar and (stem + end).endswith(s.sidecar))][:not table]
                 ends += [end for end in [s.sidecar] if end and stem + end in files]
                 if not table and (given or not ends):
@@ -446,16 +444,16 @@ def scan(source, report, s, known=lambda name, stamp: None):
                               if text not in ("", file))  # a tar may hold them, too
                 kohya = re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # 2020_trip/ is no 2,020 repeats
                 weight, stamp = float(kohya[1]) if kohya else 1.0, stamp_of(file, *texts)
-                picture = known(name, stamp)
-                if picture is None:
+                if old := known(name, stamp):
+                    caption, lines, width, height = old.caption, old.lines, old.width, old.height
+                else:
                     caption, lines = read_texts(caption, places, s)
                     with open_at(file, offset, length) as stream:
                         width, height = hdm.measure_image(stream, length, s.verify)
-                    picture = Picture(name, file, texts, caption, offset, length, width, height, weight,
-                                      stamp, lines)
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
-                yield picture._replace(weight=weight)
+                yield Picture(name, file, texts, caption, offset, length, width, height, weight, stamp,
+                              stamp_of(file), lines)
     for key in rows.keys() - used:
         report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
     how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
@@ -466,7 +464,7 @@ def scan(source, report, s, known=lambda name, stamp: None):
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
 NUMBERS = Picture._fields[4:]
 RECORD = np.dtype([(name, "<f8" if name == "weight" else "<u8") for name in NUMBERS]
-                  + [("text", "<u8"), ("bytes", "<u8"), ("image", "<u8"), ("place", "<f8")])
+                  + [("text", "<u8"), ("bytes", "<u8"), ("place", "<f8")])
 
 
 def name_hash(name):
@@ -539,7 +537,7 @@ def refusal(picture, s):
     def plain(tags):
         return {tag.strip().replace("_", " ").lower() for tag in tags}
     short, long = sorted((picture.width, picture.height))
-    tags = plain(hdm.parse_caption(picture.caption.replace(OR, "$$")).split(","))
+    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{OR}|{BESIDE}", picture.caption))
     wrong = {"below --min_size": short < s.min_size, "beyond --max_ratio": long > s.max_ratio * short,
              "without --require_tag": plain(s.require_tag) - tags,
              "with --drop_tag": plain(s.drop_tag) & tags}
@@ -561,8 +559,8 @@ def build_index(sources, s, folder=None, old=None):
                 entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
                 entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
                 numbers = picture._replace(weight=weight * picture.weight)[4:]
-                raw.write(np.array((*numbers, text.tell(), len(entry), stamp_of(picture.file),
-                                    name_hash(picture.name)), RECORD).tobytes())
+                record = *numbers, text.tell(), len(entry), name_hash(picture.name)
+                raw.write(np.array(record, RECORD).tobytes())
                 text.write(entry)
                 several += picture.lines > 1
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
@@ -653,9 +651,11 @@ class Epochs:
 def draw_caption(text, rng, s):
     """One of a record's captions by the grammar (hdm.parse_caption), with the run's settings s; rng None: the
     first one, with all its tags."""
-    texts = text.split(OR)
-    return hdm.parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
+    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
+    texts = texts.split(OR)
+    text = hdm.parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
                              group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
+    return ", ".join(part for part in (before, text, after) if part)
 
 
 # ---- the cache of latents ----------------------------------------------------------------------------------
@@ -686,12 +686,13 @@ class Latents:
         if vae is None:
             raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
         folder = latents_folder(s.data, index, vae, s.image_size)
-        self.folder = next(filter(Path.is_dir, (Path(folder), Path(folder + "_mean"))), Path(folder))
-        missing = [i for i in range(0, len(index), SHARD) if not self.file(i).is_file()]
-        if missing:
-            raise hdm.UserError(
-                f"--latents: for these pictures and this VAE {self.file(missing[0])} is missing: python "
-                f"prepare.py SOURCE --out={s.data} --latents --image_size={s.image_size} --vae={s.vae}")
+        for self.folder in Path(folder), Path(folder + "_mean"):
+            if all(self.file(i).is_file() for i in range(0, len(index), SHARD)):
+                return
+        source, out = ("SOURCE", s.data) if index.folder else (s.data, "data/index")
+        raise hdm.UserError(
+            f"--latents: {folder}, of these pictures and this VAE, is not there or not whole: python "
+            f"prepare.py {source} --out={out} --latents --image_size={s.image_size} --vae={s.vae}; --data={out}")
 
     def file(self, i):
         return self.folder / f"{i // SHARD:06d}.safetensors"
@@ -869,6 +870,8 @@ def prepare(*paths_and_settings):
     for name in ("max_ratio", "image_size", "text_length", "batch_size", "workers"):
         if getattr(s, name) < 1:
             raise hdm.UserError(f"--{name}={getattr(s, name)}: at least 1")
+    if s.mean_only and not s.latents:
+        raise hdm.UserError("--mean_only: says how to write --latents, which is missing")
     if s.caption and not re.search(COLUMN, s.caption):
         raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
     sources = []

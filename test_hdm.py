@@ -2336,20 +2336,22 @@ def test_report_lists_a_thousand():
 
 
 @pytest.mark.parametrize("place, text, want", [
-    ("after", "one", "one $$ some words"), ("after", "a ||| b", "a ||| b ||| some words"),
-    ("after", "a ||| b ||| c", "a ||| b ||| c $$ some words"), ("before", "a ||| b", "some words $$ a ||| b"),
-    ("before", "one\ntwo", f"some words $$ one{prepare.OR}some words $$ two"),
-    ("after", "one\na ||| b", f"one $$ some words{prepare.OR}a ||| b ||| some words"),
-    ("after", " ", "some words"), ("before", None, "some words")])
+    ("after", "one", "one, some words, a $$ b"), ("after", "x ||| y ||| z", "x, y, z, some words, a $$ b"),
+    ("before", "x ||| y", "some words, a $$ b, x, y"), ("before", "one\ntwo", "some words, a $$ b, one"),
+    ("after", " ", "some words, a $$ b"), ("before", None, "some words, a $$ b")])
 def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
-    files = {"a.png": PNG, "a.nl.txt": "some\n\nwords\n", "a.nl.png": PNG, "b.png": PNG, "b.txt": "x", "b.nl.txt": " "}
+    files = {"a.png": PNG, "a.nl.txt": "some\n\nwords, a $$ b\n", "a.nl.png": PNG, "b.png": PNG, "b.txt": "x", "b.nl.txt": " "}
     files |= {"a.txt": text} if text is not None else {}
     write_files(tmp_path / "f", files)
     write_files(tmp_path / "t", {"t.tar": tar_bytes(list(files.items()))})
     options = dict(sidecar=".nl.txt", sidecar_place=place, caption_lines="choose")
     for source, inner in (("f", ""), ("t", "t.tar/")):
         found, report = scanned(tmp_path / source, **options)
-        assert found == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
+        drawn = {name: prepare.draw_caption(text, None, train.Data) for name, text in found.items()}
+        assert drawn == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
+        s = SimpleNamespace(**vars(train.Data) | dict(tag_separator=","))             # what is beside it stays
+        text = prepare.draw_caption(found[inner + "a.png"], random.Random(0), s)
+        assert (text.startswith if place == "before" else text.endswith)("some words, a $$ b")
     sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
     assert set(sides["a.png"]) == {str(tmp_path / "f" / name) for name in files if name in ("a.txt", "a.nl.txt")}
     assert {one.texts for one in scan(tmp_path / "t", **options)} == {()}
@@ -2357,7 +2359,8 @@ def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
 
 def test_a_sidecar_beside_a_tables_image(tmp_path):
     write_files(tmp_path, {"metadata.jsonl": '{"file_name": "a.png", "tags": "x, y"}', "a.png": PNG, "a.nl.txt": "words"})
-    assert scanned(tmp_path, sidecar=".nl.txt") == ({"a.png": "x $$ y $$ words"}, {})
+    found, report = scanned(tmp_path, sidecar=".nl.txt")
+    assert prepare.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
     one, = scan(tmp_path, sidecar=".nl.txt")
     assert one.texts == (str(tmp_path / "metadata.jsonl"), str(tmp_path / "a.nl.txt"))
     assert one.stamp == prepare.stamp_of(one.file, *one.texts)
@@ -2390,7 +2393,10 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
                            "4.png", "4.txt", "new.png", "new.caption"}
     assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == {
         "1.png", "2.png", "3.png", "4.png", "new.png", "gone.png"}
-    assert (after["1.png"].caption, after["2.png"].width) == ("new caption $$ x", 9)
+    assert (prepare.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
+        "new caption, x", 9)
+    moved = Path(shutil.copytree(tmp_path, tmp_path.with_name("moved")))              # copies keep the times
+    assert all(one.file.startswith(str(moved)) for one in scan(moved, sidecar=".nl.txt", known=known))
 
 
 # ---- Captions, order, index, latents ----------------------------------------------------------------------
@@ -2411,7 +2417,7 @@ def test_lists_of_tags_shuffle_as_a_whole_but_for_what_is_kept():
     assert len({tuple(tags) for tags in drawn}) == 65        # each subset in each order: no group is dropped
     assert sum(map(len, drawn)) / 8000 == pytest.approx(0.75, abs=0.02)
     assert all(draw("k, l ||| a, b %% c, d", seed)[:2] == ["k", "l"] for seed in range(50))
-    assert hdm.parse_caption("a, b $$ c", separator=",") == "a, b $$ c"
+    assert {draw("a, b $$ c", seed)[0] for seed in range(50)} >= set("abc")           # $$ stays one
 
 
 @pytest.mark.parametrize("text, plain", [
@@ -2518,6 +2524,36 @@ def indexed(folder, *argv):
     """prepare.py's index of sources."""
     prepare.main([*map(str, argv), f"--out={folder}"])
     return prepare.Index.open(str(folder))
+
+
+def test_a_file_that_vanishes_while_indexing_stops_nothing(place, tmp_path, monkeypatch):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    real = hdm.measure_image
+    def vanishing(stream, *how):
+        if stream.name.endswith("picture3.png"):
+            os.unlink(stream.name)
+        return real(stream, *how)
+    monkeypatch.setattr(hdm, "measure_image", vanishing)
+    assert len(indexed(tmp_path / "index", data)) == 23
+    assert json.loads((tmp_path / "index" / "report.json").read_text())["unreadable"]["count"] == 1
+
+
+def test_a_disk_that_is_gone_ends_the_run_with_one_line(place, tmp_path):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    indexed(tmp_path / "index", data)
+    shutil.rmtree(data)
+    done = command("train.py", place / "tiny.py", f"--data={tmp_path / 'index'}", "--out_dir=run", "--workers=1",
+                   "--eval_every=0", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: 100 pictures in a row cannot be read, from /")
+    assert done.stderr.count("\n") == 1
+
+
+def test_tags_of_tables_are_shuffled_with_any_separator(tmp_path):
+    write_files(tmp_path, {"a.png": PNG, "a.json": '{"tags": ["x", "y"]}', "t.csv": "id,tags\na,x y", "b.txt": "z", "b.png": PNG})
+    index = indexed(tmp_path / "index", tmp_path, "--caption={tags}")
+    assert sorted(index[i].caption for i in range(2)) == ["x $$ y", "z"]                # .txt where there is no .json
+    drawn = {stream(index, tag_separator=",", tag_dropout=0.0, caption_dropout=0.0)[i]["caption"] for i in range(40)}
+    assert drawn == {"x, y", "y, x", "z"}
 
 
 def test_a_table_may_have_any_name_and_many_lines_are_told(tmp_path, capsys):
@@ -2657,6 +2693,7 @@ def test_a_cache_trains_and_one_that_does_not_belong_is_refused_by_its_command(p
     def refused(**others):
         message = one_line(lambda: train_tiny(place, tmp_path / "no", **how | others))
         assert f"python prepare.py SOURCE --out={tmp_path / 'index'} --latents --image_size=" in message
+        assert "not there or not whole" in message
         return message
     indexed(tmp_path / "index", data)
     refused()                                                # there is none
@@ -3261,6 +3298,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("prepare.py @data --sidecar_place=above", "--sidecar_place 'above' before"),
     ("prepare.py @data --caption=tags", "--caption=tags"),
     ("prepare.py @data --workers=0", "--workers=0"),
+    ("prepare.py @data --mean_only", "--mean_only --latents"),
     ("prepare.py @data --max_ratio=0.5", "--max_ratio=0.5"),
     ("prepare.py @data --min_size=1000", "@data"),
     ("prepare.py @data --out=@run", "@run"),
@@ -3270,7 +3308,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("train.py @tiny.py --tag_dropout=1", "--tag_dropout=1"),
     ("train.py @tiny.py --tag_separator=", "--tag_separator="),
     ("train.py @tiny.py --latents", "--latents --vae="),
-    ("train.py @tiny.py --latents --vae=@good_vae --patch_size=2", "prepare.py --latents --vae=@good_vae"),
+    ("train.py @tiny.py --latents --vae=@good_vae --patch_size=2", "prepare.py --latents --vae=@good_vae data/index"),
     ("train.py @tiny.py --data=@cut_index", "@cut_index prepare.py"),
     ("prepare.py judge --seeds=0", "--seeds=0")])
 def test_bad_input_is_one_line(line, words, shelf, tmp_path, monkeypatch, capfd):

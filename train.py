@@ -1,4 +1,4 @@
-"""Train XUT on a folder of images with same-named .txt captions, on one device or on many.
+"""Train XUT on captioned images, on one device or on many.
 
     python train.py configs/demo.py --lr=0.3 --out_dir=out/b   # settings of a file and of the command line
     torchrun --nproc_per_node=4 train.py configs/256.py        # on four GPUs, with the same global batch
