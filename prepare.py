@@ -674,11 +674,6 @@ def latents_folder(data, index, vae, image_size):
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
 
-@functools.lru_cache(maxsize=64)                 # in each process
-def open_shard(file):
-    return safe_open(file, "pt")                 # a memory map
-
-
 class Latents:
     """The cache of a run; a UserError names the command that makes the right one."""
 
@@ -700,7 +695,8 @@ class Latents:
     def read(self, i, side=None):
         """-> the moments of record i, (C or 2 C, height, width) float16, and False: as Index.read."""
         with hdm.naming(self.file(i), f"no latents of record {i}"):
-            return open_shard(self.file(i)).get_tensor(str(i)), False
+            with safe_open(self.file(i), "pt") as shard:
+                return shard.get_tensor(str(i)), False
 
 
 def encode_latents(s, vae, device, rank, ranks):
@@ -775,11 +771,11 @@ def dry_run(index, s):
     print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
     lengths, counts = np.unique(index.records["length"], return_counts=True)
     same = np.flatnonzero(np.isin(index.records["length"], lengths[counts > 1])).tolist()
-    different = set()
+    hashes = []
     for picture in map(index.__getitem__, same):
-        with open_at(picture.file, picture.offset, picture.length) as stream:
-            different.add(hashlib.sha256(stream.read()).digest())
-    print(f"exact duplicates: {len(same) - len(different):,} pictures")
+        with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
+            hashes.append(hashlib.sha256(stream.read()).digest())
+    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
     settings = {field.name: field.default for cls in train.CLASSES[:3] for field in fields(cls)}
     settings |= dict(vae="", tread_rate=0.0, image_size=s.image_size)
     # One token to a crop: its position is the crop's centre.
