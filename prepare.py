@@ -35,7 +35,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -69,7 +69,7 @@ class DataSettings:
     require_tag: list[str] = field(default_factory=list)  # leave out images without it; may be given often
     drop_tag: list[str] = field(default_factory=list)     # leave out images with it
     verify: bool = False            # decode each picture, in place of looking at its header and its end
-    dry_run: bool = False           # write nothing but a report and OUT.png, a contact sheet
+    dry_run: bool = False           # write no index, but OUT.png, a sheet of pictures, crops and captions
     image_size: int = 256           # of training: side of the square crop
     text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run ...
     text_length: int = 256                 # ... and those past this many
@@ -150,7 +150,7 @@ def whole_folder(out):
     ours = mark.is_file() and mark.read_text() == str(len(os.listdir(out)) - 1)
     if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
         raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    hdm.make_folder(out.parent, "--out")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".tmp") as scratch:
         new = Path(scratch, "new")
         new.mkdir()
@@ -230,6 +230,7 @@ def text_encoder(source, settings):
 
 # ---- captioned images as they lie on people's disks --------------------------------------------------------
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif")
+OTHERS = (".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tif", ".tiff")
 TEXTS = (".txt", ".caption", ".json")            # of the caption beside an image: the first one there counts
 TABLES = (".json", ".jsonl", ".csv", ".tsv")
 NAME_COLUMNS = ("file_name", "file", "path", "filename", "id")
@@ -237,8 +238,10 @@ TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
 OR, BESIDE = "\x1e", "\x1d"                      # between alternatives; around them, where there is a sidecar
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
-# files that its caption comes from; stamp: of all these; image: of file alone; lines: of its caption file.
-Picture = namedtuple("Picture", "name file texts caption offset length width height weight stamp image lines")
+# files that its caption comes from; stamp: of all these; image: of file alone; lines: of its caption file;
+# source: its number in the call.
+Picture = namedtuple(
+    "Picture", "name file texts caption offset length width height weight stamp image lines source")
 
 
 class Report(dict):
@@ -286,7 +289,7 @@ def row_caption(row, template):
     template filled in; " $$ " between tags, in a list or a string with commas or else spaces."""
     def texts(name):
         value = row.get(name)
-        if "tag" in name.lower() and isinstance(value, str) and "$$" not in value:
+        if re.search(r"(^|_)tags?(_|$)", name.lower()) and isinstance(value, str) and "$$" not in value:
             value = value.split("," if "," in value else None)
         values = [str(one) for one in (value if isinstance(value, list) else [value])
                   if isinstance(one, (str, int, float))]
@@ -298,8 +301,8 @@ def row_caption(row, template):
 
 
 def read_table(path, place, template, rows, report):
-    """Adds {path of an image, with or without suffix: (caption, table's file)} to rows; -> the columns."""
-    suffix, columns = os.path.splitext(path)[1].lower(), set()
+    """Adds {path of an image, with or without suffix: (caption, table's file)} to rows."""
+    suffix, columns, new = os.path.splitext(path)[1].lower(), set(), {}
     with open_at(*place) as file:
         lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
         if suffix == ".json":
@@ -315,16 +318,19 @@ def read_table(path, place, template, rows, report):
         for number in itertools.count(1):
             with report.leaving_out(f"{path}, row {number}"):  # what next raises concerns one row
                 if (row := next(table, table)) is table:
-                    return columns
+                    break
                 if not isinstance(row, dict) or None in row:  # None: cells past the header's
                     raise hdm.UserError("broken table row")
                 columns.update(row)
                 name = next((str(row[key]) for key in NAME_COLUMNS if row.get(key) not in (None, "")), "")
                 key = os.path.normpath(os.path.join(os.path.dirname(path), name.replace("\\", "/")))
-                if not name or key in rows:
+                if not name or key in rows or key in new:
                     raise hdm.UserError("duplicate name" if name else "row names no image")
                 both = suffix == ".json" and {"caption", "tags"} <= row.keys()  # as kohya uses them
-                rows[key] = row_caption(row, template or "{caption} ||| {tags}" * both), place[0]
+                new[key] = row_caption(row, template or "{caption} ||| {tags}" * both), place[0]
+    if missing := set(re.findall(COLUMN, template)) - columns:
+        raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
+    rows.update(new)
 
 
 def read_texts(caption, places, s):
@@ -394,15 +400,17 @@ def by_name(group, report):
             files[key] = path, place
         elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
             report.add("not a plain file" if place is None else "duplicate name", path)
+        if key.endswith(OTHERS):
+            report.add("format not read", path)
     return files
 
 
-def scan(source, report, s, known=lambda name, stamp: None):
+def scan(source, report, s, known=lambda name, file, texts, stamp: None):
     """Yields a Picture for each captioned image of a folder, a tar or a table; others go into the report.
 
-    known: -> the Picture of an earlier scan with this stamp, whose files are not opened again, or None.
+    known: -> the Picture of an earlier scan, if it is this one: its files are not opened again; or None.
     """
-    top, columns = os.path.abspath(source), re.findall(COLUMN, s.caption)
+    top = os.path.abspath(source)
     root = top if os.path.isdir(top) else os.path.dirname(top)
     suffix = os.path.splitext(top)[1].lower() if os.path.isfile(top) else ""
     if root != top and suffix not in (".tar", *TABLES):
@@ -410,9 +418,9 @@ def scan(source, report, s, known=lambda name, stamp: None):
     given, rows, used, counts, stems = suffix in TABLES, {}, set(), Counter(), Counter()
     if given:
         with hdm.naming(source, "not a table of images"):
-            there = read_table(top, (top, 0, 0), s.caption, rows, report)
-        if not rows or not set(columns) <= there:
-            raise hdm.UserError(f"{source}: no image or {' '.join(columns)} in its columns, {sorted(there)}")
+            read_table(top, (top, 0, 0), s.caption, rows, report)
+            if not rows:
+                raise hdm.UserError(f"no row names an image, in a column {', '.join(NAME_COLUMNS)}")
         for path, _ in itertools.chain.from_iterable(groups(root, Report())):
             stems[os.path.basename(os.path.splitext(path)[0])] += path.lower().endswith(IMAGES)
     for group in [tar_files(top, report)] if suffix == ".tar" else groups(root, report):
@@ -442,9 +450,9 @@ def scan(source, report, s, known=lambda name, stamp: None):
                 places = {end: files[stem + end][1] for end in ends}
                 texts = tuple(text for text in (table, *(place[0] for place in places.values()))
                               if text not in ("", file))  # a tar may hold them, too
-                kohya = re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # 2020_trip/ is no 2,020 repeats
+                kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 weight, stamp = float(kohya[1]) if kohya else 1.0, stamp_of(file, *texts)
-                if old := known(name, stamp):
+                if old := known(name, file, texts, stamp):
                     caption, lines, width, height = old.caption, old.lines, old.width, old.height
                 else:
                     caption, lines = read_texts(caption, places, s)
@@ -453,7 +461,7 @@ def scan(source, report, s, known=lambda name, stamp: None):
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
                 yield Picture(name, file, texts, caption, offset, length, width, height, weight, stamp,
-                              stamp_of(file), lines)
+                              stamp_of(file), lines, 0)
     for key in rows.keys() - used:
         report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
     how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
@@ -482,9 +490,10 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            assert about["format"] == 1, "of another format"
+            assert about["format"] == 2, "of another format"
             records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
+            assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
         return cls(records, text, about, folder)
 
     def __reduce__(self):                        # to a loader process that is spawned goes the path alone
@@ -504,12 +513,14 @@ class Index:
         """The first of records first .. stop - 1 whose place is not below this one."""
         return first + bisect.bisect_left(range(first, stop), place, key=lambda i: self.records[i]["place"])
 
-    def known(self, name, stamp):
-        """The Picture of that name, if it is here with that stamp."""
+    def known(self, *what):
+        """The Picture with this name, file, texts and stamp, or None."""
         for _, first, stop in self.about["groups"]:
-            i = self.after(name_hash(name), first, stop)
-            if i < stop and (picture := self[i])[0] == name and picture.stamp == stamp:
-                return picture
+            i = self.after(name_hash(what[0]), first, stop)
+            while i < stop and (picture := self[i]).name == what[0]:
+                if (*picture[:3], picture.stamp) == what:
+                    return picture
+                i += 1
 
     def split(self, validation):
         """-> the training part, [(first record, number, weight)], and at most 512 held-out records."""
@@ -520,16 +531,20 @@ class Index:
             held += range(first, min(middle, first + 512))
         return parts, sorted(held, key=lambda i: self.records[i]["place"])[:512]
 
+    def changed(self, i):
+        """Whether the files of a picture are not as they were indexed, or gone."""
+        with contextlib.suppress(OSError):
+            return stamp_of(self[i].file, *self[i].texts) != self[i].stamp
+        return True
+
     def read(self, i, side=None):
-        """-> a picture (3, height, width) uint8, its short side scaled to side, and whether its files have
-        changed since they were indexed."""
+        """-> a picture (3, height, width) uint8, its short side scaled to side."""
         name, file, texts, _, offset, length, *_ = picture = self[i]
         with hdm.naming(file if file.endswith(name) else f"{file}: {name}", "not a whole picture"):
-            changed = stamp_of(file, *texts) != picture.stamp
-            if offset and changed:               # what lies there now may be another picture
+            if offset and stamp_of(file) != picture.image:   # what lies there now may be another picture
                 raise hdm.UserError(f"{file}: {name}: the tar has changed since it was indexed")
             with open_at(file, offset, length) as stream:
-                return torch.from_numpy(np.array(hdm.load_image(stream, side))).permute(2, 0, 1), changed
+                return torch.from_numpy(np.array(hdm.load_image(stream, side))).permute(2, 0, 1)
 
 
 def refusal(picture, s):
@@ -551,18 +566,19 @@ def build_index(sources, s, folder=None, old=None):
     known = [old.known] if old and old.about["options"] == options else []
     report, raw, several = Report(), io.BytesIO(), 0  # raw: 88 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
-        for source, weight in sources:
+        for number, (source, weight) in enumerate(sources):
             for picture in scan(source, report, s, *known):
                 if kind := refusal(picture, s):
                     report.add(kind, picture.name)
                     continue
                 entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
                 entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
-                numbers = picture._replace(weight=weight * picture.weight)[4:]
+                numbers = picture._replace(weight=weight * picture.weight, source=number)[4:]
                 record = *numbers, text.tell(), len(entry), name_hash(picture.name)
                 raw.write(np.array(record, RECORD).tobytes())
                 text.write(entry)
                 several += picture.lines > 1
+        size = text.tell()
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
     if several:
         print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
@@ -576,7 +592,7 @@ def build_index(sources, s, folder=None, old=None):
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
-    about = dict(format=1, identity=identity, options=options, groups=groups)
+    about = dict(format=2, identity=identity, options=options, groups=groups, sizes=[len(records), size])
     if folder is None:
         return Index(records, data, about)
     records.tofile(Path(folder, "records.bin"))
@@ -621,14 +637,9 @@ class Epochs:
         self.pictures = sum(number for _, number, _ in parts)
         self.length = sum(number * weight for _, number, weight in parts)  # on average
 
-    def once_more(self, number, weight, epoch):
-        """How many extra places fractions of a weight gave in all epochs before this one."""
-        return int(number * (weight % 1) * epoch)
-
     def start(self, epoch):
         """The stream's item at which an epoch starts."""
-        return sum(epoch * number * int(weight) + self.once_more(number, weight, epoch)
-                   for _, number, weight in self.parts)
+        return sum(int(number * weight * epoch) for _, number, weight in self.parts)
 
     def next_epoch(self, i):
         """The first epoch that starts at item i or later."""
@@ -639,13 +650,13 @@ class Epochs:
         epoch = self.next_epoch(i + 1) - 1
         index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
         for first, number, weight in self.parts:
-            extra = self.once_more(number, weight, epoch + 1) - self.once_more(number, weight, epoch)
-            if index < number * int(weight) + extra:
+            places = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
+            if index < places:
                 copy, index = divmod(index, number)
-                if copy == int(weight):
+                if copy == int(weight):                      # the fraction's: as many as there are, drawn
                     index = shuffled(index, number, self.seed, epoch, first)
                 return epoch, copy, first + index
-            index -= number * int(weight) + extra
+            index -= places
 
 
 def draw_caption(text, rng, s):
@@ -674,6 +685,14 @@ def latents_folder(data, index, vae, image_size):
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
 
+def shard(folder, i):
+    """-> the file for record i, whether it is there and whole."""
+    file = Path(folder, f"{i // SHARD:06d}.safetensors")
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt"):
+        return file, True
+    return file, False
+
+
 class Latents:
     """The cache of a run; a UserError names the command that makes the right one."""
 
@@ -681,45 +700,45 @@ class Latents:
         if vae is None:
             raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
         folder = latents_folder(s.data, index, vae, s.image_size)
-        for self.folder in Path(folder), Path(folder + "_mean"):
-            if all(self.file(i).is_file() for i in range(0, len(index), SHARD)):
+        for self.folder in folder, folder + "_mean":
+            if all(shard(self.folder, i)[1] for i in range(0, len(index), SHARD)):
                 return
-        source, out = ("SOURCE", s.data) if index.folder else (s.data, "data/index")
+        out = "" if index.folder else " --out=data/index"
         raise hdm.UserError(
             f"--latents: {folder}, of these pictures and this VAE, is not there or not whole: python "
-            f"prepare.py {source} --out={out} --latents --image_size={s.image_size} --vae={s.vae}; --data={out}")
-
-    def file(self, i):
-        return self.folder / f"{i // SHARD:06d}.safetensors"
+            f"prepare.py {s.data}{out} --latents --image_size={s.image_size} --vae={s.vae}"
+            f"{out and '; --data=data/index'}")
 
     def read(self, i, side=None):
-        """-> the moments of record i, (C or 2 C, height, width) float16, and False: as Index.read."""
-        with hdm.naming(self.file(i), f"no latents of record {i}"):
-            with safe_open(self.file(i), "pt") as shard:
-                return shard.get_tensor(str(i)), False
+        """-> the moments of record i, (C or 2 C, height, width) float16."""
+        file = Path(self.folder, f"{i // SHARD:06d}.safetensors")
+        with hdm.naming(file, f"no latents of record {i}"), safe_open(file, "pt") as tensors:
+            return tensors.get_tensor(str(i))
 
 
 def encode_latents(s, vae, device, rank, ranks):
     """Writes the shards that are not there, dealt over the processes."""
     index = Index.open(s.out)
-    folder = Path(latents_folder(s.out, index, vae, s.image_size) + "_mean" * s.mean_only)
+    folder = latents_folder(s.out, index, vae, s.image_size) + "_mean" * s.mean_only
     hdm.make_folder(folder, "--out")
     channels = vae.latent_channels * (1 if s.mean_only else 2)
     def shape(i):                                # of a record's latent: height, width
         width, height = hdm.scaled_sides(index[i].width, index[i].height, s.image_size)
         return height // vae.factor, width // vae.factor
     def whole(i):                                # a picture, scaled and cut to whole cells, or None
-        try:
-            picture, changed = index.read(i, s.image_size)
-            assert not changed, "it has changed since it was indexed; run prepare.py again"
-        except (hdm.UserError, AssertionError) as error:
-            return print(f"warning: {index[i].name}: no latents: {error}", flush=True)
         height, width = (side * vae.factor for side in shape(i))
-        return picture[:, :height, :width]
+        try:
+            picture = index.read(i, s.image_size)[:, :height, :width]
+            if index.changed(i) or picture.shape[1:] != (height, width):
+                raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
+            return picture
+        except hdm.UserError as error:
+            print(f"warning: {error}; no latents of it", flush=True)
 
     todo = {}
     for first in range(0, len(index), SHARD):
-        if not (file := folder / f"{first // SHARD:06d}.safetensors").is_file():
+        file, done = shard(folder, first)
+        if not done:
             todo[file] = sorted(range(first, min(first + SHARD, len(index))), key=shape)
     gb = 2e-9 * channels * sum(math.prod(shape(i)) for records in todo.values() for i in records)
     free, pictures = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo.values()))
@@ -748,7 +767,7 @@ def encode_latents(s, vae, device, rank, ranks):
 
 
 # ---- a look before a week of training ----------------------------------------------------------------------
-def dry_run(index, s):
+def dry_run(index, s, tokenizer):
     """Prints what is in an index; OUT.png shows 48 pictures with the crops and captions of training."""
     import train                                 # which imports this file
     n, places = len(index), Epochs(index.split(0.0)[0], 0)
@@ -762,12 +781,11 @@ def dry_run(index, s):
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
     some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
     texts = [draw_caption(index[i].caption, None, train.Data) for i in some]
-    tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
           f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
           f"{100 * (tokens > s.text_length).mean():.1f} %")
-    tags = Counter(tag.strip() for text in texts for tag in set(text.split(",")))
+    tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
     print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
     lengths, counts = np.unique(index.records["length"], return_counts=True)
     same = np.flatnonzero(np.isin(index.records["length"], lengths[counts > 1])).tolist()
@@ -778,27 +796,23 @@ def dry_run(index, s):
     print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
     settings = {field.name: field.default for cls in train.CLASSES[:3] for field in fields(cls)}
     settings |= dict(vae="", tread_rate=0.0, image_size=s.image_size)
-    # One token to a crop: its position is the crop's centre.
     config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
     samples = train.Samples(index, places, None, SimpleNamespace(**settings), config, 1, True)
     sheet = Image.new("RGB", (8 * 210, 6 * 280), "white")
     canvas = ImageDraw.Draw(sheet)
     for k in range(min(48, n)):
         with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
-            item, pixels = samples.item(k), index.read(places[k][2])[0].permute(1, 2, 0)
-            picture = Image.fromarray(pixels.contiguous().numpy())
-            (y, x), long = item["pos"][0].tolist(), max(picture.size)
-            corner = k % 8 * 210 + 5, k // 8 * 280 + 5
-            centre = [(at * long + side) / 2 * 200 / long for at, side in zip((x, y), picture.size)]
-            half = min(picture.size) * 100 / long
-            sheet.paste(picture.resize([round(side * 200 / long) or 1 for side in picture.size]), corner)
-            box = [c + at + sign * half for sign in (-1, 1) for c, at in zip(corner, centre)]
+            item, pixels = samples.item(k), index.read(places[k][2], s.image_size).permute(1, 2, 0)
+            picture, (left, top, side) = Image.fromarray(pixels.contiguous().numpy()), item["crop"]
+            x, y, scale = k % 8 * 210 + 5, k // 8 * 280 + 5, 200 / max(picture.size)
+            sheet.paste(picture.resize([round(side * scale) or 1 for side in picture.size]), (x, y))
+            box = x + left * scale, y + top * scale, x + (left + side) * scale, y + (top + side) * scale
             canvas.rectangle(box, outline="red")
             text = "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)"
-            canvas.text((corner[0], corner[1] + 203), text, "black")
+            canvas.text((x, y + 203), text, "black")
     hdm.make_folder(Path(s.out).parent, "--out")
     sheet.save(f"{s.out}.png")
-    print(f"{s.out}.png: 48 pictures, as an epoch of training takes them: crop in red, caption below")
+    print(f"{s.out}.png: {min(48, n)} pictures as training takes them: crop in red, caption below")
 
 
 # ---- the judge --------------------------------------------------------------------------------------------
@@ -872,23 +886,25 @@ def prepare(*paths_and_settings):
         raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
     sources = []
     for path in paths:                           # PATH or PATH=WEIGHT
-        head, _, weight = path.rpartition("=")
-        source = (path, 1.0) if os.path.exists(path) else (head, hdm.setting_value(path, weight, float))
-        if source[1] <= 0:
-            raise hdm.UserError(f"{path}: a weight above 0 is needed")
-        sources.append(source)
-    old = None
+        head, equals, weight = path.rpartition("=")
+        head, weight = (head, weight) if equals and not os.path.exists(path) else (path, "1")
+        if not os.path.exists(head) or hdm.setting_value(path, weight, float) <= 0:
+            raise hdm.UserError(f"{path}: no such file or folder, or a weight that is not above 0")
+        sources.append((head, float(weight)))
+    ready = len(paths) == 1 and Path(paths[0], "index.json").is_file()  # an index, for --latents or a dry run
+    s.out, old = os.path.normpath(paths[0] if ready else s.out), None
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
         old = Index.open(s.out)
     if s.dry_run:
-        return dry_run(build_index(sources, s, old=old), s)
+        tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
+        return dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
     rank, ranks = hdm.start_ranks()
     if s.latents:                                # first: a mistake is told before an hour's work
         device = hdm.pick_device(s.device)
         vae = hdm.load_vae(s.vae, device, hdm.pick_dtype(s.dtype, device))
         if s.image_size % vae.factor:
             raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, a cell's pixels")
-    if rank == 0:
+    if rank == 0 and not ready:
         with whole_folder(s.out) as folder:
             n = len(build_index(sources, s, folder, old))
         print(f"{n:,} pictures in {s.out}; report.json there names what was left out")
@@ -900,19 +916,19 @@ def prepare(*paths_and_settings):
 
 
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),
-            "text_encoder": (text_encoder, TextEncoderSettings, ("SOURCE",)),
-            "data": (prepare, DataSettings, ("PATH ...",))}
+            "text_encoder": (text_encoder, TextEncoderSettings, ("SOURCE",))}
 
 
 def main(argv):
     name = argv[0] if argv else ""
-    if name in ("--help", "-h"):
-        print(__doc__)
-        return
-    if name not in COMMANDS and os.path.exists(name.rpartition("=")[0] or name) or name.startswith("--"):
-        argv, name = ["data", *argv], "data"
-    hdm.check_name(f"prepare.py {name}", name, COMMANDS, "command or path")
-    command, settings, positionals = COMMANDS[name]
+    if argv in (["--help"], ["-h"]):
+        return print(__doc__)
+    if name in COMMANDS:
+        command, settings, positionals = COMMANDS[name]
+    elif name.startswith("--") or os.path.exists(name.rpartition("=")[0] or name):
+        command, settings, positionals, argv = prepare, DataSettings, ("PATH ...",), ["", *argv]
+    else:
+        hdm.check_name(f"prepare.py {name}", name, COMMANDS, "path or command")
     words, values = hdm.parse_args(argv[1:], [settings], positionals, doc=__doc__)
     command(*words, settings(**values))
 

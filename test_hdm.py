@@ -1537,8 +1537,8 @@ def test_a_broken_picture_is_named_and_the_next_takes_its_place(place, tmp_path,
     samples = stream(data)
     i = next(i for i in range(48) if names(samples.index, [samples.places[i][2]]) == ["picture2.png"])
     item = samples[i]
-    assert str(path) in item.pop("unreadable") and samples[i + 1].pop("unreadable") == ""
-    assert same(item, {name: value for name, value in samples[i + 1].items() if name != "unreadable"})
+    assert str(path) in item["trouble"][0] and samples[i + 1]["trouble"] == ("", "")
+    assert same(item, samples[i + 1] | dict(trouble=item["trouble"]))
 
 
 def test_too_many_unreadable_pictures_end_the_run(place, tmp_path):
@@ -2388,9 +2388,9 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
     for one in scan(tmp_path, first, sidecar=".nl.txt"):
         before[one.name] = one
 
-    def known(name, stamp):
+    def known(name, *rest):
         one = before.get(name)
-        return one if one is not None and one.stamp == stamp else None
+        return one if one is not None and (one.file, one.texts, one.stamp) == rest else None
 
     opened = []
 
@@ -2416,8 +2416,6 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
     moved = Path(shutil.copytree(tmp_path, tmp_path.with_name("moved")))              # copies keep the times
     assert all(one.file.startswith(str(moved)) for one in scan(moved, sidecar=".nl.txt", known=known))
 
-
-# ---- Captions, order, index, latents ----------------------------------------------------------------------
 
 def test_a_tail_stays_in_place():
     """sd-scripts' form with two separators: head ||| shuffled ||| tail."""
@@ -2513,7 +2511,7 @@ def test_global_batches_run_over_the_ends_of_epochs_and_each_epoch_is_whole():
 def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the ten thousand records that are read at random."""
     n = 10_000_000
-    (tmp_path / "index.json").write_text(json.dumps(dict(format=1, identity="", groups=[[1.0, 0, n]])))
+    (tmp_path / "index.json").write_text(json.dumps({}))
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
     epochs, at = prepare.Epochs([(0, n, 1.0)], 0), 0
     with open(tmp_path / "text.bin", "wb") as file:
@@ -2522,6 +2520,8 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
             entry = f"name{i}\0/file{i}.jpg\0caption {i}\0/file{i}.txt".encode()
             records[epochs[i][2]]["text"], records[epochs[i][2]]["bytes"] = file.tell(), len(entry)
             file.write(entry)
+        sizes = [n, file.tell()]
+    (tmp_path / "index.json").write_text(json.dumps(dict(format=2, groups=[[1.0, 0, n]], sizes=sizes)))
     records.flush()
     (tmp_path / "read.py").write_text(f"""
 import re, sys, time
@@ -2546,6 +2546,65 @@ def indexed(folder, *argv):
     """prepare.py's index of sources."""
     prepare.main([*map(str, argv), f"--out={folder}"])
     return prepare.Index.open(str(folder))
+
+
+@pytest.mark.parametrize("file, cut", [("text.bin", 20), ("records.bin", 96), ("index.json", 1)])
+def test_an_index_that_is_cut_is_refused_and_made_anew(file, cut, place, tmp_path):
+    indexed(tmp_path / "index", place / "data")
+    before = content(tmp_path / "index")
+    path = tmp_path / "index" / file
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert "run prepare.py again" in one_line(lambda: prepare.open_index(tmp_path / "index"))
+    indexed(tmp_path / "index", place / "data")
+    assert content(tmp_path / "index") == before
+
+
+def test_sources_with_the_same_names_sizes_and_times_are_kept_apart(place, tmp_path):
+    for name in ("a", "b"):
+        write_files(tmp_path / name, {"x.png": PNG, "x.txt": f"of {name}"})
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (1e9, 1e9))
+    for sources in ("a",), ("b",), ("a", "b"), ("a", "b"):   # each an update of the one before
+        index = indexed(tmp_path / "index", *(tmp_path / name for name in sources))
+        assert sorted(index[i].caption for i in range(len(index))) == [f"of {name}" for name in sources]
+    assert not torch.equal(*(stream(index)[i]["noise"] for i in range(2)))
+
+
+def test_a_held_out_picture_that_cannot_be_read_is_told(place, tmp_path, capsys):
+    data = Path(shutil.copytree(place / "data", tmp_path / "data"))
+    index = indexed(tmp_path / "index", data)
+    path = Path(index[index.split(TINY["validation"])[1][0]].file)
+    path.unlink()
+    train_tiny(place, tmp_path / "run", data=tmp_path / "index", images=16)
+    assert capsys.readouterr().out.count(f"warning: {path}: not a whole picture") == 1
+    assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
+
+
+def test_a_caption_that_is_gone_or_changed_costs_no_picture(place, vae_folder, tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(place / "data", arcname=".")
+    rows = [{"file": f"a.tar/picture{i}.png", "text": f"row {i}"} for i in (1, 2, 3)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index = indexed(tmp_path / "index", tmp_path / "t.jsonl")
+    assert {index[i].caption for i in range(len(index))} == {"row 1", "row 2", "row 3"}
+    assert not index.changed(0)
+    for change in (lambda: (tmp_path / "t.jsonl").write_text("{}"), (tmp_path / "t.jsonl").unlink):
+        change()
+        assert index.changed(0) and index.read(0).shape[0] == 3
+    samples = stream(index)
+    assert samples[0]["trouble"][0] == "" and samples[0]["trouble"][1].startswith("a.tar/picture")
+
+
+def test_what_is_not_read_is_told_too(tmp_path):
+    write_files(tmp_path, {"a.heic": "x", "b.TIF": "x", "c.png": PNG, "c.txt": "x", "metadata.jsonl":
+                           '{"file_name": "c.png", "text": "t", "stage": "late age", "tag_string": "x y"}'})
+    write_files(tmp_path / "900_0", {"t.tar": tar_bytes([("c.png", PNG), ("c.txt", "x")])})
+    assert scanned(tmp_path)[1] == {"format not read": 2}
+    found, report = scanned(tmp_path, caption="{stage} ||| {tag_string}")
+    assert found["c.png"] == "late age ||| x $$ y"
+    found, report = scanned(tmp_path, caption="{txet}")      # of which no table knows
+    assert found["c.png"] == "x" and report == {"format not read": 2, "table without a column txet": 1}
+    assert {one.name: one.weight for one in scan(tmp_path)} == {"c.png": 1.0, "900_0/t.tar/c.png": 1.0}
 
 
 def test_a_file_that_vanishes_while_indexing_stops_nothing(place, tmp_path, monkeypatch):
@@ -2610,7 +2669,7 @@ def test_a_tar_is_read_as_the_folder_is(place, tmp_path):
     folder = prepare.open_index(place / "data")
     for name, i in zip(names(index), range(len(index))):
         other = names(folder).index(name.removeprefix("a.tar/"))
-        assert torch.equal(index.read(i)[0], folder.read(other)[0])
+        assert torch.equal(index.read(i), folder.read(other))
         assert index[i].caption == folder[other].caption
     with open(tmp_path / "a.tar", "ab") as file:
         file.write(bytes(512))
@@ -2690,7 +2749,7 @@ def test_cached_latents_are_those_of_the_whole_picture_cut_at_the_same_cells(
         assert same(*({name: item[name] for name in ("caption", "aspect", "t", "noise", "vae_noise", "keep")}
                       for item in (a, b)))
         number = online.places[i][2]
-        pixels = index.read(number, 16)[0]
+        pixels = index.read(number, 16)
         height, width = pixels.shape[1:]
         pixels = pixels[None, :, :height // 2 * 2, :width // 2 * 2] / 127.5 - 1
         mean, logvar = vae.moments(pixels)                   # (1, 4, height / 2, width / 2)
@@ -2725,7 +2784,7 @@ def test_a_cache_trains_and_one_that_does_not_belong_is_refused_by_its_command(
     how = dict(data=tmp_path / "index", vae=vae_folder, patch_size=2, latents=True, images=16)
     def refused(**others):
         message = one_line(lambda: train_tiny(place, tmp_path / "no", **how | others))
-        assert f"python prepare.py SOURCE --out={tmp_path / 'index'} --latents --image_size=" in message
+        assert f"python prepare.py {tmp_path / 'index'} --latents --image_size=" in message
         assert "not there or not whole" in message
         return message
     indexed(tmp_path / "index", data)
@@ -2765,12 +2824,14 @@ def test_a_killed_encoding_goes_on_with_whole_shards(place, vae_folder, tmp_path
     capsys.readouterr()
     index, latents, _ = cached(place, vae_folder, tmp_path)
     assert "14 of 24 pictures to encode" in capsys.readouterr().out
-    assert latents.folder == folder
+    assert latents.folder == str(folder)
     assert before.items() <= content(folder).items() and len(content(folder)) == 5
-    assert all(latents.read(i)[0].shape[0] == 8 for i in range(24))
+    assert all(latents.read(i).shape[0] == 8 for i in range(24))
     file = folder / "000003.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert str(file) in one_line(lambda: latents.read(16))   # in training the next picture takes its place
+    prepare.main([str(tmp_path / "index"), "--latents", f"--vae={vae_folder}", "--image_size=16"])   # no sources
+    assert "5 of 24 pictures to encode" in capsys.readouterr().out and latents.read(16).shape[0] == 8
 
 
 def test_processes_share_the_encoding(place, vae_folder, tmp_path):
@@ -2779,7 +2840,7 @@ def test_processes_share_the_encoding(place, vae_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     index, latents, _ = cached(place, vae_folder, tmp_path / "alone")
     other, = tmp_path.glob("index_latents16_*/000000.safetensors")
-    assert same(load_file(other), load_file(latents.file(0)))
+    assert same(load_file(other), load_file(Path(latents.folder, "000000.safetensors")))
 
 
 def photograph(width, height, seed=0):
@@ -3327,7 +3388,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("prepare.py @uncaptioned", "@uncaptioned .caption"),
     ("prepare.py @data=0", "@data=0"),
     ("prepare.py @data=much", "@data=much number"),
-    ("prepare.py data", "PATH"),
+    ("prepare.py dat", "dat demo judge"),
     ("prepare.py @data --caption_lines=all", "--caption_lines 'all' join"),
     ("prepare.py @data --sidecar_place=above", "--sidecar_place 'above' before"),
     ("prepare.py @data --caption=tags", "--caption=tags"),

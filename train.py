@@ -76,7 +76,7 @@ class Data:
     group_dropout: float = 0.3     # share of its groups of them
     tag_separator: str = "$$"      # ",": captions are plain lists of tags, shuffled as a whole but for a |||
     spaces: bool = False           # underscores in captions become spaces, not in ^_^
-    validation: float = 0.02       # share of the pictures held out, by a hash of their name
+    validation: float = 0.02       # share of pictures held out, by a hash of the name; at most 512 are used
     new_data: bool = False         # with --resume: other pictures than before, from a fresh epoch on
     latents: bool = False          # read prepare.py's cache of VAE latents in place of the pictures
     max_unreadable: float = 0.05   # share of the pictures; when more of them cannot be read, the run ends
@@ -142,12 +142,12 @@ def open_data(s):
     parts, held = index.split(s.validation)
     if not parts or s.validation and not held:
         least = math.ceil(1000 * index.records["place"].min()) / 1000
-        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held) if parts else 'all'} of "
-                            f"{len(index):,} pictures; least is {least}; 0: no held-out loss")
+        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held)} of {len(index):,} pictures; "
+                            f"{f'least is {least}' if parts else 'none is left'}; 0: no held-out loss")
     some = index.records[::1 + len(index) // 100_000]        # of very many a sample
     small = np.minimum(some["width"], some["height"]) < s.image_size
     if small.any():
-        print(f"data: {100 * small.mean():.2g} % of the pictures are smaller than image_size and enlarged; "
+        print(f"data: {100 * small.mean():.3g} % of the pictures are smaller than image_size and enlarged; "
               f"prepare.py --min_size={s.image_size} leaves them out")
     identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
     return index, Epochs(parts, s.seed), held, identity
@@ -168,7 +168,8 @@ class Samples(Dataset):
         unreadable = []
         for at in range(i, i + 100):                         # one bad file of millions must not end the run:
             try:                                             # the next in order takes its place
-                return dict(self.item(at), unreadable="\n".join(unreadable))
+                item = self.item(at)
+                return dict(item, trouble=("\n".join(unreadable), item.pop("changed")))
             except hdm.UserError as error:
                 unreadable.append(str(error))
         raise hdm.UserError(f"100 pictures in a row cannot be read, from {unreadable[0]} on")
@@ -177,25 +178,27 @@ class Samples(Dataset):
         s, config, training, size = self.s, self.config, self.training, self.s.image_size
         epoch, copy, number = self.places[i] if training else (0, 0, self.places[i % len(self.places)])
         picture = self.index[number]
-        rng = random.Random(f"{s.seed} {epoch} {copy} {picture.name}" if training else picture.name)
+        name = f"{picture.source}/" * (picture.source > 0) + picture.name             # its own in all sources
+        rng = random.Random(f"{s.seed} {epoch} {copy} {name}" if training else name)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
         caption = "" if dropped else draw_caption(picture.caption, rng if training else None, s)
         # The whole picture, its short side X: (3, height, width), or its latent: (C or 2 C, height, width)
-        whole, changed = (self.latents or self.index).read(number, size)
+        whole = (self.latents or self.index).read(number, size)
         height, width = whole.shape[1:]
         sides = hdm.scaled_sides(picture.width, picture.height, size) if self.latents else (width, height)
         shape = config.in_channels, size // self.factor, size // self.factor          # (C, h, w)
-        item = dict(caption=caption, aspect=math.log(sides[0] / sides[1]), changed=picture.name * changed,
+        item = dict(caption=caption, aspect=math.log(sides[0] / sides[1]),
+                    changed=picture.name * self.index.changed(number),
                     t=hdm.draw_time(1, s.t_shift, generator)[0],
                     noise=torch.randn(shape, generator=generator))
         # Shifted square crop: the cut starts at any pixel, or any cell, of the long side.
-        unit = self.factor if self.latents else 1
-        side = size // unit
+        unit, side = (self.factor, shape[1]) if self.latents else (1, size)
         spare = width - side, height - side                  # one of them is 0
         left, top = (rng.randint(0, most) if training else most // 2 for most in spare)
         patch = config.patch_size * self.factor // unit
         item["pos"] = hdm.crop_positions(height, width, top, left, side, patch, config.pos)
+        item["crop"] = left, top, side
         item["moments" if self.latents else "pixels"] = whole[:, top:top + side, left:left + side]
         if s.vae:                                            # for a draw from its posterior
             item["vae_noise"] = torch.randn(shape, generator=generator)
@@ -276,7 +279,7 @@ def load_state(s, identity, epochs, ranks):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
         old = state["settings"]
     if state["identity"] != identity:
-        told = (f"--data={s.data}: other pictures ({epochs.pictures:,}) than {s.resume} saw "
+        told = (f"--data={s.data}: other pictures or weights ({epochs.pictures:,}) than {s.resume} saw "
                 f"({state['pictures']:,})")
         same_place = (old["data"], old["validation"]) == (s.data, s.validation)
         if same_place and epochs.pictures <= state["pictures"] and not s.new_data:
@@ -335,9 +338,8 @@ def build_model(s, given, vae, te, device):
     return model.train()
 
 
-def print_plan(s, model, steps, ranks, devices, held_out, epochs):
+def print_plan(s, model, start, last, total, ranks, devices, held_out, epochs):
     """What will happen, before step 0. -> GB of a checkpoint: weights, moments, average, in float32."""
-    start, last, total = steps
     parameters = sum(p.numel() for p in model.parameters())
     gb = 4e-9 * parameters * (4 if s.ema else 3)
     kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
@@ -361,8 +363,7 @@ class Troubles:
             print(f"warning: {text}", flush=True)
         self.told.add(kind)
 
-    def hear(self, batches):
-        """What all processes' last batches say: lines on unreadable pictures, names of changed ones."""
+    def hear(self, batches):                                 # "trouble" of Samples, of all processes
         unreadable = [line for texts, _ in batches for text in texts for line in text.splitlines()]
         changed = [name for _, names in batches for name in names if name]
         for line in unreadable:
@@ -374,8 +375,8 @@ class Troubles:
             raise hdm.UserError(f"{len(self.unreadable)} of {self.pictures:,} pictures cannot be read, more "
                                 f"than --max_unreadable={self.s.max_unreadable}, such as {unreadable[0]}")
 
-    def waited(self, share):
-        if share > 0.1:
+    def waited(self, share, steps):
+        if share > 0.1 and steps > self.s.log_every:         # the loaders' start does not count
             self.once("slow", f"{share:.0%} of the time is spent waiting for data; what may help: more "
                       f"--workers (now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
 
@@ -397,13 +398,12 @@ def train(argv):
     index, epochs, held_out, identity = open_data(s)
     state = load_state(s, identity, epochs, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
-
     if len(set(gather((identity, str(s.resume))))) > 1:
         raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
 
     # The frozen encoders, the model, its average, the optimiser
-    if rank > 0:
-        gather(None)                                         # rank 0 goes first: one download, then the cache
+    if rank > 0:                                             # rank 0 goes first: one download, then the cache
+        gather(None)
     te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
     torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
@@ -443,10 +443,10 @@ def train(argv):
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
-    gb = print_plan(s, model, (start, last, total), ranks, f"{device}, {dtype}", len(held_out), epochs)
+    gb = print_plan(s, model, start, last, total, ranks, f"{device}, {dtype}", len(held_out), epochs)
     stream = (i for base in range(position, position + (last - start) * s.global_batch, ranks * s.batch_size)
               for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))    # its share
-    mine = range(rank, len(held_out), ranks)                 # of the held-out pictures
+    held_batches = DataLoader(held, s.batch_size, sampler=range(rank, len(held_out), ranks))
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
     batches = iter(DataLoader(samples, s.batch_size, sampler=stream, num_workers=s.workers,
                               worker_init_fn=catch_signals))
@@ -483,9 +483,13 @@ def train(argv):
         model.eval()
         with torch.no_grad(), autocast:
             if held_out and due(s.eval_every):               # with fixed noise and t: runs compare by it
-                losses = [hdm.flow_loss(shown, **loss_inputs(batch, vae, te, s, device), reduction="none")
-                          for batch in DataLoader(held, s.batch_size, sampler=mine)]
-                val_loss = sum(gather(sum(loss.sum().item() for loss in losses))) / len(held_out)
+                losses, heard = [], []
+                for batch in held_batches:
+                    inputs = loss_inputs(batch, vae, te, s, device)
+                    losses.append(hdm.flow_loss(shown, **inputs, reduction="none").sum().item())
+                    heard.append(batch["trouble"])
+                val_loss = sum(gather(sum(losses))) / len(held_out)
+                troubles.hear(sum(gather(heard), []))
             if due(s.sample_every):                          # the same prompts and seeds each time
                 images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings,
                                         batch_size=s.batch_size)
@@ -495,20 +499,20 @@ def train(argv):
                         sheet.save(out_dir / "samples" / f"{step:08d}.png")
         model.train()
         if due(s.log_every) or val_loss is not None or step == last > start:
-            (losses, counts), (skipped, in_a_row) = window.tolist(), bad.tolist()
+            sums, (skipped, in_a_row) = window.tolist(), bad.tolist()                 # of losses, of images
             if in_a_row >= 10:
                 first = position - in_a_row * s.global_batch
                 names = [index[epochs[i][2]].name for i in range(first, first + s.global_batch)]
                 (out_dir / "bad_images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
                 raise hdm.UserError(f"no finite loss or gradient since step {step - in_a_row}, of the images "
                                     f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
-            count = sum(counts)
+            count = sum(sums[1])
             record = dict(
-                step=step, images=seen, lr=lr, val_loss=val_loss, loss=sum(losses) / count if count else None,
+                step=step, images=seen, lr=lr, val_loss=val_loss, skipped=skipped, data_s=waited,
+                loss=sum(sums[0]) / count if count else None,
                 grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
-                images_per_s=count / seconds if seconds else None, skipped=skipped, data_s=waited,
-                unreadable=len(troubles.unreadable),
-                loss_by_t=[a / b if b else None for a, b in zip(losses, counts)],
+                images_per_s=count / seconds if seconds else None, unreadable=len(troubles.unreadable),
+                loss_by_t=[a / b if b else None for a, b in zip(*sums)],
                 memory_gb=torch.cuda.max_memory_allocated(device if kind == "cuda" else None) / 1e9)  # or 0
             words = [f"step {step}/{last}"] + [f"{name} {record[name]:.4g}" for name in (
                 "loss", "val_loss", "images_per_s", "skipped") if record[name]]
@@ -520,7 +524,7 @@ def train(argv):
                     with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
                     tell({key: value for key, value in record.items() if isinstance(value, float)}, step=step)
-            troubles.waited(waited / max(seconds, 1e-9))
+            troubles.waited(waited / max(seconds, 1e-9), step - start)
         if step % s.log_every == 0:
             window, seconds, waited = torch.zeros_like(window), 0.0, 0.0
         if due(s.save_every) and start < step < last:
@@ -541,7 +545,7 @@ def train(argv):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            said = batch["unreadable"], batch["changed"]
+            said = batch["trouble"]
             if ranks > 1:                                    # gradients are exchanged once a step
                 network.require_backward_grad_sync = micro == micro_steps
             inputs = loss_inputs(batch, vae, te, s, device)
@@ -579,7 +583,7 @@ def train(argv):
         torch.distributed.destroy_process_group()
     again = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
     print(f"stopped at step {step}; to go on: {shlex.join([*again, *sys.argv, '--resume'])}" if stop else
-          f"done: python sample.py --ckpt={out_dir} --prompt \"{prompts[0]}\"")
+          f"done: python sample.py --ckpt={out_dir} --prompt {shlex.quote(prompts[0])}")
 
 
 def main(argv):
