@@ -564,7 +564,7 @@ def build_index(sources, s, folder=None, old=None):
     by the same settings, and has not changed since is not read again."""
     options = [s.caption, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
     known = [old.known] if old and old.about["options"] == options else []
-    report, raw, several = Report(), io.BytesIO(), 0  # raw: 88 bytes an image, until they are sorted
+    report, raw, several = Report(), io.BytesIO(), 0  # raw: 96 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for number, (source, weight) in enumerate(sources):
             for picture in scan(source, report, s, *known):

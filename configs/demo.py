@@ -18,18 +18,18 @@ pre_blocks = 1
 post_blocks = 1
 patch_size = 4
 
-images = 44_000
-batch_size = 8
-global_batch = 8
+images = 56_000
+batch_size = 16
+global_batch = 16
 lr = 0.5
-warmup = 400
+warmup = 200
 tread_rate = 0.0
 t_shift = 4.0
 ema = 0.999
 
 compile = False
 workers = 0
-log_every = 200
+log_every = 100
 eval_every = 1000
 sample_every = 1000
 save_every = 1000
