@@ -533,8 +533,9 @@ class Index:
 
     def changed(self, i):
         """Whether the files of a picture are not as they were indexed, or gone."""
+        picture = self[i]
         with contextlib.suppress(OSError):
-            return stamp_of(self[i].file, *self[i].texts) != self[i].stamp
+            return stamp_of(picture.file, *picture.texts) != picture.stamp
         return True
 
     def read(self, i, side=None):
