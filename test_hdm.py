@@ -2511,9 +2511,8 @@ def test_global_batches_run_over_the_ends_of_epochs_and_each_epoch_is_whole():
 def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the ten thousand records that are read at random."""
     n = 10_000_000
-    (tmp_path / "index.json").write_text(json.dumps({}))
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
-    epochs, at = prepare.Epochs([(0, n, 1.0)], 0), 0
+    epochs = prepare.Epochs([(0, n, 1.0)], 0)
     with open(tmp_path / "text.bin", "wb") as file:
         for i in range(10_000):
             file.seek(i * 2_000_000)                         # 20 GB

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -188,17 +187,16 @@ class Samples(Dataset):
         height, width = whole.shape[1:]
         sides = hdm.scaled_sides(picture.width, picture.height, size) if self.latents else (width, height)
         shape = config.in_channels, size // self.factor, size // self.factor          # (C, h, w)
-        item = dict(caption=caption, aspect=math.log(sides[0] / sides[1]),
-                    changed=picture.name * self.index.changed(number),
-                    t=hdm.draw_time(1, s.t_shift, generator)[0],
-                    noise=torch.randn(shape, generator=generator))
         # Shifted square crop: the cut starts at any pixel, or any cell, of the long side.
         unit, side = (self.factor, shape[1]) if self.latents else (1, size)
         spare = width - side, height - side                  # one of them is 0
         left, top = (rng.randint(0, most) if training else most // 2 for most in spare)
         patch = config.patch_size * self.factor // unit
-        item["pos"] = hdm.crop_positions(height, width, top, left, side, patch, config.pos)
-        item["crop"] = left, top, side
+        item = dict(caption=caption, changed=picture.name * self.index.changed(number),
+                    crop=(left, top, side), aspect=math.log(sides[0] / sides[1]),
+                    pos=hdm.crop_positions(height, width, top, left, side, patch, config.pos),
+                    t=hdm.draw_time(1, s.t_shift, generator)[0],
+                    noise=torch.randn(shape, generator=generator))
         item["moments" if self.latents else "pixels"] = whole[:, top:top + side, left:left + side]
         if s.vae:                                            # for a draw from its posterior
             item["vae_noise"] = torch.randn(shape, generator=generator)
@@ -365,10 +363,9 @@ class Troubles:
 
     def hear(self, batches):                                 # "trouble" of Samples, of all processes
         unreadable = [line for texts, _ in batches for text in texts for line in text.splitlines()]
-        changed = [name for _, names in batches for name in names if name]
         for line in unreadable:
             self.once(line, f"{line}; the next in order takes its place")
-        for name in changed:
+        for name in (name for _, names in batches for name in names if name):
             self.once("changed", f"{name} or its caption is not as it was indexed: run prepare.py again")
         self.unreadable.update(unreadable)
         if len(self.unreadable) > math.ceil(self.s.max_unreadable * self.pictures):
