@@ -149,6 +149,8 @@ def open_data(s):
         print(f"data: {100 * small.mean():.3g} % of the pictures are smaller than image_size and enlarged; "
               f"prepare.py --min_size={s.image_size} leaves them out")
     identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
+    if len(set(gather((identity, str(s.resume))))) > 1:
+        raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
     return index, Epochs(parts, s.seed), held, identity
 
 
@@ -314,6 +316,7 @@ def open_log(out_dir, s, config, start):
 
 def build_model(s, given, vae, te, device):
     """-> XUT in float32 from --resume, --init_from or the preset."""
+    torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
     preset = dataclasses.asdict(hdm.PRESETS[s.preset])
     explicit = {name: given[name] for name in given if name in preset}
     encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=te.dim)
@@ -395,15 +398,12 @@ def train(argv):
     index, epochs, held_out, identity = open_data(s)
     state = load_state(s, identity, epochs, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
-    if len(set(gather((identity, str(s.resume))))) > 1:
-        raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
 
     # The frozen encoders, the model, its average, the optimiser
     if rank > 0:                                             # rank 0 goes first: one download, then the cache
         gather(None)
     te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
-    torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
     model = build_model(s, given, vae, te, device)
     if rank == 0:
         gather(None)
