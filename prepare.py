@@ -687,11 +687,14 @@ def latents_folder(data, index, vae, image_size):
 
 
 def shard(folder, i):
-    """-> the file for record i, whether it is there and whole."""
-    file = Path(folder, f"{i // SHARD:06d}.safetensors")
+    """The file for record i."""
+    return Path(folder, f"{i // SHARD:06d}.safetensors")
+
+
+def is_whole(file):
     with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt"):
-        return file, True
-    return file, False
+        return True
+    return False
 
 
 class Latents:
@@ -702,7 +705,7 @@ class Latents:
             raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
         folder = latents_folder(s.data, index, vae, s.image_size)
         for self.folder in folder, folder + "_mean":
-            if all(shard(self.folder, i)[1] for i in range(0, len(index), SHARD)):
+            if all(is_whole(shard(self.folder, i)) for i in range(0, len(index), SHARD)):
                 return
         out = "" if index.folder else " --out=data/index"
         raise hdm.UserError(
@@ -712,7 +715,7 @@ class Latents:
 
     def read(self, i, side=None):
         """-> the moments of record i, (C or 2 C, height, width) float16."""
-        file = Path(self.folder, f"{i // SHARD:06d}.safetensors")
+        file = shard(self.folder, i)
         with hdm.naming(file, f"no latents of record {i}"), safe_open(file, "pt") as tensors:
             return tensors.get_tensor(str(i))
 
@@ -738,8 +741,7 @@ def encode_latents(s, vae, device, rank, ranks):
 
     todo = {}
     for first in range(0, len(index), SHARD):
-        file, done = shard(folder, first)
-        if not done:
+        if not is_whole(file := shard(folder, first)):
             todo[file] = sorted(range(first, min(first + SHARD, len(index))), key=shape)
     gb = 2e-9 * channels * sum(math.prod(shape(i)) for records in todo.values() for i in records)
     free, pictures = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo.values()))
