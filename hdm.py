@@ -519,7 +519,7 @@ def parameter_groups(model):
     return [dict(params=parameters, fan_in=fan_in) for fan_in, parameters in groups.items()]
 
 
-# ---- Samplers: functions of v(x, t), x and the times; guidance makes v from the model --------------------
+# ---- Samplers: functions of v(x, t), x and the times; Guidance makes v from the model --------------------
 
 def sampling_times(steps, shift=1.0):
     """(steps + 1,) float32 times from 1 to 0; with shift 1 in equal steps."""
@@ -527,10 +527,43 @@ def sampling_times(steps, shift=1.0):
 
 
 def euler(v, x, times):
-    """Integrate dx/dt = v from times[0] to times[-1]; exact where v is constant along the path."""
+    """Integrate dx/dt = v from times[0] to times[-1]: first order, exact where v is constant on the path."""
     for t, following in zip(times[:-1].tolist(), times[1:].tolist()):
         x = x + (following - t) * v(x, t)
     return x
+
+
+def heun(v, x, times):
+    """Second order, two evaluations of v a step (cf. EDM, arXiv 2206.00364); a step that ends at t = 0 is
+    Euler's, with one: training never saw t = 0."""
+    for t, following in zip(times[:-1].tolist(), times[1:].tolist()):
+        slope = v(x, t)
+        if following > 0:
+            slope = (slope + v(x + (following - t) * slope, following)) / 2
+        x = x + (following - t) * slope
+    return x
+
+
+def dpmpp_2m(v, x, times):
+    """DPM-Solver++(2M) (arXiv 2211.01095) for flows: second order, one evaluation of v a step.
+
+    Between two times the data that v points to, x0 = x - t v, is taken for linear in ln((1 - t) / t). That is
+    infinite at t = 1 and t = 0: steps that touch an end take x0 for constant, which is Euler's step.
+    """
+    def log_snr(t):
+        return math.log((1 - t) / t) if 0 < t < 1 else math.copysign(math.inf, 0.5 - t)
+    before, last = None, math.inf
+    for t, following in zip(times[:-1].tolist(), times[1:].tolist()):
+        x0 = ahead = x - t * v(x, t)
+        step = log_snr(following) - log_snr(t)
+        if before is not None and following > 0:
+            ahead = x0 + step / (2 * last) * (x0 - before)   # in the middle of the step
+        x = following / t * x + (1 - following / t) * ahead
+        before, last = x0, step
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
 def stack_texts(a, a_mask, b, b_mask):
@@ -546,40 +579,59 @@ def stack_texts(a, a_mask, b, b_mask):
     return torch.cat(states), torch.cat(masks)
 
 
-def guided_velocity(model, ctx, uncond, cfg, aspect, pos, ctx_mask, uncond_mask, one_pass):
-    """v(x, t) with classifier-free guidance (arXiv 2207.12598): v_u + cfg (v_c - v_u); see sample."""
-    if cfg == 1:
-        return lambda x, t: model(x, x.new_full((len(x),), t), ctx, aspect=aspect, pos=pos, ctx_mask=ctx_mask)
-    if uncond is None:
-        raise ValueError(f"cfg={cfg} needs uncond, the text states of the negative prompt")
-    both, both_mask = stack_texts(ctx, ctx_mask, uncond, uncond_mask)
-    both_aspect = None if aspect is None else torch.cat([aspect, aspect])
-    shared_pos = pos is None or pos.dim() == 2 or len(pos) == 1                   # one grid for all images
-    both_pos = pos if shared_pos else torch.cat([pos, pos])
+@dataclass
+class Guidance:
+    """v(x, t) for the samplers, of the model by classifier-free guidance: v_u + cfg (v_c - v_u), v_c by the
+    prompt and v_u by the negative one (arXiv 2207.12598)."""
+    model: nn.Module
+    ctx: torch.Tensor                        # (B, T, ctx_dim), the prompts' text states
+    uncond: torch.Tensor | None = None       # (B, any T, ctx_dim), the negative prompts'; cfg 1 needs none
+    cfg: float = 3.0                         # 1: the prompt's v_c alone
+    ctx_mask: torch.Tensor | None = None     # (B, T) bool, False on padding; None: all is real
+    uncond_mask: torch.Tensor | None = None
+    aspect: torch.Tensor | None = None       # this and pos as in XUT.forward
+    pos: torch.Tensor | None = None
+    picks: typing.Callable | None = None     # asked at each time: the tokens, (B, R) or None: all, that TREAD
+                                             # keeps in v_c and in v_u: a weaker self is a negative, too
+    interval: tuple = (0.0, 1.0)             # of the t with guidance, others take v_c (arXiv 2404.07724)
+    rescale: float = 0.0                     # how far the result takes v_c's std (arXiv 2305.08891): 0 .. 1
+    one_pass: bool = True                    # v_c and v_u as one batch of 2B, if it has room, else as two:
+                                             # less memory, same result
 
-    def velocity(x, t):
-        time = x.new_full((len(x),), t)
-        if one_pass:
-            v = model(torch.cat([x, x]), torch.cat([time, time]), both, aspect=both_aspect, pos=both_pos,
-                      ctx_mask=both_mask)
-            v_c, v_u = v.chunk(2)
+    def __call__(self, x, t):
+        keep, uncond_keep = self.picks() if self.picks is not None else (None, None)
+        if self.cfg == 1 or not self.interval[0] <= t <= self.interval[1]:
+            return self.velocity(x, t, self.ctx, self.ctx_mask, keep)
+        if self.uncond is None:
+            raise ValueError(f"cfg={self.cfg} needs uncond, the text states of the negative prompt")
+        if self.one_pass and keep is None and uncond_keep is None:
+            try:
+                texts = stack_texts(self.ctx, self.ctx_mask, self.uncond, self.uncond_mask)
+                v_c, v_u = self.velocity(x, t, *texts).chunk(2)
+            except torch.OutOfMemoryError:
+                self.one_pass = False
+                return self(x, t)
         else:
-            v_c = model(x, time, ctx, aspect=aspect, pos=pos, ctx_mask=ctx_mask)
-            v_u = model(x, time, uncond, aspect=aspect, pos=pos, ctx_mask=uncond_mask)
-        return v_u + cfg * (v_c - v_u)
-    return velocity
+            v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
+            v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
+        v = v_u + self.cfg * (v_c - v_u)
+        ratio = v_c.std(dim=(1, 2, 3), keepdim=True) / v.std(dim=(1, 2, 3), keepdim=True)
+        return v if self.rescale == 0 else v * (self.rescale * ratio + 1 - self.rescale)
+
+    def velocity(self, x, t, ctx, mask, keep=None):
+        """v of each x with its text; where there are twice as many texts, with both of its own."""
+        times = len(ctx) // len(x)
+        aspect = self.aspect if self.aspect is None else self.aspect.repeat(times)
+        shared = self.pos is None or self.pos.dim() == 2 or len(self.pos) == 1    # one grid for all pictures
+        pos = self.pos if shared else self.pos.repeat(times, 1, 1)
+        x = x.repeat(times, 1, 1, 1)
+        return self.model(x, x.new_full((len(x),), t), ctx, aspect=aspect, pos=pos, keep=keep, ctx_mask=mask)
 
 
 @torch.no_grad()
-def sample(model, ctx, uncond=None, *, noise, steps=24, cfg=3.0, aspect=None, pos=None, ctx_mask=None,
-           uncond_mask=None, t_shift=1.0, one_pass=True):
-    """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0.
-
-    ctx (B, T, ctx_dim), uncond (B, any T, ctx_dim); their masks (B, T), None: all real. cfg 1: no uncond.
-    one_pass runs both halves of the guidance as one batch of 2B, else as two: less memory, same result.
-    """
-    v = guided_velocity(model, ctx, uncond, cfg, aspect, pos, ctx_mask, uncond_mask, one_pass)
-    return euler(v, noise, sampling_times(steps, t_shift))
+def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance):
+    """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0, by Guidance with its other fields."""
+    return euler(Guidance(model, ctx, uncond, **guidance), noise, sampling_times(steps, t_shift))
 
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
