@@ -630,7 +630,7 @@ class Guidance:
 
 @torch.no_grad()
 def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance):
-    """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0, by Guidance with its other fields."""
+    """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0; guidance: fields of Guidance."""
     return euler(Guidance(model, ctx, uncond, **guidance), noise, sampling_times(steps, t_shift))
 
 
@@ -1270,12 +1270,12 @@ def check_name(where, name, known, what="option"):
         raise UserError(f"{where}: no {what} named {name!r}. {hint}")
 
 
-def parse_args(argv, classes, positionals=(), doc=""):
+def parse_args(argv, classes, positionals=(), doc="", aliases={}):
     """Command line -> (positional words, {name: typed value} of the settings that were given).
 
     The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
     A `list[str]` may be given several times, a `bool | str` is True when bare. A last positional that ends in
-    `...` takes one word or more. --help prints the settings' source.
+    `...` takes one word or more. aliases: {other flag: setting}. --help prints the settings' source.
     """
     types = setting_types(classes)
     if "--help" in argv or "-h" in argv:
@@ -1287,15 +1287,17 @@ def parse_args(argv, classes, positionals=(), doc=""):
     words, values, rest = [], {}, list(argv)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") and flag not in aliases:
             words.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
+        name = aliases.get(flag, flag[2:])
         check_name(word, name, types)
         kind, following = types[name], rest[0] if rest else "--"
         if not equals and kind is bool and following.lower() not in ("true", "false"):
             value = True
-        elif not equals and (following.startswith("--") or kind == bool | str and following.endswith(".py")):
+        elif not equals and (re.match(r"--(\w+(=|$)|$)", following)        # a flag: not any text with dashes
+                             or kind == bool | str and following.endswith(".py")):
             if kind != bool | str:
                 raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
             value = True

@@ -1,112 +1,374 @@
-"""Draw pictures from a prompt.
+"""Draw pictures from prompts.
 
-    python sample.py --ckpt=out/demo --prompt "a large red circle on a navy background" --num_images=4
-    python sample.py --prompts=prompts.txt          # the released model; one prompt a line
+    python sample.py --ckpt=out/demo --prompt "a large red circle on a navy background" -n 4
+    python sample.py --prompts=prompts.txt              # the released model; one prompt a line
+    python sample.py --from_image=out/samples/00000-0.png --seed=7     # the same again, but for the seed
+    python sample.py --ckpt=out/demo --prompt "..." --sheet="steps=8,16,32;cfg=1,2,4"
+    python sample.py --ckpt=out/demo --ui               # a page to play on, in the browser
+    python sample.py --ckpt=out/demo --export=demo.safetensors
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
-than one, OUT/grid.png. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In this file, in order: the settings; the prompts; generate, which train.py and prepare.py use as well; main.
+than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
+In this file, in order: the settings; prompts; the text in a picture's file; drawing; the page; commands.
 """
 import contextlib
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
+import random
 import re
+import shlex
 import signal
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save
+from tqdm import tqdm
 
 import hdm
 
 
 @dataclass
-class Sampling:
+class Picture:                     # a line of --prompts may end in any of these, such as --cfg=2
     ckpt: str = hdm.RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
-    prompt: list[str] = field(default_factory=list)  # may be given several times
-    prompts: str = ""              # file with one prompt a line
     negative_prompt: str = ""      # what guidance moves away from
-    num_images: int = 1            # pictures for each prompt
-    seed: int = 0                  # of the first picture of each prompt, the next one's is one more
-    steps: int | None = None       # Euler steps; None: the checkpoint's own (published: 24)
-    cfg: float | None = None       # guidance, 1 is none; None: the checkpoint's own (published: 3.0)
-    width: int | None = None       # pixels; None: the checkpoint's training size
+    num_images: int = 1            # -n: pictures for each prompt
+    seed: int = 0                  # of the first picture of each prompt, the next one's is one more; -1: any
+    width: int | None = None       # pixels; None: the checkpoint's training size, or init_image's
     height: int | None = None      # likewise
+    sampler: str = "euler"         # euler, heun (two evaluations a step), dpmpp_2m
+    steps: int | None = None       # None: the checkpoint's own (published: 24)
+    shift: float | None = None     # of time (train.py's t_shift); None: the checkpoint's own (published: 1)
+    cfg: float | None = None       # guidance, 1 is none; None: the checkpoint's own (published: 3)
+    cfg_low: float = 0.0           # guidance acts at times t, 1 noise to 0 picture, from cfg_low ...
+    cfg_high: float = 1.0          # ... to cfg_high
+    cfg_rescale: float = 0.0       # 0 .. 1: how far guided contrast goes back to the unguided
+    zoom: float = 1.0              # camera: above 1 nearer
+    x_shift: float = 0.0           # camera to the right, y_shift down; 1 is half of the longer side
+    y_shift: float = 0.0
+    tread_cond: float = 0.0        # share of the tokens that skip the U, with the prompt: [0, 1)
+    tread_uncond: float = 0.0      # with the negative one: a weaker self to move away from (0.25 to 0.5)
+    init_image: str = ""           # picture to start from
+    strength: float = 0.6          # share of the steps that are done on it
+    mask: str = ""                 # picture of the same size: white is drawn anew, black stays
+
+
+@dataclass
+class Sampling:
+    prompt: list[str] = field(default_factory=list)  # may be given several times
+    prompts: str = ""              # file with one prompt a line, or - for standard input; # begins a comment
+    slots: str = ""                # the prompt in parts, '{"artist": "..."}' or a json file of them,
+    # ... which are put in here:
+    format: str = ("<|special|>, <|characters|>, <|series|>, <|artist|>, <|general|>, "
+                   "<|natural language|>. <|quality|>, <|rating|>, <|meta|>")
+    tipo: bool | str = False       # expand short prompts by TIPO; a folder or hub id of another one
+    from_image: str = ""           # take prompt and settings from a picture that was drawn here
+    sheet: str = ""                # "steps=8,16;cfg=1,2": one PNG, rows and columns, of the first prompt
     batch_size: int = 4            # pictures at a time: memory, not result
     out: str = "out/samples"       # folder for the pictures
+    file_type: str = "png"         # png, webp, jpg
+    no_metadata: bool = False      # leave prompt and settings out of the files
+    latents_out: bool = False      # also write each picture's latent, NAME.safetensors
     ema: bool = True               # the averaged weights, where the checkpoint has them
     text_encoder: str = ""         # another place of the text encoder; "": where the checkpoint says
     device: str = "auto"           # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"            # float32, bfloat16, float16; auto: 16 bit on CUDA, else float32
+    export: str = ""               # write the weights as FILE.safetensors (published layout) or a FOLDER
+    force: bool = False            # ... also of a model that other programs cannot read
+    ui: bool | str = False         # a local web page; HOST:PORT in place of 127.0.0.1:7860
 
 
-def read_prompts(s):
-    prompts = list(s.prompt)
+# The names that diffusers has
+ALIASES = {"-n": "num_images", "--num_inference_steps": "steps", "--guidance_scale": "cfg"}
+LIMITS = dict(  # both allowed
+    num_images=(1, 10_000), seed=(-1, 2 ** 62), steps=(1, 10_000), shift=(0.001, 1000), zoom=(0.001, 1000),
+    cfg_low=(0, 1), cfg_high=(0, 1), cfg_rescale=(0, 1), strength=(0, 1), tread_cond=(0, 0.999),
+    tread_uncond=(0, 0.999))
+SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}         # AUTOMATIC1111's
+FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------
+def check(p):
+    hdm.check_name(f"--sampler={p.sampler}", p.sampler, hdm.SAMPLERS, "sampler")
+    for name, (low, high) in LIMITS.items():
+        if getattr(p, name) is not None and not low <= getattr(p, name) <= high:
+            raise hdm.UserError(f"--{name}={getattr(p, name)}: from {low:g} to {high:g}")
+    if p.mask and not p.init_image:
+        raise hdm.UserError(f"--mask={p.mask}: says what to draw anew in --init_image, which is missing")
+
+
+def prompt_line(line, p):
+    """'PROMPT --key=value ...' -> the prompt, the Picture p with these values."""
+    text, overrides = re.fullmatch(r'(.*?)((?:(?:^|\s+)--\w+=(?:"[^"]*"|\S*))*)\s*', line).groups()
+    types, values = hdm.setting_types([Picture]), {}
+    for name, value in re.findall(r'--(\w+)=("[^"]*"|\S*)', overrides):
+        name = ALIASES.get("--" + name, name)
+        hdm.check_name(f"--prompts, {line!r}", name, types)
+        values[name] = hdm.setting_value(f"--prompts, --{name}={value}", value.strip('"'), types[name])
+    return text.strip(), replace(p, **values)
+
+
+def fill_slots(template, slots):
+    """'<|name|>, ...' filled from {name: text}; an empty one takes the punctuation behind it along."""
+    known, text = re.findall(r"<\|(.+?)\|>", template), ""
+    for name in slots:
+        hdm.check_name(f"--slots: {name}", name, known, "slot in --format")
+    for name, between in re.findall(r"<\|(.+?)\|>([^<]*)", template):
+        words = str(slots.get(name, "")).strip().rstrip(",.")
+        if name != "natural language":                       # in its words underscores would be meant
+            words = hdm.parse_caption(words.replace(",", "$$"), spaces=True)
+        text += words + between if words else ""
+    return text.rstrip(", ")
+
+
+def read_jobs(s, p):
+    """-> [(prompt, Picture)], one for each picture, in order, each with its own seed."""
+    lines = [(prompt, p) for prompt in s.prompt]
     if s.prompts:
-        if not Path(s.prompts).is_file():
-            raise hdm.UserError(f"--prompts={s.prompts}: no such file (one prompt a line)")
-        prompts += filter(str.strip, Path(s.prompts).read_text(encoding="utf-8").splitlines())
-    if not prompts:
+        with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
+            text = sys.stdin.read() if s.prompts == "-" else Path(s.prompts).read_text(encoding="utf-8-sig")
+        lines += [prompt_line(line.strip(), p) for line in text.splitlines()
+                  if line.strip() and not line.lstrip().startswith("#")]
+    if s.slots:
+        with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
+            slots = json.loads(Path(s.slots).read_text() if Path(s.slots).is_file() else s.slots)
+        lines = [(fill_slots(s.format, {"general": prompt, **slots}), p) for prompt, p in lines or [("", p)]]
+    if not lines:
         raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
-    return prompts
+    if any(re.search(r"\\[()]", prompt) for prompt, _ in lines):
+        print(r"prompts: \( and \) are taken for ( and )")
+        lines = [(re.sub(r"\\([()])", r"\1", prompt), p) for prompt, p in lines]
+    if any(re.search(r"\([^()]+:\d*\.?\d+\)", prompt) for prompt, _ in lines):
+        print("prompts: weights as in (tag:1.2) are not known here, and read as text")
+    jobs = []
+    for prompt, p in lines:
+        check(p)
+        seed = gather(random.SystemRandom().randrange(2 ** 32))[0] if p.seed == -1 else p.seed
+        if p.seed == -1:
+            print(f"seed {seed}: {prompt}")
+        jobs += [(prompt, replace(p, seed=seed + i, num_images=1)) for i in range(p.num_images)]
+    return jobs
 
 
+# ---- the text in a picture's file --------------------------------------------------------------------------
+def parameters(prompt, p, model, digest):
+    """Prompt and settings in AUTOMATIC1111's form, which many programs show."""
+    pairs = {"Steps": p.steps, "Sampler": SAMPLER_NAMES[p.sampler], "CFG scale": f"{p.cfg:g}", "Seed": p.seed,
+             "Size": f"{p.width}x{p.height}", "Model hash": digest[:10], "Model": model}
+    line = ", ".join(f"{key}: " + (json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", str(value))
+                                   else str(value)) for key, value in pairs.items())
+    return "\n".join([prompt, *[f"Negative prompt: {p.negative_prompt}"] * bool(p.negative_prompt), line])
+
+
+def encode_file(image, kind, text="", about=""):
+    """(height, width, 3) uint8 -> a file's bytes; with text in it: `parameters`, and about, our own json."""
+    options = dict(quality=95) if kind != "png" else {}
+    if text and kind == "png":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("parameters", text)      # as iTXt where Latin-1 does not do
+        options["pnginfo"].add_text("hdm", about)
+    elif text:
+        options["exif"] = Image.Exif()
+        options["exif"][0x010E] = about                      # ImageDescription: ASCII, as our json is
+        options["exif"][0x8769] = {0x9286: b"UNICODE\0" + text.encode("utf-16-be")}   # Exif: UserComment
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, FORMATS[kind], **options)
+    return file.getvalue()
+
+
+def read_settings(path):
+    """-> {name: value} of Picture's and Sampling's settings in a picture's file; the checkpoint's hash."""
+    with hdm.naming(f"--from_image={path}", "not a picture that can be read"), Image.open(path) as image:
+        about = image.info.get("hdm") or image.getexif().get(0x010E)
+    if not about:
+        raise hdm.UserError(f"--from_image={path}: no settings of sample.py in it; it was drawn elsewhere "
+                            f"or with --no_metadata, or another program has saved it")
+    with hdm.naming(f"--from_image={path}", "broken settings in it"):
+        about, types = json.loads(about), hdm.setting_types([Picture, Sampling])
+        return {name: hdm.setting_value(name, value, types[name]) for name, value in about.items()
+                if name in types}, about["model_hash"]
+
+
+def file_hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_new(path, content):
+    """Writes path, which must not be there yet, whole or not at all."""
+    with open(path, "xb") as file:
+        try:
+            file.write(content)
+        except BaseException:                                # a full disk, Ctrl-C
+            path.unlink()
+            raise
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------
 def to_uint8(images):
     """(B, 3, height, width) in [-1, 1], anything beyond is clipped -> (B, height, width, 3) uint8 numpy."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def image_grid(images, columns, scale=1, gap=2):
-    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged."""
+def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
+    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
+    of the columns above and of the rows to the left, where they are given."""
     height = max(image.shape[0] for image in images) * scale + gap
-    width = max(image.shape[1] for image in images) * scale + gap
-    sheet = Image.new("RGB", (columns * width + gap, -(-len(images) // columns) * height + gap), "white")
+    width = max(*(image.shape[1] * scale + gap for image in images), *(7 * len(label) for label in tops), 0)
+    left, top = 7 * max(map(len, sides), default=0), 14 * bool(tops)                  # pixels of a letter
+    size = left + columns * width + gap, top + -(-len(images) // columns) * height + gap
+    sheet = Image.new("RGB", size, "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, label in enumerate(tops):
+        canvas.text((left + gap + i * width, 1), label, "black")
+    for i, label in enumerate(sides):
+        canvas.text((gap, top + gap + i * height), label, "black")
     for i, image in enumerate(images):
         picture = Image.fromarray(image)
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-        sheet.paste(picture, (gap + i % columns * width, gap + i // columns * height))
+        sheet.paste(picture, (left + gap + i % columns * width, top + gap + i // columns * height))
     return sheet
 
 
 def first_free_number(out):
     """One more than the highest number of a picture in the folder, so that none is overwritten."""
-    numbers = [int(match.group(1)) for path in out.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
+    numbers = [int(match[1]) for path in out.iterdir() if (match := re.match(r"(\d+)-", path.name))]
     return max(numbers, default=-1) + 1
 
 
-@torch.no_grad()
-def generate(model, vae, te, prompts, seeds, settings, *, negative="", steps=None, cfg=None, height=None,
-             width=None, batch_size=32):
-    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; None: as the settings say.
+def read_source(p):
+    """-> init_image (height, width, 3) uint8, and the mask (height, width) bool, True is drawn anew, or None.
 
-    A picture's noise is drawn on the CPU from its own seed: the same picture in any batch, on any device.
+    Of a slightly larger picture the middle is taken as it is; others are scaled to cover and cut.
     """
-    height = settings["image_size"] if height is None else height
-    width = settings["image_size"] if width is None else width
-    steps = settings["steps"] if steps is None else steps
-    cfg = settings["cfg"] if cfg is None else cfg
-    hdm.check_size(height, width, model.config, vae)
+    def fitted(image, method):
+        over = image.width - p.width, image.height - p.height
+        if 0 <= min(over) and max(over) < 64:
+            return image.crop((over[0] // 2, over[1] // 2, over[0] // 2 + p.width, over[1] // 2 + p.height))
+        return ImageOps.fit(image, (p.width, p.height), method)
+    with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
+        image = hdm.load_image(p.init_image)
+    source = np.array(fitted(image, Image.BICUBIC))
+    if not p.mask:
+        return source, None
+    with hdm.naming(f"--mask={p.mask}", "not a picture that can be read"):
+        mask = hdm.load_image(p.mask).convert("L")
+    if mask.size != image.size:
+        raise hdm.UserError(f"--mask={p.mask}: {mask.width}x{mask.height} pixels, but --init_image has "
+                            f"{image.width}x{image.height}; they must be the same")
+    return source, np.array(fitted(mask, Image.NEAREST)) > 127
+
+
+def resolved(p, settings, model, vae):
+    """p with numbers in place of None; a size or a picture that will not do is refused."""
+    check(p)
     factor = 1 if vae is None else vae.factor
-    device = model.in_patch.proj.weight.device
-    shape = (model.config.in_channels, height // factor, width // factor)
-    uncond, uncond_mask = te([negative])
-    pictures = []
-    for i in range(0, len(prompts), batch_size):
-        ctx, mask = te(prompts[i:i + batch_size])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + batch_size]]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        B = len(noise)
-        x0 = hdm.sample(model, ctx, uncond.expand(B, -1, -1), noise=noise.to(device), steps=steps, cfg=cfg,
-                    aspect=torch.full((B,), math.log(width / height), device=device), ctx_mask=mask,
-                    uncond_mask=uncond_mask.expand(B, -1), t_shift=settings["t_shift"])
-        pictures.append(to_uint8(x0 if vae is None else vae.decode(x0)))
-    return np.concatenate(pictures)
+    sides = dict.fromkeys(("width", "height"), settings["image_size"])
+    if p.init_image:
+        with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
+            step, size = model.config.patch_size * factor, hdm.load_image(p.init_image).size
+        sides = dict(width=size[0] // step * step, height=size[1] // step * step)
+    own = dict(sides, steps=settings["steps"], cfg=settings["cfg"], shift=settings["t_shift"])
+    p = replace(p, **{name: value for name, value in own.items() if getattr(p, name) is None})
+    hdm.check_size(p.height, p.width, model.config, vae)
+    if p.init_image:
+        read_source(p)
+        if round(p.steps * p.strength) < 1:
+            raise hdm.UserError(f"--strength={p.strength}: of {p.steps} steps none would be done")
+    return p
 
 
+def encode_texts(te, jobs):
+    """-> {text: states (T, ctx_dim) on the CPU} of all prompts and negative prompts."""
+    texts = dict.fromkeys(text for _, prompt, p in jobs for text in (prompt, p.negative_prompt))
+    return {text: te([text])[0][0].cpu() for text in texts}
+
+
+def stacked(states, device):
+    """States (T, ctx_dim) of any lengths -> (B, T, ctx_dim), mask (B, T) or None where nothing is padded."""
+    lengths = torch.tensor([len(one) for one in states])
+    mask = torch.arange(lengths.max()) < lengths[:, None]
+    ctx = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+    return ctx.to(device), None if mask.all() else mask.to(device)
+
+
+@torch.inference_mode()
+def draw(model, vae, prompts, negatives, p, seeds, watch=lambda t, x0: None):
+    """Clean latents (B, C, h, w) for states of prompts and negative prompts, [(T, ctx_dim)]; p as resolved.
+
+    All that is random comes from a picture's own seed, on the CPU: the same in any batch, on any device.
+    watch is called at each time t with what x0 (B, C, h, w) looks like by then.
+    """
+    config, device = model.config, model.in_patch.proj.weight.device
+    factor = 1 if vae is None else vae.factor
+    rows, cols = (side // factor // config.patch_size for side in (p.height, p.width))
+    pos = (hdm.grid_positions(rows, cols, config.pos) + torch.tensor([p.y_shift, p.x_shift])) / p.zoom
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = config.in_channels, p.height // factor, p.width // factor
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+    def picks():
+        return [torch.cat([hdm.pick_tokens(1, rows * cols, rate, generator) for generator in generators]
+                          ).to(device) if rate else None for rate in (p.tread_cond, p.tread_uncond)]
+    (ctx, mask), (uncond, uncond_mask) = stacked(prompts, device), stacked(negatives, device)
+    guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, uncond_mask, pos=pos, picks=picks,
+                            aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
+                            interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
+    times, x, anew = hdm.sampling_times(p.steps, p.shift), noise, None
+    if p.init_image:
+        source, anew = read_source(p)
+        known = torch.from_numpy(source).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
+        known = known if vae is None else vae.encode(known)
+        times = times[-1 - round(p.steps * p.strength):]
+        x = times[0] * noise + (1 - times[0]) * known
+        if anew is not None:                                 # a latent cell is drawn if any of its pixels is
+            anew = torch.nn.functional.max_pool2d(torch.from_numpy(anew)[None, None].float(), factor) > 0
+            anew = anew.to(device)
+
+    def velocity(x, t):
+        v = guidance(x, t)
+        if anew is not None:                                 # what stays goes straight from noise to itself
+            v = torch.where(anew, v, noise - known)
+        watch(t, x - t * v)
+        return v
+    return hdm.SAMPLERS[p.sampler](velocity, x, times)
+
+
+def pictures(model, vae, texts, jobs, batch_size, watch=lambda t, x0: None):
+    """Draws jobs, [(number, prompt, Picture as resolved)], neighbours alike together, and yields each with
+    its picture (height, width, 3) uint8 and its latent (C, h, w)."""
+    for p, alike in itertools.groupby(jobs, key=lambda job: replace(job[2], seed=0)):
+        while batch := list(itertools.islice(alike, batch_size)):
+            states = [texts[prompt] for _, prompt, _ in batch]
+            seeds = [own.seed for _, _, own in batch]
+            latents = draw(model, vae, states, [texts[p.negative_prompt]] * len(batch), p, seeds, watch)
+            for job, latent in zip(batch, latents):          # the VAE takes one at a time: less memory
+                image = to_uint8(latent[None] if vae is None else vae.decode(latent[None]))[0]
+                if p.mask:
+                    source, anew = read_source(p)
+                    image = np.where(anew[..., None], image, source)
+                yield job, image, latent
+
+
+def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
+    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture."""
+    p = resolved(Picture(**how), settings, model, vae)
+    jobs = [(i, prompt, replace(p, seed=seed)) for i, (prompt, seed) in enumerate(zip(prompts, seeds))]
+    drawn = pictures(model, vae, encode_texts(te, jobs), jobs, batch_size)
+    return np.stack([image for _, image, _ in drawn])
 def gather(thing):
     """What all processes of torchrun bring, in their order; each waits here for the others."""
     things = [thing]
@@ -179,40 +441,100 @@ def tracker(name, folder, settings):
     return lambda values, step: None
 
 
+# ---- commands ----------------------------------------------------------------------------------------------
+def read_sheet(text, jobs):
+    """'steps=8,16;cfg=1,2' -> a job for each cell, row by row; the columns; labels above and to the left."""
+    types, axes = hdm.setting_types([Picture]), []
+    for part in text.split(";"):
+        name, _, values = part.strip().partition("=")
+        name = ALIASES.get("--" + name, name)
+        hdm.check_name(f"--sheet={text}", name, types)
+        axes.append([{name: hdm.setting_value(f"--sheet, {name}={value}", value.strip(), types[name])}
+                     for value in values.split(",")])
+    if len(axes) > 2 or len(jobs) > 1:
+        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one picture")
+    rows, columns = axes if len(axes) == 2 else ([{}], axes[0])
+    def labels(axis):
+        return [f"{name}={value}" for choice in axis for name, value in choice.items()]
+    prompt, p = jobs[0]
+    cells = [(prompt, replace(p, **row, **column)) for row in rows for column in columns]
+    return cells, len(columns), labels(columns), labels(rows)
+
+
+def advise(p, side):
+    """Says where a size lies outside of what a model trained at this side is good at (HDM's model card)."""
+    if not (p.width == side <= p.height or p.width > p.height and p.height <= side
+            and p.width * p.height >= side ** 2):
+        print(f"warning: {p.width}x{p.height}: a model trained at {side} px draws best {side} wide and at "
+              f"least as high, or wider than high, at most {side} high, of {side}x{side} pixels or more")
+
+
 def main(argv):
-    _, values = hdm.parse_args(argv, [Sampling], doc=__doc__)
-    s = Sampling(**values)
-    for name, least in dict(num_images=1, batch_size=1, steps=1, seed=0).items():
-        if getattr(s, name) is not None and getattr(s, name) < least:
-            raise hdm.UserError(f"--{name}={getattr(s, name)}: at least {least}")
-    prompts = [prompt for prompt in read_prompts(s) for _ in range(s.num_images)]
-    seeds = [s.seed + i % s.num_images for i in range(len(prompts))]
+    if argv and not argv[0].startswith("-"):
+        raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
+    _, values = hdm.parse_args(argv, [Picture, Sampling], doc=__doc__, aliases=ALIASES)
+    expected = None
+    if "from_image" in values:
+        kept, expected = read_settings(values["from_image"])
+        values = kept | values
+    own = {one.name for one in fields(Picture)}
+    p = Picture(**{name: value for name, value in values.items() if name in own})
+    s = Sampling(**{name: value for name, value in values.items() if name not in own})
+    if s.batch_size < 1:
+        raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
+    hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
+    rank, ranks = hdm.start_ranks()
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
-    out = Path(s.out)
+    out, images, tops, sides = Path(s.out), {}, (), ()
+    jobs = [("", p)] if s.ui or s.export else read_jobs(s, p)
+    columns = p.num_images if p.num_images > 1 else min(len(jobs), 8)
+    if s.sheet:
+        jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
     hdm.make_folder(out, "--out")
-
-    model, vae, settings = hdm.load_model(s.ckpt, device, dtype, ema=s.ema)
-    if vae is None and model.config.in_channels != 3:
-        raise hdm.UserError(f"--ckpt={s.ckpt}: has no VAE for its {model.config.in_channels}-channel latents")
-    if s.text_encoder:
-        settings["text_encoder"] = s.text_encoder
-    chosen = dict(steps=s.steps, cfg=s.cfg, width=s.width, height=s.height, negative=s.negative_prompt)
-    height, width = (settings["image_size"] if side is None else side for side in (s.height, s.width))
-    hdm.check_size(height, width, model.config, vae)         # before the text encoder takes its time
-    te = hdm.load_text_encoder(settings, device, dtype)
-
-    number, images = first_free_number(out), []
-    for i in range(0, len(prompts), s.batch_size):
-        part = slice(i, i + s.batch_size)
-        pictures = generate(model, vae, te, prompts[part], seeds[part], settings, **chosen)
-        for image, seed in zip(pictures, seeds[part]):
-            Image.fromarray(image).save(out / f"{number + len(images):05d}-{seed}.png")
-            images.append(image)
-        print(f"{len(images)}/{len(prompts)} pictures in {out}", flush=True)
-    if len(images) > 1:                                      # a row for each prompt, small pictures enlarged
-        columns = s.num_images if s.num_images > 1 else min(len(images), 8)
-        image_grid(images, columns, scale=max(1, 128 // width)).save(out / "grid.png")
+    files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(p.ckpt for _, p in jobs)}
+    first = gather(first_free_number(out))[0]
+    for ckpt, file in files.items():
+        name, digest = Path(ckpt).name.removesuffix(".safetensors"), file_hash(file)
+        if expected not in (None, digest):
+            print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
+        model, vae, settings = hdm.load_model(file, device, dtype)
+        if vae is None and model.config.in_channels != 3:
+            raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
+        settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
+        todo = [(i, prompt, resolved(p, settings, model, vae)) for i, (prompt, p) in enumerate(jobs)
+                if p.ckpt == ckpt]
+        for p in {(p.width, p.height): p for _, _, p in todo}.values():
+            advise(p, settings["image_size"])
+        te = hdm.load_text_encoder(settings, device, dtype)
+        texts = encode_texts(te, todo)
+        for text in texts:
+            if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
+                print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
+        del te                                               # its memory goes to the pictures
+        mine, done = todo[rank::ranks], 0
+        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
+        with tqdm(total=len(mine), disable=rank > 0 or not sys.stderr.isatty()) as bar:
+            def watch(t, x0):
+                bar.n = round(done + len(x0) * (1 - t), 1)
+                bar.refresh()
+            for (i, prompt, p), image, latent in pictures(model, vae, texts, mine, s.batch_size, watch):
+                path = out / f"{first + i:05d}-{p.seed}.{s.file_type}"
+                about = json.dumps(dict(asdict(p), prompt=prompt, **common))
+                text = "" if s.no_metadata else parameters(prompt, p, name, digest)
+                write_new(path, encode_file(image, s.file_type, text, about))
+                if s.latents_out:
+                    write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
+                done = bar.n = done + 1
+                if s.sheet or i < 100:
+                    images[i] = image
+    parts = gather(images)
+    if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
+        images = [image for _, image in sorted(item for part in parts for item in part.items())]
+        sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
+        path = out / "grid.png"
+        sheet.save(path if not path.exists() else out / f"grid-{first:05d}.png")
+    print(f"pictures: {len(jobs)} in {out}, from {first:05d} on")
 
 
 if __name__ == "__main__":

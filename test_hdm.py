@@ -497,7 +497,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(te):
     assert abs(draw(prompts, seeds, batch_size=3) - together).max() <= 1
     assert abs(draw(prompts[1:2], seeds[:1]) - together[0]).max() > 20                # another prompt
     assert abs(draw(prompts[:1], [8]) - together[0]).max() > 20                       # another seed
-    assert abs(draw(prompts[:1], [5], negative=phrase(4)) - together[0]).max() > 1    # another negative
+    assert abs(draw(prompts[:1], [5], negative_prompt=phrase(4)) - together[0]).max() > 1    # another negative
     assert draw(prompts[:1], [5], height=6, width=12).shape == (1, 6, 12, 3)
 
 
@@ -3367,7 +3367,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@run --cfg=nan", "--cfg=nan"),
     ("sample.py --prompt=a --ckpt=@run --num_images=0", "--num_images=0"),
     ("sample.py --prompt=a --ckpt=@run --batch_size=0", "--batch_size=0"),
-    ("sample.py --prompt=a --ckpt=@run --seed=-1", "--seed=-1"),
+    ("sample.py --prompt=a --ckpt=@run --seed=-2", "--seed=-2 -1"),
     ("sample.py --prompt=a --ckpt=@run --device=cuda", "--device=cuda --device=cpu"),
     ("sample.py --prompt=a --ckpt=@run --dtype=int8", "--dtype=int8"),
     ("sample.py --prompt=a --ckpt=@run --out=@file", "@file"),
