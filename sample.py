@@ -141,22 +141,28 @@ def read_jobs(s, p):
                   if line.strip() and not line.lstrip().startswith("#")]
     if s.slots:
         with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
-            slots = json.loads(Path(s.slots).read_text() if Path(s.slots).is_file() else s.slots)
-        lines = [(fill_slots(s.format, {"general": prompt, **slots}), p) for prompt, p in lines or [("", p)]]
+            text = s.slots if s.slots.lstrip().startswith("{") else Path(s.slots).read_text(encoding="utf-8")
+            slots = dict(json.loads(text))
+        lines.append((fill_slots(s.format, slots), p))
+        print(f"prompt: {lines[-1][0]}")
     if not lines:
         raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
-    if any(re.search(r"\\[()]", prompt) for prompt, _ in lines):
+    texts = [text for prompt, p in lines for text in (prompt, p.negative_prompt)]
+    if any(re.search(r"\\[()]", text) for text in texts):
         print(r"prompts: \( and \) are taken for ( and )")
-        lines = [(re.sub(r"\\([()])", r"\1", prompt), p) for prompt, p in lines]
-    if any(re.search(r"\([^()]+:\d*\.?\d+\)", prompt) for prompt, _ in lines):
+    if any(re.search(r"\([^()]+:\d*\.?\d+\)", text) for text in texts):
         print("prompts: weights as in (tag:1.2) are not known here, and read as text")
     jobs = []
     for prompt, p in lines:
         check(p)
-        seed = gather(random.SystemRandom().randrange(2 ** 32))[0] if p.seed == -1 else p.seed
-        if p.seed == -1:
+        n, seed = p.num_images, p.seed
+        if seed == -1:
+            seed = gather(random.SystemRandom().randrange(2 ** 32))[0]
             print(f"seed {seed}: {prompt}")
-        jobs += [(prompt, replace(p, seed=seed + i, num_images=1)) for i in range(p.num_images)]
+        prompt, negative = (re.sub(r"\\([()])", r"\1", text).encode(errors="replace").decode()
+                            for text in (prompt, p.negative_prompt))                  # argv can hold any bytes
+        p = replace(p, negative_prompt=negative, num_images=1)
+        jobs += [(prompt, replace(p, seed=seed + i)) for i in range(n)]
     return jobs
 
 

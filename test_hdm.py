@@ -13,6 +13,7 @@ import collections
 import csv
 import dataclasses
 import functools
+import hashlib
 import importlib
 import io
 import itertools
@@ -44,6 +45,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save, save_file
 from torch.utils.data import default_collate
 
@@ -398,6 +400,105 @@ def test_with_the_true_velocity_euler_is_exact(steps, t_shift, cfg):
     torch.testing.assert_close(times, t_shift * even / (1 + (t_shift - 1) * even))
 
 
+# x0 ~ N(m, s^2), noise ~ N(0, 1): v is linear in x, and the path of each x is known.
+MEAN, STD = 0.7, 0.5
+
+
+def gaussian_std(t):
+    return math.sqrt(((1 - t) * STD) ** 2 + t ** 2)
+
+
+def gaussian_velocity(x, t):
+    return (t - (1 - t) * STD ** 2) / gaussian_std(t) ** 2 * (x - (1 - t) * MEAN) - MEAN
+
+
+def gaussian_path(x, start, end):
+    return (1 - end) * MEAN + gaussian_std(end) / gaussian_std(start) * (x - (1 - start) * MEAN)
+
+
+@pytest.mark.parametrize("sampler, order", [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_the_samplers_have_their_orders(sampler, order):
+    x, errors = torch.linspace(-2, 2, 9, dtype=torch.float64), []
+    for n in (64, 128):
+        times = torch.linspace(0.9, 0.1, n + 1, dtype=torch.float64)
+        drawn = hdm.SAMPLERS[sampler](gaussian_velocity, x, times)
+        errors.append((drawn - gaussian_path(x, 0.9, 0.1)).norm().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("sampler, calls", [("euler", 5), ("heun", 9), ("dpmpp_2m", 5)])
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+def test_the_samplers_are_exact_on_a_straight_path(sampler, calls, shift):
+    x0, noise = torch.randn(2, 3, 4, 6, 6).unbind()
+    for steps in (1, 2, 5):
+        asked = []
+        def v(x, t):
+            asked.append(t)
+            return noise - x0
+        drawn = hdm.SAMPLERS[sampler](v, noise, hdm.sampling_times(steps, shift))
+        torch.testing.assert_close(drawn, x0, atol=1e-5, rtol=0)
+        assert min(asked) > 0                                # where training never was
+    assert len(asked) == calls
+
+
+def test_the_samplers_errors_from_noise_to_data():
+    """What README states: of Euler, Heun and DPM++(2M) by evaluations of the model, over x ~ N(0, 1)."""
+    x, errors = torch.randn(10_000, dtype=torch.float64), {}
+    for sampler in hdm.SAMPLERS:
+        for calls in (8, 16, 32):
+            steps = (calls + 1) // 2 if sampler == "heun" else calls
+            drawn = hdm.SAMPLERS[sampler](gaussian_velocity, x, hdm.sampling_times(steps).double())
+            errors[sampler, calls] = (drawn - gaussian_path(x, 1, 0)).square().mean().sqrt().item()
+    print(errors)
+    for calls in (8, 16):
+        assert errors["dpmpp_2m", calls] < errors["heun", calls] / 2 < errors["euler", calls] / 2
+    assert errors["dpmpp_2m", 32] < errors["euler", 32] / 5 and errors["heun", 32] < errors["euler", 32] / 5
+
+
+def guidance(**fields):
+    """v_c = 5 and v_u = 1, but for a little of x: stds are known."""
+    model = Velocity(lambda x, t, ctx: ctx.mean(dim=(1, 2))[:, None, None, None] * (1 + x))
+    ctx, uncond = torch.full((2, 3, 8), 5.0), torch.full((2, 3, 8), 1.0)
+    return model, hdm.Guidance(model, ctx, uncond, **fields)
+
+
+def test_guidance_acts_in_its_interval_alone():
+    x = torch.randn(2, 4, 6, 6)
+    model, v = guidance(cfg=3.0, interval=(0.2, 0.7))
+    for t, value in ((0.1, 5), (0.2, 13), (0.5, 13), (0.7, 13), (0.71, 5), (1.0, 5)):
+        model.calls.clear()
+        torch.testing.assert_close(v(x, t), value * (1 + x))
+        assert [len(x) for x, _, _ in model.calls] == [4 if value == 13 else 2]       # none for nothing
+
+
+@pytest.mark.parametrize("rescale, std", [(0.0, 13), (0.5, 9), (1.0, 5)])
+def test_rescaled_guidance_has_the_prompts_own_std(rescale, std):
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(guidance(cfg=3.0, rescale=rescale)[1](x, 0.5), std * (1 + x))
+
+
+def test_guidance_takes_two_passes_where_one_has_no_room():
+    model, v = guidance(cfg=3.0)
+    def small(x, t, ctx, **others):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return model(x, t, ctx, **others)
+    v.model, x = small, torch.randn(2, 4, 6, 6)
+    for _ in range(2):
+        torch.testing.assert_close(v(x, 0.5), 13 * (1 + x))
+    assert [len(x) for x, _, _ in model.calls] == [2] * 4
+
+
+def test_tread_guidance_drops_tokens_of_the_negative_pass_alone():
+    model = tiny_xut()
+    ctx, uncond, x = torch.randn(2, 5, 32), torch.randn(2, 2, 32), torch.randn(2, 3, 8, 8)
+    keep = hdm.pick_tokens(2, 16, 0.5, torch.Generator().manual_seed(0))
+    drawn = hdm.Guidance(model, ctx, uncond, 3.0, picks=lambda: (None, keep))(x, 0.5)
+    t = torch.full((2,), 0.5)
+    v_c, v_u = model(x, t, ctx), model(x, t, uncond, keep=keep)
+    assert close(drawn, v_u + 3 * (v_c - v_u), 1e-5) and not close(v_u, model(x, t, uncond), 1e-3)
+
+
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_guidance_goes_from_the_negative_through_the_prompt(one_pass):
     model = Velocity(lambda x, t, ctx: ctx.mean(dim=(1, 2))[:, None, None, None].expand_as(x))
@@ -499,6 +600,11 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(te):
     assert abs(draw(prompts[:1], [8]) - together[0]).max() > 20                       # another seed
     assert abs(draw(prompts[:1], [5], negative_prompt=phrase(4)) - together[0]).max() > 1    # another negative
     assert draw(prompts[:1], [5], height=6, width=12).shape == (1, 6, 12, 3)
+    fresh = dict(tread_cond=0.25, tread_uncond=0.5, sampler="heun")                   # picks are drawn by the seed
+    together = draw(prompts, seeds, **fresh)
+    for i in range(4):
+        assert abs(draw(prompts[i:i + 1], seeds[i:i + 1], **fresh) - together[i]).max() <= 1
+    assert abs(draw(prompts, seeds, sampler="heun") - together).max() > 20
 
 
 # ---- VAE -------------------------------------------------------------------------------------------------
@@ -3006,6 +3112,320 @@ def test_settings_of_a_checkpoint_are_the_defaults(trained, place, tmp_path):
     assert abs(sample.to_uint8(x0)[0].astype(int) - plain).max() <= 1
 
 
+def told(capfd):
+    return capfd.readouterr().out
+
+
+def about(path):
+    """Our own settings, as json in a PNG."""
+    return json.loads(Image.open(path).text["hdm"])
+
+
+def test_the_names_people_know_and_prompts_of_any_look(trained, tmp_path):
+    prompts = ["7", "--red circle--", "[1, 2]", "None", "# red"]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    draw(trained, tmp_path, *words, "--prompt=--steps", "-n", "2", "--num_inference_steps=2",
+         "--guidance_scale", "1.5", "--seed=3")
+    files = sorted(tmp_path.glob("0*.png"))
+    found = [(about(file)["prompt"], about(file)["seed"]) for file in files]
+    assert found == [(prompt, seed) for prompt in [*prompts, "--steps"] for seed in (3, 4)]
+    assert (about(files[0])["steps"], about(files[0])["cfg"]) == (2, 1.5)
+
+
+def test_a_prompt_file_has_comments_and_settings_of_its_own(trained, tmp_path, monkeypatch):
+    text = """\ufeff# what to draw
+red circle --seed=5 --num_images=2
+
+  # blue square
+blue square, #2 --steps=2 --negative_prompt="green, large" --guidance_scale=4
+a -- b --c
+"""
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    draw(trained, tmp_path / "a", f"--prompts={tmp_path / 'prompts.txt'}", "--seed=1", "--cfg=2", "--steps=3")
+    found = [about(path) for path in sorted((tmp_path / "a").glob("0*"))]
+    keys = "prompt", "seed", "steps", "cfg", "negative_prompt"
+    assert [tuple(one[key] for key in keys) for one in found] == [
+        ("red circle", 5, 3, 2, ""), ("red circle", 6, 3, 2, ""),
+        ("blue square, #2", 1, 2, 4, "green, large"), ("a -- b --c", 1, 3, 2, "")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("red circle\nblue square --seed=9\n"))
+    assert list(draw(trained, tmp_path / "b", "--prompts=-")) == ["00000-0.png", "00001-9.png"]
+
+
+def test_what_is_pasted_from_other_programs_is_unescaped_and_said(trained, tmp_path, capfd):
+    draw(trained, tmp_path, r"--prompt=fate \(series\), (large:1.2)")
+    assert about(tmp_path / "00000-0.png")["prompt"] == "fate (series), (large:1.2)"
+    out = told(capfd)
+    assert r"\(" in out and "(tag:1.2)" in out
+    draw(trained, tmp_path, "--prompt=red circle (large)")
+    assert "tag:" not in told(capfd)
+
+
+@pytest.mark.parametrize("slots, prompt", [
+    (dict(special="1girl", artist="some_one", general="long_hair, ^_^", quality="best quality", meta="absurdres"),
+     "1girl, some one, long hair, ^_^, best quality, absurdres"),
+    ({"natural language": "She has_been here.", "rating": "general"}, "She has_been here. general"),
+    ({"general": "a, b", "natural language": "Two letters"}, "a, b, Two letters."),
+    ({"meta": "x", "artist": " "}, "x"), ({"quality": "best, "}, "best"), ({"series": "a", "meta": ""}, "a")])
+def test_slots_fill_the_model_cards_template(slots, prompt):
+    assert sample.fill_slots(sample.Sampling.format, slots) == prompt
+
+
+def test_slots_come_from_the_flag_or_a_file(trained, tmp_path, capfd):
+    (tmp_path / "slots.json").write_text('{"artist": "red_one", "quality": "large"}')
+    draw(trained, tmp_path / "a", f"--slots={tmp_path / 'slots.json'}", "--prompt=blue_square", "--steps=1")
+    found = [about(path)["prompt"] for path in sorted((tmp_path / "a").glob("0*"))]
+    assert found == ["blue_square", "red one, large"] and "red one, large" in told(capfd)
+    draw(trained, tmp_path / "b", '--slots={"meta": "small"}', "--format=<|meta|>!", "--steps=1")
+    assert about(tmp_path / "b" / "00000-0.png")["prompt"] == "small!"
+
+
+def test_a_seed_of_minus_one_is_drawn_and_told(trained, tmp_path, capfd):
+    files = draw(trained, tmp_path, "--prompt=red circle", "--seed=-1", "--steps=1", "-n", "2")
+    first = about(tmp_path / next(iter(files)))["seed"]
+    assert list(files) == [f"00000-{first}.png", f"00001-{first + 1}.png"] and str(first) in told(capfd)
+    again = draw(trained, tmp_path, "--prompt=red circle", f"--seed={first}", "--steps=1")
+    assert np.array_equal(again[f"00000-{first}.png"], again[f"00002-{first}.png"])
+
+
+def read_parameters(text):
+    """AUTOMATIC1111's form, read as it reads it: the last line holds pairs, values may be JSON strings."""
+    *lines, last = text.split("\n")
+    pairs = dict(re.findall(r'\s*([\w ]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    pairs = {key: json.loads(value) if value.startswith('"') else value for key, value in pairs.items()}
+    at = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt: ")), len(lines))
+    return "\n".join(lines[:at]), "\n".join(lines[at:]).removeprefix("Negative prompt: "), pairs
+
+
+WILD = "red, circle: \"large\"\nSteps: 3, Seed: 9 \U0001f3a8 é"
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("prompt, negative", [("red circle", ""), (WILD, "blue:\nsquare, 青"), ("", "green")])
+def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negative, trained, tmp_path):
+    how = ["--cfg=3", "--steps=2", "--width=24", "--height=16", "--sampler=heun", "--zoom=1.25",
+           "--tread_uncond=0.5", "--cfg_rescale=0.3", "--shift=2", f"--file_type={kind}"]
+    sample.main([f"--ckpt={trained}", f"--out={tmp_path / 'a'}", f"--prompt={prompt}", "--seed=41", "-n", "2",
+                 f"--negative_prompt={negative}", *how])
+    path = tmp_path / "a" / f"00001-42.{kind}"
+    image = Image.open(path)
+    if kind == "png":
+        text = image.text["parameters"]
+    else:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+        assert comment.startswith(b"UNICODE\0")
+        text = comment[8:].decode("utf-16-be")
+    weights = (trained / "ckpt_00000006" / "ema.safetensors").read_bytes()
+    pairs = {"Steps": "2", "Sampler": "Heun", "CFG scale": "3", "Seed": "42", "Size": "24x16",
+             "Model hash": hashlib.sha256(weights).hexdigest()[:10], "Model": "run"}
+    assert read_parameters(text) == (prompt, negative, pairs)
+    sample.main([f"--from_image={path}", f"--out={tmp_path / 'b'}", f"--file_type={kind}"])
+    assert (tmp_path / "b" / f"00000-42.{kind}").read_bytes() == path.read_bytes()
+    sample.main([f"--from_image={path}", f"--out={tmp_path / 'b'}", f"--file_type={kind}", "--seed=41"])
+    other = (tmp_path / "b" / f"00001-41.{kind}").read_bytes()
+    assert other == (tmp_path / "a" / f"00000-41.{kind}").read_bytes()
+
+
+def test_the_model_of_a_picture_is_known_by_its_hash(trained, place, tmp_path, capfd):
+    draw(trained, tmp_path, "--prompt=red circle")
+    capfd.readouterr()
+    source = f"--from_image={tmp_path / '00000-0.png'}"
+    sample.main([source, f"--out={tmp_path}"])
+    assert "warning" not in told(capfd)
+    sample.main([source, f"--out={tmp_path}", "--ema=false"])
+    assert "warning" in told(capfd)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+def test_metadata_can_be_left_out(kind, trained, tmp_path):
+    sample.main([f"--ckpt={trained}", f"--out={tmp_path}", "--prompt=red circle", "--no_metadata",
+                 f"--file_type={kind}"])
+    content = (tmp_path / f"00000-0.{kind}").read_bytes()
+    assert not any(word in content for word in (b"circle", "circle".encode("utf-16-be"), b"euler", b"Euler"))
+
+
+def test_names_quoted_where_they_would_break_the_line():
+    text = sample.parameters("a", sample.Picture(steps=1, cfg=2.5, width=8, height=8), "my, model: 2\n", "0" * 64)
+    assert read_parameters(text)[2]["Model"] == "my, model: 2\n" and '"my, model: 2\\n"' in text
+
+
+def test_nothing_is_overwritten(trained, tmp_path):
+    (tmp_path / "00041-9.webp").write_bytes(b"mine")
+    for _ in range(2):
+        sample.main([f"--ckpt={trained}", f"--out={tmp_path}", "--prompt=red circle", "-n", "2", "--steps=1"])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00041-9.webp", "00042-0.png", "00043-1.png", "00044-0.png", "00045-1.png",
+                     "grid-00044.png", "grid.png"]
+    with pytest.raises(FileExistsError):
+        sample.write_new(tmp_path / "00041-9.webp", b"yours")
+    assert (tmp_path / "00041-9.webp").read_bytes() == b"mine"
+
+
+def test_ctrl_c_keeps_the_finished_pictures(trained, tmp_path, monkeypatch):
+    whole, calls = sample.draw, []
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+    monkeypatch.setattr(sample, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(trained, tmp_path, "--prompt=red circle", "-n", "8", "--batch_size=2", "--steps=1")
+    assert len(list(tmp_path.glob("0*.png"))) == 4
+
+
+def test_latents_are_saved(trained, published, te_folder, tmp_path):
+    files = draw(trained, tmp_path / "a", "--prompt=red circle", "--latents_out")
+    latent = load_file(tmp_path / "a" / "00000-0.safetensors")["latent"]
+    assert np.array_equal(sample.to_uint8(latent[None])[0], files["00000-0.png"])
+    how = [f"--text_encoder={te_folder}", "--width=24", "--height=16", "--steps=1", "--latents_out"]
+    drawn = draw(published, tmp_path / "b", "--prompt=red circle", *how)["00000-0.png"]
+    latent = load_file(tmp_path / "b" / "00000-0.safetensors")["latent"]
+    assert latent.shape == (4, 8, 12)
+    decoded = sample.to_uint8(hdm.load_model(published)[1].decode(latent[None]))[0]
+    assert abs(decoded.astype(int) - drawn).max() <= 1
+
+
+def test_the_camera_moves_the_positions(trained, tmp_path, monkeypatch):
+    asked, whole = [], hdm.XUT.forward
+    def forward(self, x, t, ctx, **others):
+        asked.append(others)
+        return whole(self, x, t, ctx, **others)
+    monkeypatch.setattr(hdm.XUT, "forward", forward)
+    draw(trained, tmp_path, "--prompt=a", "--zoom=2", "--x_shift=0.5", "--y_shift=-0.25", "--steps=1",
+         "--width=24", "--height=16")
+    model, _, _ = hdm.load_model(trained)
+    p = model.config.patch_size
+    expected = (hdm.grid_positions(16 // p, 24 // p) + torch.tensor([-0.25, 0.5])) / 2
+    torch.testing.assert_close(asked[0]["pos"], expected)
+    torch.testing.assert_close(asked[0]["aspect"], torch.full((2,), math.log(1.5)))   # of the whole picture
+
+
+def test_long_prompts_and_odd_sizes_are_said(trained, tmp_path, capfd):
+    draw(trained, tmp_path, f"--prompt={phrase(10_000)}", "--steps=1")
+    assert "10000 tokens" in told(capfd)
+    for width, height, warned in ((16, 16, 0), (16, 24, 0), (24, 16, 0), (24, 24, 1), (8, 8, 1), (24, 8, 1)):
+        draw(trained, tmp_path, "--prompt=a", f"--width={width}", f"--height={height}", "--steps=1")
+        assert ("warning" in told(capfd)) == warned, (width, height)
+
+
+# ---- img2img, inpainting, sheets --------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory):
+    """A smooth picture of 32 x 24 pixels, lying on its side by EXIF, with a transparent corner."""
+    y, x = np.mgrid[:24, :32]
+    image = Image.fromarray(np.stack([8 * x, 10 * y, 255 - 4 * (x + y), 255 * (x + y > 3)], -1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    image.save(path, exif=exif)
+    return path
+
+
+def test_img2img_runs_the_last_steps_from_the_picture(trained, photo, tmp_path, monkeypatch):
+    asked, whole = [], hdm.XUT.forward
+    def forward(self, x, t, ctx, **others):
+        asked.append((x, t[0].item()))
+        return whole(self, x, t, ctx, **others)
+    monkeypatch.setattr(hdm.XUT, "forward", forward)
+    files = draw(trained, tmp_path, "--prompt=a", f"--init_image={photo}", "--strength=0.6", "--steps=8",
+                 "--cfg=1", "--shift=1")
+    assert files["00000-0.png"].shape == (32, 24, 3)         # upright; its own size, which the model can do
+    assert [t for _, t in asked] == pytest.approx([5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    noise = torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(0))
+    upright = torch.from_numpy(np.array(hdm.load_image(photo))).permute(2, 0, 1) / 127.5 - 1
+    assert close(asked[0][0][0], 5 / 8 * noise + 3 / 8 * upright)
+    sizes = [draw(trained, tmp_path / size, "--prompt=a", f"--init_image={photo}", "--steps=2",
+                  *(["--width=16", "--height=16"] * (size == "small"))) for size in ("small", "own")]
+    assert [one["00000-0.png"].shape for one in sizes] == [(16, 16, 3), (32, 24, 3)]
+
+
+def test_img2img_goes_through_the_vae(published, te_folder, photo, tmp_path, monkeypatch):
+    asked, whole = [], hdm.XUT.forward
+    def forward(self, x, t, ctx, **others):
+        asked.append((x, t[0].item()))
+        return whole(self, x, t, ctx, **others)
+    monkeypatch.setattr(hdm.XUT, "forward", forward)
+    drawn = draw(published, tmp_path, "--prompt=a", f"--text_encoder={te_folder}", f"--init_image={photo}",
+                 "--strength=0.25", "--steps=4", "--cfg=1")["00000-0.png"]
+    upright = torch.from_numpy(np.array(hdm.load_image(photo))).permute(2, 0, 1)[None] / 127.5 - 1
+    noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0))
+    latent = hdm.load_model(published)[1].encode(upright)
+    assert [t for _, t in asked] == [0.25] and close(asked[0][0], 0.25 * noise + 0.75 * latent)
+    assert drawn.shape == (32, 24, 3)
+
+
+@pytest.mark.parametrize("sampler", hdm.SAMPLERS)
+def test_inpainting_leaves_what_is_not_masked(trained, photo, sampler, tmp_path, monkeypatch):
+    upright = hdm.load_image(photo)
+    mask = Image.new("L", upright.size)
+    mask.paste(255, (5, 6, 15, 21))
+    mask.save(tmp_path / "mask.png")
+    asked, whole = [], hdm.XUT.forward
+    def forward(self, x, t, ctx, **others):
+        asked.append((x.clone(), t[0].item()))
+        return whole(self, x, t, ctx, **others)
+    monkeypatch.setattr(hdm.XUT, "forward", forward)
+    drawn = draw(trained, tmp_path, "--prompt=a", f"--init_image={photo}", f"--mask={tmp_path / 'mask.png'}",
+                 "--steps=5", "--strength=1", "--cfg=1", f"--sampler={sampler}", "-n", "2")
+    inside, source = np.asarray(mask) > 0, np.array(upright).astype(int)
+    known = torch.from_numpy(source).permute(2, 0, 1).float() / 127.5 - 1
+    for seed in (0, 1):
+        image = drawn[f"0000{seed}-{seed}.png"]
+        assert np.array_equal(image[~inside], source[~inside])
+        assert abs(image[inside] - source[inside]).mean() > 20
+        noise = torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(seed))
+        for x, t in asked:                                   # the known part is re-noised at every time
+            at = t * noise + (1 - t) * known
+            assert close(x[seed][:, ~inside], at[:, ~inside], 1e-4)
+
+
+def test_a_slightly_larger_picture_is_cut_not_scaled(trained, tmp_path):
+    wide = np.random.default_rng(0).integers(0, 256, (19, 35, 3), dtype=np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(np.zeros_like(wide)).save(tmp_path / "mask.png")                  # nothing is drawn anew
+    drawn = draw(trained, tmp_path / "a", "--prompt=a", f"--init_image={tmp_path / 'wide.png'}",
+                 f"--mask={tmp_path / 'mask.png'}", "--steps=2")["00000-0.png"]
+    assert np.array_equal(drawn, wide[1:17, 1:33])
+
+
+def test_a_sheet_has_a_cell_for_each_pair(trained, tmp_path):
+    files = draw(trained, tmp_path, "--prompt=red circle", "--sheet=steps=1,2,3;cfg=1,4")
+    found = [about(tmp_path / name) for name in files]
+    assert [(one["steps"], one["cfg"]) for one in found] == [(n, cfg) for n in (1, 2, 3) for cfg in (1, 4)]
+    sheet = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+    scale, (left, top) = 128 // 16, (7 * len("steps=1"), 14)
+    for i, image in enumerate(files.values()):
+        y, x = top + 2 + i // 2 * 130, left + 2 + i % 2 * 130
+        assert np.array_equal(sheet[y:y + 128, x:x + 128], image.repeat(scale, 0).repeat(scale, 1))
+    assert (sheet[:, :left] < 128).any() and (sheet[:top] < 128).any()                # labels
+
+
+def test_a_sheet_of_checkpoints_and_seeds(trained, tmp_path):
+    runs = [str(path) for path in hdm.list_checkpoints(trained)[-2:]]
+    files = draw(trained, tmp_path, "--prompt=red circle", f"--sheet=seed=4,5;ckpt={','.join(runs)}")
+    assert [(about(tmp_path / name)["ckpt"], name) for name in files] == [
+        (runs[0], "00000-4.png"), (runs[1], "00001-4.png"), (runs[0], "00002-5.png"), (runs[1], "00003-5.png")]
+    alone = draw(runs[1], tmp_path / "alone", "--prompt=red circle", "--seed=5")["00000-5.png"]
+    assert np.array_equal(files["00003-5.png"], alone)
+    assert not np.array_equal(files["00002-5.png"], files["00003-5.png"])
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_prompts_are_dealt_over_processes(trained, tmp_path, ranks):
+    words = [word for prompt in ("red circle", "blue square", "green") for word in ("--prompt", prompt)]
+    plain = draw(trained, tmp_path / "a", *words, "-n", "1", "--seed=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+         str(HERE / "sample.py"), "--ckpt", str(trained), *words, "--seed=2", "--out=b"],
+        cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, image in plain.items():
+        assert abs(np.asarray(Image.open(tmp_path / "b" / name)).astype(int) - image).max() <= 1
+    grids = [np.asarray(Image.open(tmp_path / place / "grid.png")).astype(int) for place in "ab"]
+    assert abs(grids[0] - grids[1]).max() <= 1
+
+
 # ---- Every file people have ------------------------------------------------------------------------------
 
 STEM, WHOLE = "diffusion_pytorch_model", published_tensors()
@@ -3271,6 +3691,12 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     shutil.copytree(place / "data", shelf / "data")
     (shelf / "cut_index").mkdir()
     (shelf / "cut_index" / "index.json").write_text("{")
+    (shelf / "lines.txt").write_text("red circle\nblue square --stpes=3\n")
+    Image.new("RGB", (20, 24)).save(shelf / "photo.png")
+    Image.new("RGB", (8, 9)).save(shelf / "other.png")
+    edited = PngInfo()
+    edited.add_text("hdm", '{"steps": "few", "model_hash": ""}')
+    Image.new("RGB", (8, 9)).save(shelf / "edited.png", pnginfo=edited)
     return shelf
 
 
@@ -3366,6 +3792,33 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@run --steps=few", "--steps=few"),
     ("sample.py --prompt=a --ckpt=@run --cfg=nan", "--cfg=nan"),
     ("sample.py --prompt=a --ckpt=@run --num_images=0", "--num_images=0"),
+    ("sample.py --prompt=a --ckpt=@run -n 0", "--num_images=0"),
+    ("sample.py --prompt=a --ckpt=@run --sampler=ddim", "--sampler=ddim euler"),
+    ("sample.py --prompt=a --ckpt=@run --width=-8", "-8 4 multiple"),
+    ("sample.py --prompt=a --ckpt=@run --zoom=0", "--zoom=0"),
+    ("sample.py --prompt=a --ckpt=@run --tread_uncond=1", "--tread_uncond=1"),
+    ("sample.py --prompt=a --ckpt=@run --cfg_low=2", "--cfg_low=2"),
+    ("sample.py --prompt=a --ckpt=@run --mask=@file", "--mask=@file --init_image"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=nowhere.png", "nowhere.png"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@file", "@file"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@file", "@file"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@other.png", "@other.png 8x9 20x24"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0", "--strength=0"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 24"),
+    ("sample.py --prompt=a --ckpt=@run --file_type=gif", "--file_type=gif png"),
+    ("sample.py --from_image=nowhere.png", "nowhere.png"),
+    ("sample.py --from_image=@file", "@file"),
+    ("sample.py --from_image=@photo.png", "@photo.png settings"),
+    ("sample.py --from_image=@edited.png", "@edited.png"),
+    ("sample.py --prompt=a --ckpt=@run --sheet=stps=1,2", "'stps' 'steps'"),
+    ("sample.py --prompt=a --ckpt=@run --sheet=steps=1,few", "few"),
+    ("sample.py --prompt=a --ckpt=@run --sheet=steps=1;cfg=1;seed=1", "--sheet=steps=1;cfg=1;seed=1 two"),
+    ("sample.py --prompt=a --ckpt=@run -n 2 --sheet=steps=1,2", "--sheet=steps=1,2 one"),
+    ("sample.py --prompts=@lines.txt --ckpt=@run", "'stpes' 'steps'"),
+    ("sample.py --ckpt=@run --slots={", "--slots={"),
+    ("sample.py --ckpt=@run --slots=@lines.txt", "@lines.txt"),
+    ('sample.py --ckpt=@run --slots={"artits":"a"}', "'artits' 'artist'"),
+    ("sample.py --prompt=a --ckpt=@run,@run", "@run,@run"),
     ("sample.py --prompt=a --ckpt=@run --batch_size=0", "--batch_size=0"),
     ("sample.py --prompt=a --ckpt=@run --seed=-2", "--seed=-2 -1"),
     ("sample.py --prompt=a --ckpt=@run --device=cuda", "--device=cuda --device=cpu"),
