@@ -95,6 +95,12 @@ LIMITS = dict(  # both allowed
     tread_uncond=(0, 0.999))
 SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}         # AUTOMATIC1111's
 FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
+TIPO = "KBlueLeaf/TIPO-200M-ft"    # a LLaMA that was trained on tags and captions of the same pictures
+TIPO_TOKENS = 512                  # at most, of its words
+ENDING = dict(                     # tags that end a prompt: a guess at the common ones
+    quality="masterpiece, best quality, high quality, low quality, worst quality",
+    rating="safe, sfw, general, sensitive, questionable, nsfw, explicit",
+    meta="absurdres, highres, lowres, newest, recent")
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------
@@ -124,11 +130,17 @@ def fill_slots(template, slots):
     for name in slots:
         hdm.check_name(f"--slots: {name}", name, known, "slot in --format")
     for name, between in re.findall(r"<\|(.+?)\|>([^<]*)", template):
-        words = str(slots.get(name, "")).strip().rstrip(",.")
+        words = slots.get(name, "").strip().rstrip(",.")
         if name != "natural language":                       # in its words underscores would be meant
             words = hdm.parse_caption(words.replace(",", "$$"), spaces=True)
         text += words + between if words else ""
     return text.rstrip(", ")
+
+
+def read_slots(text):
+    with hdm.naming(f"--slots={text}", 'neither a json file nor json such as {"artist": "..."}'):
+        text = text if text.lstrip().startswith("{") or not text else Path(text).read_text(encoding="utf-8")
+        return {name: str(words) for name, words in json.loads(text or "{}").items()}
 
 
 def read_jobs(s, p):
@@ -140,10 +152,7 @@ def read_jobs(s, p):
         lines += [prompt_line(line.strip(), p) for line in text.splitlines()
                   if line.strip() and not line.lstrip().startswith("#")]
     if s.slots:
-        with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
-            text = s.slots if s.slots.lstrip().startswith("{") else Path(s.slots).read_text(encoding="utf-8")
-            slots = dict(json.loads(text))
-        lines.append((fill_slots(s.format, slots), p))
+        lines.append((fill_slots(s.format, read_slots(s.slots)), p))
         print(f"prompt: {lines[-1][0]}")
     if not lines:
         raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
@@ -160,10 +169,70 @@ def read_jobs(s, p):
             seed = gather(random.SystemRandom().randrange(2 ** 32))[0]
             print(f"seed {seed}: {prompt}")
         prompt, negative = (re.sub(r"\\([()])", r"\1", text).encode(errors="replace").decode()
-                            for text in (prompt, p.negative_prompt))                  # argv can hold any bytes
+                            for text in (prompt, p.negative_prompt))         # argv can hold any bytes
         p = replace(p, negative_prompt=negative, num_images=1)
         jobs += [(prompt, replace(p, seed=seed + i)) for i in range(n)]
     return jobs
+
+
+def tipo_request(prompt, p, slots):
+    """-> the text that TIPO goes on with; the prompt, in HDM's order, before its words and behind them."""
+    kinds = {tag.strip(): name for name, tags in (*ENDING.items(), *slots.items())
+             for tag in tags.lower().replace("_", " ").split(",")}
+    parts = {}
+    for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", prompt))):
+        sentence = len(tag.split()) > 4                      # a guess
+        parts.setdefault("long" if sentence else kinds.get(tag.lower(), "tag"), []).append(tag)
+    def of(*names):
+        return ", ".join(tag for name in names for tag in parts.get(name, []))
+    lines = {"rating": of("rating"), "artist": of("artist"), "characters": of("characters"),
+             "copyrights": of("series"), "quality": of("quality"),
+             "aspect_ratio": f"{p.width / p.height:.3f}", "target": "<|long|> <|tag_to_long|>",
+             "tag": of("special", "tag", "general"), "long": of("natural language", "long")}
+    text = "\n".join(f"{name}: {value}".rstrip() for name, value in lines.items() if value or name == "long")
+    before = of("special", "characters", "series", "artist", "tag", "general", "natural language", "long")
+    return text, before, of(*ENDING)
+
+
+def load_tipo(name):
+    """-> expand(prompt, p, slots): the prompt with what TIPO (arXiv 2411.08127) adds to it, or as it was.
+
+    name: hub id or folder of a causal LM with its tokenizer. On the CPU, in float32: a prompt and a seed get
+    the same words on any device. Tags of the negative prompt are not among them.
+    """
+    import transformers
+    name = TIPO if name is True else name
+    with hdm.naming(name, "no causal LM and tokenizer to be had for --tipo"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    ends = [i for i in range(len(tokenizer)) if i == tokenizer.eos_token_id or "\n" in tokenizer.decode([i])]
+
+    def expand(prompt, p, slots):
+        request, before, after = tipo_request(prompt, p, slots)
+        banned = [tag.strip() for tag in p.negative_prompt.replace("_", " ").split(",") if tag.strip()]
+        forms = {case(tag).replace(" ", joint) for tag in banned for joint in " _"
+                 for case in (str, str.lower, str.capitalize)}
+        ids = [tokenizer(form, add_special_tokens=False)["input_ids"]
+               for form in (*forms, *(f" {form}" for form in forms))]
+        config = transformers.GenerationConfig(              # as TIPO's authors advise
+            do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
+            max_new_tokens=TIPO_TOKENS, bad_words_ids=ids or None, eos_token_id=ends, pad_token_id=ends[0])
+        inputs = tokenizer(request, return_tensors="pt")
+        with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
+            torch.manual_seed(p.seed)
+            output = model.generate(**inputs, generation_config=config)[0]
+        asked = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+        reply = tokenizer.decode(output, skip_special_tokens=True)[len(asked):].partition("\n")[0].strip()
+        # A tag can also be spelt with other tokens than the tokenizer's: its sentence goes, and what follows.
+        spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
+        if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
+            reply = reply[:reply.rfind(".", 0, match.start()) + 1]
+        if not reply:
+            print(f"--tipo: nothing to add to: {prompt}")
+            return prompt
+        joint = " " if request.rsplit("long:", 1)[1] else ", "
+        return f"{before}{joint * bool(before)}{reply.rstrip('.')}. {after}".strip()
+    return expand
 
 
 # ---- the text in a picture's file --------------------------------------------------------------------------
@@ -512,6 +581,11 @@ def main(argv):
                 if p.ckpt == ckpt]
         for p in {(p.width, p.height): p for _, _, p in todo}.values():
             advise(p, settings["image_size"])
+        if s.tipo:
+            expand, slots = load_tipo(s.tipo), read_slots(s.slots)
+            todo = [(i, expand(prompt, p, slots), p) for i, prompt, p in todo]
+            print("\n".join(f"prompt: {prompt}" for _, prompt, _ in todo))
+            del expand
         te = hdm.load_text_encoder(settings, device, dtype)
         texts = encode_texts(te, todo)
         for text in texts:

@@ -44,6 +44,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.gettempdir() + "/hdm-test
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save, save_file
@@ -3426,6 +3427,137 @@ def test_prompts_are_dealt_over_processes(trained, tmp_path, ranks):
     assert abs(grids[0] - grids[1]).max() <= 1
 
 
+# ---- TIPO ------------------------------------------------------------------------------------------------
+
+def make_llama(folder, kind, longest=1024):
+    """Saves a tiny random LLaMA that says WORDS and full stops. Its tokenizer is BPE, on bytes or, as
+    LLaMA's, on words that begin with U+2581, where a character that is no token is its bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    special = ["<s>", "</s>", "<unk>"]
+    if kind == "bytes":
+        tokenizer, alphabet = Tokenizer(models.BPE()), sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder, space = decoders.ByteLevel(), "Ġ"
+    else:
+        tokenizer, alphabet = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>")), []
+        tokenizer.pre_tokenizer, space = pre_tokenizers.Metaspace(prepend_scheme="first"), "▁"
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                               decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.train_from_iterator([f". {first} {second}" for first in WORDS for second in WORDS],
+                                  trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet,
+                                                      vocab_size=1000, show_progress=False))
+    if kind == "words":                                      # bytes would be special tokens to the trainer
+        trained = json.loads(tokenizer.to_str())["model"]
+        tokens = special + [f"<0x{byte:02X}>" for byte in range(256)] + list(trained["vocab"])[len(special):]
+        tokenizer.model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, byte_fallback=True,
+                                     merges=list(map(tuple, trained["merges"])), unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
+                            unk_token="<unk>").save_pretrained(folder)
+    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=64,
+                         num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=longest,
+                         bos_token_id=0, eos_token_id=1)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        said = [tokenizer.token_to_id(token) for token in [space + word for word in WORDS] + ["."]]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[said] = torch.randn(len(said), 32) / 4
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["bytes", "words"])
+def llama(request, tmp_path_factory):
+    return make_llama(tmp_path_factory.mktemp("llama"), request.param)
+
+
+@pytest.fixture
+def say(llama, monkeypatch):
+    """say(prompt, ...) -> what TIPO makes of it; it may add 24 tokens, which is soon done."""
+    monkeypatch.setattr(sample, "TIPO_TOKENS", 24)
+    expand = sample.load_tipo(str(llama))
+    def say(prompt, slots={}, seed=0, negative=""):
+        return expand(prompt, sample.Picture(width=3, height=2, seed=seed, negative_prompt=negative), slots)
+    return say
+
+
+def test_tipo_says_the_same_for_the_same_seed_and_draws_nothing_that_others_miss(say):
+    state = torch.get_rng_state()
+    texts = [say("1girl, safe", seed=seed) for seed in (0, 1, 2, 0)]
+    assert texts[0] == texts[3] and len(set(texts)) == 3 and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("prompt, before, after", [
+    ("1girl, long_hair, ^_^, masterpiece, safe", "1girl, long hair, ^_^, ", "masterpiece, safe"),
+    ("highres, rain", "rain, ", "highres"), ("", "", ""), ("rain,", "rain, ", ""),
+    ("safe, a girl stands in the rain, rain", "rain, a girl stands in the rain ", "safe")])
+def test_tipo_keeps_the_words_of_the_prompt(say, prompt, before, after):
+    text = say(prompt)
+    assert text.startswith(before) and text.endswith(after)
+    added = text[len(before):len(text) - len(after)].split()
+    assert len(added) > 8 and all(word.strip(".") in ("", *WORDS) for word in added)
+
+
+def test_what_tipo_reads():
+    """The keys in their order, none without a value; the sentence is left open."""
+    slots = {"artist": "wlop", "series": "vocaloid", "characters": "hatsune miku", "special": "1girl"}
+    prompt = "1girl, hatsune_miku, vocaloid, wlop, long_hair, ^_^, masterpiece, best quality, safe, highres"
+    request = ("rating: safe\nartist: wlop\ncharacters: hatsune miku\ncopyrights: vocaloid\n"
+               "quality: masterpiece, best quality\naspect_ratio: 1.462\n"
+               "target: <|long|> <|tag_to_long|>\ntag: 1girl, long hair, ^_^\nlong:")
+    p = sample.Picture(width=1216, height=832)
+    assert sample.tipo_request(prompt, p, slots)[0] == request
+    assert sample.tipo_request(prompt + ", she stands in the rain", p, slots)[0] == (
+        request + " she stands in the rain")
+    assert sample.tipo_request("1girl,rain", sample.Picture(width=8, height=8), {})[0] == (
+        "aspect_ratio: 1.000\ntarget: <|long|> <|tag_to_long|>\ntag: 1girl, rain\nlong:")
+
+
+def test_tipo_never_says_a_tag_of_the_negative_prompt(say):
+    """One word or two, which it says if it may, in any spelling; and it goes on saying others."""
+    words = re.findall(r"\w+", say("1girl").removeprefix("1girl, "))
+    for tag in (words[0], words[3], " ".join(words[2:4])):
+        for negative in (tag, f"worst quality,{tag.upper().replace(' ', '_')} , "):
+            text = say("1girl", negative=negative)
+            assert not re.search(rf"\b{tag}\b", text) and len(text.split()) > 2, (tag, text)
+
+
+def test_a_tag_spelt_otherwise_ends_the_reply(tmp_path, monkeypatch):
+    """Letter by letter, not with the tokenizer's own tokens: its sentence goes, and what follows."""
+    llama = make_llama(tmp_path, "bytes")
+    expand = sample.load_tipo(str(llama))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    def generate(self, input_ids, **options):
+        return torch.cat([input_ids, torch.tensor([spelt])], dim=1)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    p = sample.Picture(width=1, height=1, negative_prompt="red_circle")
+    for reply, text in ((" a square. on Red circle. large.", "1girl, a square."), (" a red circle.", "1girl"),
+                        (" a red circles.", "1girl, a red circles."), (" a_red_circle.", "1girl"),
+                        (" square\nnl: x", "1girl, square.")):
+        spelt = [tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in reply]
+        assert expand("1girl", p, {}) == text
+
+
+def test_the_settings_of_tipo_are_those_that_its_authors_advise(llama, monkeypatch):
+    seen = []
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate",
+                        lambda self, input_ids, generation_config, **_: seen.append(generation_config) or input_ids)
+    p = sample.Picture(width=1, height=1)
+    assert sample.load_tipo(str(llama))("1girl", p, {}) == "1girl"
+    names = "do_sample temperature top_p min_p top_k repetition_penalty max_new_tokens".split()
+    assert [getattr(seen[0], name) for name in names] == [True, 0.35, 0.95, 0.1, 60, 1.17, 512]
+
+
+def test_tipo_through_the_command_line(llama, trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sample, "TIPO_TOKENS", 24)
+    how = ["--prompt=red circle, safe", f"--tipo={llama}", "--steps=1", "--seed=3"]
+    draw(trained, tmp_path, *how)
+    prompt = about(tmp_path / "00000-3.png")["prompt"]
+    assert prompt.startswith("red circle, ") and prompt.endswith(". safe") and len(prompt) > 30
+    assert f"prompt: {prompt}" in told(capfd)
+
+
 # ---- Every file people have ------------------------------------------------------------------------------
 
 STEM, WHOLE = "diffusion_pytorch_model", published_tensors()
@@ -3819,6 +3951,9 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --ckpt=@run --slots=@lines.txt", "@lines.txt"),
     ('sample.py --ckpt=@run --slots={"artits":"a"}', "'artits' 'artist'"),
     ("sample.py --prompt=a --ckpt=@run,@run", "@run,@run"),
+    ("sample.py --prompt=a --ckpt=@run --tipo=nowhere", "nowhere --tipo"),
+    ("sample.py --prompt=a --ckpt=@run --tipo=@empty", "@empty --tipo"),
+    ("sample.py --prompt=a --ckpt=@run --tipo", "KBlueLeaf/TIPO-200M-ft --tipo"),
     ("sample.py --prompt=a --ckpt=@run --batch_size=0", "--batch_size=0"),
     ("sample.py --prompt=a --ckpt=@run --seed=-2", "--seed=-2 -1"),
     ("sample.py --prompt=a --ckpt=@run --device=cuda", "--device=cuda --device=cpu"),
