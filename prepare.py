@@ -8,7 +8,7 @@
     python prepare.py judge --ckpt=out/demo --grid=grid.png  # how many unseen captions are drawn right
 
 In order: the settings; what the demo shows; its data set; the text encoder; captioned images as they lie on
-people's disks; the index; the order of training; the cache of latents; the dry run; the judge; commands.
+people's disks; the index; the cache of latents; the dry run; the judge; commands.
 """
 import bisect
 import contextlib
@@ -170,7 +170,7 @@ def make_demo(settings):
     order = np.random.default_rng(settings.seed).permutation(len(seen))
     with whole_folder(out) as pictures, whole_folder(out + "_te") as encoder:
         # From all 352 captions, not from those drawn: a demo of 20 pictures, too, has one token per word.
-        make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
+        hdm.make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
         for i in range(settings.count):
             rng = np.random.default_rng((settings.seed, i))
             words = seen[order[i % len(seen)]]
@@ -185,46 +185,13 @@ def make_demo(settings):
 
 
 # ---- the text encoder -------------------------------------------------------------------------------------
-def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0):
-    """Saves to the folder `out` a byte-level BPE tokenizer trained on `captions` and a tiny random Qwen3, as
-    AutoTokenizer and AutoModel load them: the path of a real encoder without its download or its knowledge (a
-    word that stands in no caption means nothing)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # here: slow to import
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, logging
-    logging.disable_progress_bar()  # it would write "Writing model shards" over our own lines
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    # All 256 bytes are tokens, so that any text can be encoded, emoji too, whatever the captions held.
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right",
-                            clean_up_tokenization_spaces=False).save_pretrained(out)
-    config = Qwen3Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=dim, intermediate_size=2 * dim,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=dim // 4,
-                         pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = Qwen3Model(config)
-        # Nothing is trained here, so the scales decide what a state says. Where layers keep the size of what
-        # they read (1 / sqrt(fan in)), embeddings of std 2 make it mostly its own word, a bit those before.
-        # Mean cosine of the states of one shape word in two captions | of two shape words, over the 384 (this
-        # function, 2026): std 0.5: 0.57 | 0.16; 2: 0.92 | -0.01; 8: 1.00 | -0.05; all at Qwen3's 0.02: 0.59 |
-        # 0.28. In each case a linear probe on the last token's state finds all four attributes.
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=2.0 if name == "embed_tokens.weight" else weight.shape[1] ** -0.5)
-    model.save_pretrained(out)
-
-
 def text_encoder(source, settings):
     if settings.vocab < 257:
         raise hdm.UserError(f"--vocab={settings.vocab}: at least 257")
     index = open_index(source)
     captions = [re.sub(f"{OR}|{BESIDE}", " $$ ", index[i].caption) for i in range(len(index))]
     with whole_folder(settings.out) as out:
-        make_text_encoder(map(hdm.parse_caption, captions), out, settings.vocab, seed=settings.seed)
+        hdm.make_text_encoder(map(hdm.parse_caption, captions), out, settings.vocab, seed=settings.seed)
     print(f"a text encoder for the words of {len(captions)} captions in {settings.out}")
 
 
@@ -611,65 +578,6 @@ def open_index(data):
     return build_index([(str(data), 1.0)], DataSettings())
 
 
-# ---- the order of training ---------------------------------------------------------------------------------
-def shuffled(i, n, *key):
-    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel
-    network over the cells of a grid; from a cell past n it walks on."""
-    rows = math.isqrt(n - 1) + 1
-    columns = -(-n // rows)
-    def number(*words):
-        return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
-    while True:
-        row, column = divmod(i, columns)
-        for turn in range(4):
-            row = (row + number(turn, column)) % rows
-            column = (column + number(turn, row, "row")) % columns
-        i = row * columns + column
-        if i < n:
-            return i
-
-
-class Epochs:
-    """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
-    weight says; of weights with fractions some stand once more, drawn anew each time."""
-
-    def __init__(self, parts, seed):
-        self.parts, self.seed = parts, seed      # [(first record, number, weight)]
-        self.pictures = sum(number for _, number, _ in parts)
-        self.length = sum(number * weight for _, number, weight in parts)  # on average
-
-    def start(self, epoch):
-        """The stream's item at which an epoch starts."""
-        return sum(int(number * weight * epoch) for _, number, weight in self.parts)
-
-    def next_epoch(self, i):
-        """The first epoch that starts at item i or later."""
-        return bisect.bisect_left(range(2 + int((i + len(self.parts)) / self.length)), i, key=self.start)
-
-    def __getitem__(self, i):
-        """-> epoch, which copy of the record in it, the record's number."""
-        epoch = self.next_epoch(i + 1) - 1
-        index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
-        for first, number, weight in self.parts:
-            places = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
-            if index < places:
-                copy, index = divmod(index, number)
-                if copy == int(weight):                      # the fraction's: as many as there are, drawn
-                    index = shuffled(index, number, self.seed, epoch, first)
-                return epoch, copy, first + index
-            index -= places
-
-
-def draw_caption(text, rng, s):
-    """One of a record's captions by the grammar (hdm.parse_caption), with the run's settings s; rng None: the
-    first one, with all its tags."""
-    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
-    texts = texts.split(OR)
-    text = hdm.parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
-                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
-    return ", ".join(part for part in (before, text, after) if part)
-
-
 # ---- the cache of latents ----------------------------------------------------------------------------------
 SHARD = 512                                      # pictures in a file; a kill loses at most these
 
@@ -773,7 +681,7 @@ def encode_latents(s, vae, device, rank, ranks):
 def dry_run(index, s, tokenizer):
     """Prints what is in an index; OUT.png shows 48 pictures with the crops and captions of training."""
     import train                                 # which imports this file
-    n, places = len(index), Epochs(index.split(0.0)[0], 0)
+    n, places = len(index), train.Epochs(index.split(0.0)[0], 0)
     sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
     print(f"{n:,} pictures, {index.records['length'].sum() / 1e9:.3f} GB; {places.length:,.0f} to an epoch")
     for what, values, edges in (("width / height", sides[0] / sides[1], [0.5, 0.75, 1, 1.01, 1.34, 2.01]),
@@ -783,7 +691,7 @@ def dry_run(index, s, tokenizer):
     cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
     some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
-    texts = [draw_caption(index[i].caption, None, train.Data) for i in some]
+    texts = [train.draw_caption(index[i].caption, None, train.Data) for i in some]
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
           f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "

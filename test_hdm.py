@@ -435,7 +435,7 @@ WORDS = "a large small red green blue yellow circle square triangle on navy pink
 def te_folder(tmp_path_factory):
     """A text encoder for WORDS, each of them one token: a tokenizer and a tiny random Qwen3."""
     folder = tmp_path_factory.mktemp("text_encoder")
-    prepare.make_text_encoder([f"{first} {second}" for first in WORDS for second in WORDS], folder, dim=32)
+    hdm.make_text_encoder([f"{first} {second}" for first in WORDS for second in WORDS], folder, dim=32)
     return folder
 
 
@@ -1189,7 +1189,7 @@ def stream(data, training=True, pos="long_side", latents=None, **settings):
     s = SimpleNamespace(**defaults | TINY | dict(validation=0.0) | settings)
     index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
     parts, held = index.split(s.validation)
-    places = prepare.Epochs(parts, s.seed) if training else held or list(range(len(index)))
+    places = train.Epochs(parts, s.seed) if training else held or list(range(len(index)))
     channels, factor = (4, 2) if s.vae else (3, 1)
     config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
     return train.Samples(index, places, latents, s, config, factor, training)
@@ -2357,10 +2357,10 @@ def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
     options = dict(sidecar=".nl.txt", sidecar_place=place, caption_lines="choose")
     for source, inner in (("f", ""), ("t", "t.tar/")):
         found, report = scanned(tmp_path / source, **options)
-        drawn = {name: prepare.draw_caption(text, None, train.Data) for name, text in found.items()}
+        drawn = {name: train.draw_caption(text, None, train.Data) for name, text in found.items()}
         assert drawn == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
         s = SimpleNamespace(**vars(train.Data) | dict(tag_separator=","))  # what is beside it stays
-        text = prepare.draw_caption(found[inner + "a.png"], random.Random(0), s)
+        text = train.draw_caption(found[inner + "a.png"], random.Random(0), s)
         assert (text.startswith if place == "before" else text.endswith)("some words, a $$ b")
     sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
     beside = {str(tmp_path / "f" / name) for name in files if name in ("a.txt", "a.nl.txt")}
@@ -2372,7 +2372,7 @@ def test_a_sidecar_beside_a_tables_image(tmp_path):
     write_files(tmp_path, {"metadata.jsonl": '{"file_name": "a.png", "tags": "x, y"}',
                            "a.png": PNG, "a.nl.txt": "words"})
     found, report = scanned(tmp_path, sidecar=".nl.txt")
-    assert prepare.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
+    assert train.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
     one, = scan(tmp_path, sidecar=".nl.txt")
     assert one.texts == (str(tmp_path / "metadata.jsonl"), str(tmp_path / "a.nl.txt"))
     assert one.stamp == prepare.stamp_of(one.file, *one.texts)
@@ -2411,7 +2411,7 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
                            "3.nl.txt", "4.png", "4.txt", "new.png", "new.caption"}
     assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == {
         "1.png", "2.png", "3.png", "4.png", "new.png", "gone.png"}
-    assert (prepare.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
+    assert (train.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
         "new caption, x", 9)
     moved = Path(shutil.copytree(tmp_path, tmp_path.with_name("moved")))              # copies keep the times
     assert all(one.file.startswith(str(moved)) for one in scan(moved, sidecar=".nl.txt", known=known))
@@ -2458,18 +2458,18 @@ def test_what_a_run_reads_follows_its_settings(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
 def test_an_order_is_a_permutation_for_each_key(n):
-    orders = [[prepare.shuffled(i, n, key) for i in range(n)] for key in range(3)]
+    orders = [[train.shuffled(i, n, key) for i in range(n)] for key in range(3)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert n < 10 or orders[0] != orders[1] != orders[2]
 
 
 def test_short_orders_are_all_as_likely():
-    counts = collections.Counter(tuple(prepare.shuffled(i, 4, key) for i in range(4)) for key in range(7200))
+    counts = collections.Counter(tuple(train.shuffled(i, 4, key) for i in range(4)) for key in range(7200))
     assert len(counts) == 24 and 230 < min(counts.values()) and max(counts.values()) < 370      # 300 +- 17
 
 
 def test_an_order_of_ten_millions_is_random():
-    epochs = prepare.Epochs([(0, 10_000_000, 1.0)], seed=0)
+    epochs = train.Epochs([(0, 10_000_000, 1.0)], seed=0)
     starts = (0, 10_000_000)
     first, second = (np.array([epochs[i][2] for i in range(start, start + 20_000)]) for start in starts)
     apart = abs(np.diff(first)).mean() / 10_000_000          # of 20,000: a standard deviation of 0.0017
@@ -2481,7 +2481,7 @@ def test_an_order_of_ten_millions_is_random():
 def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
     """Whole copies each time, fractions drawn anew: over ten epochs exactly, in one epoch to within one."""
     parts = [(0, 7, 1.0), (7, 5, 3.0), (12, 10, 0.25), (22, 6, 1.5), (28, 1, 0.1)]
-    epochs = prepare.Epochs(parts, seed=3)
+    epochs = train.Epochs(parts, seed=3)
     items = [epochs[i] for i in range(epochs.start(20))]
     assert [epoch for epoch, _, _ in items] == sorted(epoch for epoch, _, _ in items)
     drawn = collections.defaultdict(set)
@@ -2502,7 +2502,7 @@ def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
 
 
 def test_global_batches_run_over_the_ends_of_epochs_and_each_epoch_is_whole():
-    epochs = prepare.Epochs([(0, 200, 1.0)], seed=0)         # with a global batch of 512, for five steps
+    epochs = train.Epochs([(0, 200, 1.0)], seed=0)         # with a global batch of 512, for five steps
     items = [epochs[i] for i in range(512 * 5)]
     for epoch in range(12):
         assert sorted(number for e, _, number in items if e == epoch) == list(range(200))
@@ -2512,7 +2512,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the ten thousand records that are read at random."""
     n = 10_000_000
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
-    epochs = prepare.Epochs([(0, n, 1.0)], 0)
+    epochs = train.Epochs([(0, n, 1.0)], 0)
     with open(tmp_path / "text.bin", "wb") as file:
         for i in range(10_000):
             file.seek(i * 2_000_000)                         # 20 GB
@@ -2525,13 +2525,13 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     (tmp_path / "read.py").write_text(f"""
 import re, sys, time
 sys.path.insert(0, {str(HERE)!r})
-import prepare
+import prepare, train
 def private():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000
 before, clock = private(), time.perf_counter()
 index = prepare.Index.open(sys.argv[1])
 opened = time.perf_counter() - clock
-epochs = prepare.Epochs(index.split(0.0)[0], 0)
+epochs = train.Epochs(index.split(0.0)[0], 0)
 for i in range(10_000):
     assert index[epochs[i][2]].caption == f"caption {{i}}"
 print(len(index), opened, private() - before)
@@ -3267,7 +3267,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     (shelf / "cut.safetensors").write_bytes(published.read_bytes()[:5000])
     save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
     save_file(published_tensors(vae=False), shelf / "no_vae.safetensors")
-    prepare.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
+    hdm.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
     shutil.copytree(place / "data", shelf / "data")
     (shelf / "cut_index").mkdir()
     (shelf / "cut_index" / "index.json").write_text("{")
@@ -3610,7 +3610,7 @@ def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
     from transformers import AutoModel, AutoTokenizer
     captions = [prepare.CAPTION.format(*words) for words in prepare.COMBINATIONS]
     state = torch.get_rng_state()
-    prepare.make_text_encoder(captions, tmp_path)
+    hdm.make_text_encoder(captions, tmp_path)
     assert torch.equal(state, torch.get_rng_state())
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
     for text in ("naïve 日本 🦊👩‍👩‍👧", " two  spaces, don 't . \n\t", "<pad>", "\x00 \u202e"):

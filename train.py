@@ -6,10 +6,11 @@
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
 
-In order: settings; data; checkpoints and log; the model; train, a flat loop; main.
+In order: settings; the data and their order; checkpoints and log; the model; train, a flat loop; main.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
 epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -35,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import hdm
-from prepare import Epochs, Latents, draw_caption, open_index
+from prepare import BESIDE, OR, Latents, open_index
 from sample import catch_signals, gather, generate_dealt, image_grid, plot, read_metrics, tracker
 
 
@@ -133,7 +134,55 @@ def read_settings(argv, ranks=1):
     return s, given
 
 
-# ---- Data ------------------------------------------------------------------------------------------------
+# ---- Data and their order --------------------------------------------------------------------------------
+
+def shuffled(i, n, *key):
+    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel
+    network over the cells of a grid; from a cell past n it walks on."""
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    def number(*words):
+        return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
+    while True:
+        row, column = divmod(i, columns)
+        for turn in range(4):
+            row = (row + number(turn, column)) % rows
+            column = (column + number(turn, row, "row")) % columns
+        i = row * columns + column
+        if i < n:
+            return i
+
+
+class Epochs:
+    """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
+    weight says; of weights with fractions some stand once more, drawn anew each time."""
+
+    def __init__(self, parts, seed):
+        self.parts, self.seed = parts, seed      # [(first record, number, weight)]
+        self.pictures = sum(number for _, number, _ in parts)
+        self.length = sum(number * weight for _, number, weight in parts)  # on average
+
+    def start(self, epoch):
+        """The stream's item at which an epoch starts."""
+        return sum(int(number * weight * epoch) for _, number, weight in self.parts)
+
+    def next_epoch(self, i):
+        """The first epoch that starts at item i or later."""
+        return bisect.bisect_left(range(2 + int((i + len(self.parts)) / self.length)), i, key=self.start)
+
+    def __getitem__(self, i):
+        """-> epoch, which copy of the record in it, the record's number."""
+        epoch = self.next_epoch(i + 1) - 1
+        index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
+        for first, number, weight in self.parts:
+            places = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
+            if index < places:
+                copy, index = divmod(index, number)
+                if copy == int(weight):                      # the fraction's: as many as there are, drawn
+                    index = shuffled(index, number, self.seed, epoch, first)
+                return epoch, copy, first + index
+            index -= places
+
 
 def open_data(s):
     """-> the Index of s.data, its training stream, the held-out records, an identity of all these."""
@@ -152,6 +201,16 @@ def open_data(s):
     if len(set(gather((identity, str(s.resume))))) > 1:
         raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
     return index, Epochs(parts, s.seed), held, identity
+
+
+def draw_caption(text, rng, s):
+    """One of a record's captions by the grammar (hdm.parse_caption), with the run's settings s; rng None: the
+    first one, with all its tags."""
+    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
+    texts = texts.split(OR)
+    text = hdm.parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
+                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
+    return ", ".join(part for part in (before, text, after) if part)
 
 
 class Samples(Dataset):
