@@ -24,17 +24,16 @@ import re
 import shutil
 import tarfile
 import tempfile
-import textwrap
 import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -343,18 +342,16 @@ def groups(top, report):
     seen = set()                                 # links may run in circles
     for folder, below, names in os.walk(top, followlinks=True,
                                         onerror=lambda error: report.add("unreadable", error.filename)):
-        info = os.stat(folder)
         below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        if (info.st_dev, info.st_ino) in seen:
+        if (real := os.path.realpath(folder)) in seen:
             below.clear()
             continue
-        seen.add((info.st_dev, info.st_ino))
+        seen.add(real)
         paths = [os.path.join(folder, name) for name in sorted(names)]
-        sizes = {path: os.path.getsize(path) if os.path.isfile(path) else None for path in paths}
-        yield [(path, None if size is None else (path, 0, size)) for path, size in sizes.items()]
-        for path in paths:
-            if path.lower().endswith(".tar") and sizes[path] is not None:
-                yield tar_files(path, report)
+        places = [(path, 0, os.path.getsize(path)) if os.path.isfile(path) else None for path in paths]
+        yield zip(paths, places)
+        yield from (tar_files(path, report) for path, place in zip(paths, places)
+                    if place and path.lower().endswith(".tar"))
 
 
 def by_name(group, report):
@@ -372,17 +369,18 @@ def by_name(group, report):
     return files
 
 
-def scan(source, report, s, known=lambda name, file, texts, stamp: None):
+def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
     """Yields a Picture for each captioned image of a folder, a tar or a table; others go into the report.
 
-    known: -> the Picture of an earlier scan, if it is this one: its files are not opened again; or None.
+    known: from name, file, texts and stamp to the Picture of an earlier scan, whose files are not opened
+    again, or None. weight, number: the source's.
     """
     top = os.path.abspath(source)
-    root = top if os.path.isdir(top) else os.path.dirname(top)
     suffix = os.path.splitext(top)[1].lower() if os.path.isfile(top) else ""
-    if root != top and suffix not in (".tar", *TABLES):
+    root, given = top if os.path.isdir(top) else os.path.dirname(top), suffix in TABLES
+    if root != top and not given and suffix != ".tar":
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
-    given, rows, used, counts, stems = suffix in TABLES, {}, set(), Counter(), Counter()
+    rows, used, counts, stems, sidecar = {}, set(), Counter(), Counter(), s.sidecar or "\0"  # in no name
     if given:
         with hdm.naming(source, "not a table of images"):
             read_table(top, (top, 0, 0), s.caption, rows, report)
@@ -409,26 +407,26 @@ def scan(source, report, s, known=lambda name, file, texts, stamp: None):
                 key = next((key for key in keys if key in rows), None)
                 used.add(key)
                 caption, table = rows.get(key, ("", ""))
-                ends = [end for end in (TEXTS[::-1] if s.caption else TEXTS) if stem + end in files
-                        and not (s.sidecar and (stem + end).endswith(s.sidecar))][:not table]
-                ends += [end for end in [s.sidecar] if end and stem + end in files]
+                ends = [end for end in (TEXTS[::-1] if s.caption else TEXTS)
+                        if stem + end in files and not (stem + end).endswith(sidecar)][:not table]
+                ends += [sidecar] * (stem + sidecar in files)
                 if not table and (given or not ends):
                     raise hdm.UserError("not in the table" if given else "no caption")
                 places = {end: files[stem + end][1] for end in ends}
                 texts = tuple(text for text in (table, *(place[0] for place in places.values()))
                               if text not in ("", file))  # a tar may hold them, too
-                kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
-                weight, stamp = float(kohya[1]) if kohya else 1.0, stamp_of(file, *texts)
-                if old := known(name, file, texts, stamp):
-                    caption, lines, width, height = old.caption, old.lines, old.width, old.height
-                else:
+                stamp = stamp_of(file, *texts)
+                picture = known(name, file, texts, stamp)
+                if picture is None:
                     caption, lines = read_texts(caption, places, s)
                     with open_at(file, offset, length) as stream:
-                        width, height = hdm.measure_image(stream, length, s.verify)
+                        sides = hdm.measure_image(stream, length, s.verify)
+                    picture = Picture(name, file, texts, caption, offset, length, *sides, weight, stamp,
+                                      stamp_of(file), lines, number)
+                kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
-                yield Picture(name, file, texts, caption, offset, length, width, height, weight, stamp,
-                              stamp_of(file), lines, 0)
+                yield picture._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
     for key in rows.keys() - used:
         report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
     how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
@@ -531,18 +529,17 @@ def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
     options = [s.caption, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
-    known = [old.known] if old and old.about["options"] == options else []
+    known = old.known if old and old.about["options"] == options else lambda *what: None
     report, raw, several = Report(), io.BytesIO(), 0  # raw: 96 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for number, (source, weight) in enumerate(sources):
-            for picture in scan(source, report, s, *known):
+            for picture in scan(source, report, s, known, weight, number):
                 if kind := refusal(picture, s):
                     report.add(kind, picture.name)
                     continue
                 entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
                 entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
-                numbers = picture._replace(weight=weight * picture.weight, source=number)[4:]
-                record = *numbers, text.tell(), len(entry), name_hash(picture.name)
+                record = *picture[4:], text.tell(), len(entry), name_hash(picture.name)
                 raw.write(np.array(record, RECORD).tobytes())
                 text.write(entry)
                 several += picture.lines > 1
@@ -684,10 +681,10 @@ def dry_run(index, s, tokenizer):
     n, places = len(index), train.Epochs(index.split(0.0)[0], 0)
     sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
     print(f"{n:,} pictures, {index.records['length'].sum() / 1e9:.3f} GB; {places.length:,.0f} to an epoch")
-    for what, values, edges in (("width / height", sides[0] / sides[1], [0.5, 0.75, 1, 1.01, 1.34, 2.01]),
-                                ("short side", sides.min(0), sorted({s.image_size, 256, 512, 768, 1024}))):
-        counts = np.histogram(values, [0, *edges, np.inf])[0]
-        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip([0, *edges], counts) if n))
+    for what, values, edges in (("width / height", sides[0] / sides[1], [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01]),
+                                ("short side", sides.min(0), sorted({0, 256, 512, 768, 1024, s.image_size}))):
+        counts = np.histogram(values, [*edges, np.inf])[0]
+        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
     cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
     some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
@@ -698,31 +695,17 @@ def dry_run(index, s, tokenizer):
           f"{100 * (tokens > s.text_length).mean():.1f} %")
     tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
     print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
-    lengths, counts = np.unique(index.records["length"], return_counts=True)
-    same = np.flatnonzero(np.isin(index.records["length"], lengths[counts > 1])).tolist()
-    hashes = []
-    for picture in map(index.__getitem__, same):
+    hashes, (_, which, counts) = [], np.unique(index.records["length"], return_inverse=True, return_counts=True)
+    for i in np.flatnonzero(counts[which] > 1).tolist():     # others are alone with their length
+        picture = index[i]
         with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
             hashes.append(hashlib.sha256(stream.read()).digest())
     print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
-    settings = {field.name: field.default for cls in train.CLASSES[:3] for field in fields(cls)}
-    settings |= dict(vae="", tread_rate=0.0, image_size=s.image_size)
+    settings = SimpleNamespace(**train.DEFAULTS | dict(vae="", tread_rate=0.0, image_size=s.image_size))
     config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
-    samples = train.Samples(index, places, None, SimpleNamespace(**settings), config, 1, True)
-    sheet = Image.new("RGB", (8 * 210, 6 * 280), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for k in range(min(48, n)):
-        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
-            item, pixels = samples.item(k), index.read(places[k][2], s.image_size).permute(1, 2, 0)
-            picture, (left, top, side) = Image.fromarray(pixels.contiguous().numpy()), item["crop"]
-            x, y, scale = k % 8 * 210 + 5, k // 8 * 280 + 5, 200 / max(picture.size)
-            sheet.paste(picture.resize([round(side * scale) or 1 for side in picture.size]), (x, y))
-            box = x + left * scale, y + top * scale, x + (left + side) * scale, y + (top + side) * scale
-            canvas.rectangle(box, outline="red")
-            text = "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)"
-            canvas.text((x, y + 203), text, "black")
+    samples = train.Samples(index, places, None, settings, config, 1, True)
     hdm.make_folder(Path(s.out).parent, "--out")
-    sheet.save(f"{s.out}.png")
+    train.contact_sheet(samples, min(48, n)).save(f"{s.out}.png")
     print(f"{s.out}.png: {min(48, n)} pictures as training takes them: crop in red, caption below")
 
 

@@ -1185,8 +1185,7 @@ def test_lr_warms_up_linearly_and_ends_at_one_percent():
 
 def stream(data, training=True, pos="long_side", latents=None, **settings):
     """The samples that train.py would read from a folder of pictures, or from an index."""
-    defaults = {field.name: field.default for cls in train.CLASSES[:3] for field in dataclasses.fields(cls)}
-    s = SimpleNamespace(**defaults | TINY | dict(validation=0.0) | settings)
+    s = SimpleNamespace(**train.DEFAULTS | TINY | dict(validation=0.0) | settings)
     index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
     parts, held = index.split(s.validation)
     places = train.Epochs(parts, s.seed) if training else held or list(range(len(index)))

@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -103,6 +105,7 @@ class Optim:
 
 
 CLASSES = Run, Data, Optim, hdm.XUTConfig
+DEFAULTS = {field.name: field.default for cls in CLASSES[:3] for field in dataclasses.fields(cls)}
 POSITIVE = ("images", "batch_size", "global_batch", "image_size", "text_length", "log_every", "sample_steps",
             "lr", "clip", "t_shift")
 SHARES = ("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable", "tread_rate",
@@ -113,8 +116,7 @@ def read_settings(argv, ranks=1):
     """-> the settings of Run, Data and Optim as one flat namespace, and the {name: value} that were given."""
     (config_file,), flags = hdm.parse_args(argv, CLASSES, ["CONFIG"], __doc__)
     given = hdm.read_config(config_file, CLASSES) | flags
-    values = {field.name: field.default for cls in CLASSES[:3] for field in dataclasses.fields(cls)}
-    s = SimpleNamespace(**values | {name: given[name] for name in given if name in values})
+    s = SimpleNamespace(**DEFAULTS | {name: given[name] for name in given if name in DEFAULTS})
     for name, value in vars(s).items():
         wrong = isinstance(value, (int, float)) and (value < 0 or value == 0 and name in POSITIVE)
         if wrong or name in SHARES and value >= 1:
@@ -264,6 +266,23 @@ class Samples(Dataset):
         if training and s.tread_rate > 0:
             item["keep"] = hdm.pick_tokens(1, len(item["pos"]), s.tread_rate, generator)[0]
         return item
+
+
+def contact_sheet(samples, n):
+    """-> a PIL image: the first n pictures of training, each with its crop in red and its caption below."""
+    tiles = []
+    for i in range(n):
+        tile = Image.new("RGB", (201, 270), "white")
+        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
+            item, number = samples.item(i), samples.places[i][2]
+            pixels = samples.index.read(number, samples.s.image_size).permute(1, 2, 0)
+            whole, canvas = Image.fromarray(pixels.contiguous().numpy()), ImageDraw.Draw(tile)
+            scale, (left, top, side) = 200 / max(whole.size), item["crop"]
+            tile.paste(whole.resize([round(length * scale) or 1 for length in whole.size]))
+            canvas.rectangle([scale * x for x in (left, top, left + side, top + side)], outline="red")
+            canvas.text((0, 203), "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)", "black")
+        tiles.append(np.asarray(tile))
+    return image_grid(tiles, columns=8, gap=10)
 
 
 def loss_inputs(batch, vae, te, s, device):
