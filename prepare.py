@@ -161,8 +161,6 @@ def whole_folder(out):
 
 
 def make_demo(settings):
-    if settings.count < 1 or settings.seed < 0:
-        raise hdm.UserError(f"--count={settings.count} --seed={settings.seed}: count starts at 1, seed at 0")
     out = os.path.abspath(settings.out)
     seen = [words for words in COMBINATIONS if words not in UNSEEN]
     # Each run of 352 pictures shows each combination once, in one shuffled order.
@@ -185,8 +183,6 @@ def make_demo(settings):
 
 # ---- the text encoder -------------------------------------------------------------------------------------
 def text_encoder(source, settings):
-    if settings.vocab < 257:
-        raise hdm.UserError(f"--vocab={settings.vocab}: at least 257")
     index = open_index(source)
     captions = [re.sub(f"{OR}|{BESIDE}", " $$ ", index[i].caption) for i in range(len(index))]
     with whole_folder(settings.out) as out:
@@ -337,36 +333,33 @@ def tar_files(path, report):
     report.add("tar cut short", path)
 
 
-def groups(top, report):
-    """Yields (path, place or None: no plain file) pairs for each folder below top, and for each tar."""
+def walk(top, report):
+    """Yields {path, its suffix in lower case: (path, place)} for each folder below top, and for each tar, which
+    top may be, too; of a.txt and a.TXT only the first."""
+    alone = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
     seen = set()                                 # links may run in circles
-    for folder, below, names in os.walk(top, followlinks=True,
-                                        onerror=lambda error: report.add("unreadable", error.filename)):
+    for folder, below, names in alone or os.walk(
+            top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
         below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         if (real := os.path.realpath(folder)) in seen:
             below.clear()
             continue
         seen.add(real)
         paths = [os.path.join(folder, name) for name in sorted(names)]
-        places = [(path, 0, os.path.getsize(path)) if os.path.isfile(path) else None for path in paths]
-        yield zip(paths, places)
-        yield from (tar_files(path, report) for path, place in zip(paths, places)
-                    if place and path.lower().endswith(".tar"))
-
-
-def by_name(group, report):
-    """-> {path with its suffix in lower case: (path, place)}; of a.txt and a.TXT only the first."""
-    files = {}
-    for path, place in group:
-        stem, suffix = os.path.splitext(path)
-        key = stem + suffix.lower()
-        if place is not None and key not in files:
-            files[key] = path, place
-        elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
-            report.add("not a plain file" if place is None else "duplicate name", path)
-        if key.endswith(OTHERS):
-            report.add("format not read", path)
-    return files
+        plain = [(path, (path, 0, os.path.getsize(path)) if os.path.isfile(path) else None) for path in paths]
+        tars = [path for path, place in plain if place and path.lower().endswith(".tar")]
+        for group in plain, *(tar_files(path, report) for path in tars):
+            files = {}
+            for path, place in group:
+                stem, suffix = os.path.splitext(path)
+                key = stem + suffix.lower()
+                if place and key not in files:
+                    files[key] = path, place
+                elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
+                    report.add("duplicate name" if place else "not a plain file", path)
+                if key.endswith(OTHERS):
+                    report.add("format not read", path)
+            yield files
 
 
 def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
@@ -386,10 +379,9 @@ def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
             read_table(top, (top, 0, 0), s.caption, rows, report)
             if not rows:
                 raise hdm.UserError(f"no row names an image, in a column {', '.join(NAME_COLUMNS)}")
-        for path, _ in itertools.chain.from_iterable(groups(root, Report())):
-            stems[os.path.basename(os.path.splitext(path)[0])] += path.lower().endswith(IMAGES)
-    for group in [tar_files(top, report)] if suffix == ".tar" else groups(root, report):
-        files = by_name(group, report)
+        for path in itertools.chain.from_iterable(walk(root, Report())):
+            stems[os.path.basename(os.path.splitext(path)[0])] += path.endswith(IMAGES)
+    for files in walk(root if given else top, report):
         images = [key for key in files if key.endswith(IMAGES)]
         own = {os.path.splitext(key)[0] + ".json" for key in images}
         for key in files if not given else ():
@@ -742,8 +734,6 @@ def judge(image):
 
 
 def judge_checkpoint(settings):
-    if settings.seeds < 1:
-        raise hdm.UserError(f"--seeds={settings.seeds}: at least 1")
     meaning = {CAPTION.format(*words): dict(zip(ATTRIBUTES, words)) for words in COMBINATIONS}
     file = Path(settings.unseen)
     captions = file.read_text(errors="replace").splitlines() if file.is_file() else []
@@ -771,9 +761,6 @@ def prepare(*paths_and_settings):
     *paths, s = paths_and_settings
     hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
     hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
-    for name in ("max_ratio", "image_size", "text_length", "batch_size", "workers"):
-        if getattr(s, name) < 1:
-            raise hdm.UserError(f"--{name}={getattr(s, name)}: at least 1")
     if s.mean_only and not s.latents:
         raise hdm.UserError("--mean_only: says how to write --latents, which is missing")
     if s.caption and not re.search(COLUMN, s.caption):
@@ -809,6 +796,8 @@ def prepare(*paths_and_settings):
         torch.distributed.destroy_process_group()
 
 
+LEAST = dict(count=1, seed=0, vocab=257, seeds=1, max_ratio=1, image_size=1, text_length=1, batch_size=1,
+             workers=1)
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),
             "text_encoder": (text_encoder, TextEncoderSettings, ("SOURCE",))}
 
@@ -824,7 +813,11 @@ def main(argv):
     else:
         hdm.check_name(f"prepare.py {name}", name, COMMANDS, "path or command")
     words, values = hdm.parse_args(argv[1:], [settings], positionals, doc=__doc__)
-    command(*words, settings(**values))
+    settings = settings(**values)
+    for name, least in LEAST.items():
+        if getattr(settings, name, least) < least:
+            raise hdm.UserError(f"--{name}={getattr(settings, name)}: at least {least}")
+    command(*words, settings)
 
 
 if __name__ == "__main__":
