@@ -851,6 +851,19 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0):
     model.save_pretrained(out)
 
 
+OR, BESIDE = "\x1e", "\x1d"    # in a caption of an index: between alternatives; around them, beside a sidecar's
+
+
+def draw_caption(text, rng, s):
+    """One of a record's captions by the grammar (parse_caption), with the run's settings s; rng None: the
+    first one, with all its tags."""
+    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
+    texts = texts.split(OR)
+    text = parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
+                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
+    return ", ".join(part for part in (before, text, after) if part)
+
+
 def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separator="$$", spaces=False):
     """The caption grammar of HDM's data: `kept $$ kept ||| tag $$ tag %% tag $$ tag ||| kept` -> a line.
 

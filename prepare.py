@@ -8,7 +8,7 @@
     python prepare.py judge --ckpt=out/demo --grid=grid.png  # how many unseen captions are drawn right
 
 In order: the settings; what the demo shows; its data set; the text encoder; captioned images as they lie on
-people's disks; the index; the cache of latents; the dry run; the judge; commands.
+people's disks; the index; the cache of latents; the judge; commands.
 """
 import bisect
 import contextlib
@@ -29,7 +29,6 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -184,7 +183,7 @@ def make_demo(settings):
 # ---- the text encoder -------------------------------------------------------------------------------------
 def text_encoder(source, settings):
     index = open_index(source)
-    captions = [re.sub(f"{OR}|{BESIDE}", " $$ ", index[i].caption) for i in range(len(index))]
+    captions = [re.sub(f"{hdm.OR}|{hdm.BESIDE}", " $$ ", index[i].caption) for i in range(len(index))]
     with whole_folder(settings.out) as out:
         hdm.make_text_encoder(map(hdm.parse_caption, captions), out, settings.vocab, seed=settings.seed)
     print(f"a text encoder for the words of {len(captions)} captions in {settings.out}")
@@ -198,7 +197,6 @@ TABLES = (".json", ".jsonl", ".csv", ".tsv")
 NAME_COLUMNS = ("file_name", "file", "path", "filename", "id")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
-OR, BESIDE = "\x1e", "\x1d"                      # between alternatives; around them, where there is a sidecar
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
 # files that its caption comes from; stamp: of all these; image: of file alone; lines: of its caption file;
 # source: its number in the call.
@@ -259,7 +257,7 @@ def row_caption(row, template):
     if template:                                 # in one pass: braces in a caption name no column
         return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1])), template)
     name = next(filter(texts, TEXT_COLUMNS), "")
-    return (" $$ " if name == "tags" else OR).join(texts(name))
+    return (" $$ " if name == "tags" else hdm.OR).join(texts(name))
 
 
 def read_table(path, place, template, rows, report):
@@ -310,10 +308,10 @@ def read_texts(caption, places, s):
             caption = row_caption(row if isinstance(row, dict) else {}, s.caption)
         else:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
-            caption = (OR if s.caption_lines == "choose" else " ").join(lines)
-    whole = OR.join(one.strip() for one in caption.split(OR) if hdm.parse_caption(one))
+            caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
+    whole = hdm.OR.join(one.strip() for one in caption.split(hdm.OR) if hdm.parse_caption(one))
     if extra:
-        whole = BESIDE.join((extra, whole, "") if s.sidecar_place == "before" else ("", whole, extra))
+        whole = hdm.BESIDE.join((extra, whole, "") if s.sidecar_place == "before" else ("", whole, extra))
     if not whole or "\0" in whole or printable(whole) != whole:  # such as UTF-16, cp1252
         raise hdm.UserError("caption is not UTF-8" if whole else "empty caption")
     return whole, len(lines)
@@ -334,11 +332,11 @@ def tar_files(path, report):
 
 
 def walk(top, report):
-    """Yields {path, its suffix in lower case: (path, place)} for each folder below top, and for each tar, which
-    top may be, too; of a.txt and a.TXT only the first."""
-    alone = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
+    """Yields {path, its suffix in lower case: (path, place)} for each folder below top and for each tar, as top
+    itself may be; of a.txt and a.TXT only the first."""
+    tar = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
     seen = set()                                 # links may run in circles
-    for folder, below, names in alone or os.walk(
+    for folder, below, names in tar or os.walk(
             top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
         below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         if (real := os.path.realpath(folder)) in seen:
@@ -510,7 +508,7 @@ def refusal(picture, s):
     def plain(tags):
         return {tag.strip().replace("_", " ").lower() for tag in tags}
     short, long = sorted((picture.width, picture.height))
-    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{OR}|{BESIDE}", picture.caption))
+    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", picture.caption))
     wrong = {"below --min_size": short < s.min_size, "beyond --max_ratio": long > s.max_ratio * short,
              "without --require_tag": plain(s.require_tag) - tags,
              "with --drop_tag": plain(s.drop_tag) & tags}
@@ -626,13 +624,13 @@ def encode_latents(s, vae, device, rank, ranks):
     def shape(i):                                # of a record's latent: height, width
         width, height = hdm.scaled_sides(index[i].width, index[i].height, s.image_size)
         return height // vae.factor, width // vae.factor
-    def whole(i):                                # a picture, scaled and cut to whole cells, or None
+    def whole(i):                                # i, its picture, scaled and cut to whole cells; or None
         height, width = (side * vae.factor for side in shape(i))
         try:
             picture = index.read(i, s.image_size)[:, :height, :width]
             if index.changed(i) or picture.shape[1:] != (height, width):
                 raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
-            return picture
+            return i, picture
         except hdm.UserError as error:
             print(f"warning: {error}; no latents of it", flush=True)
 
@@ -654,8 +652,7 @@ def encode_latents(s, vae, device, rank, ranks):
     gather(None)                                 # all have seen the same files
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
         for file in tqdm(list(todo)[rank::ranks], disable=rank > 0):
-            latents, ready = {}, zip(todo[file], pool.map(whole, todo[file]))
-            ready = ((i, picture) for i, picture in ready if picture is not None)
+            latents, ready = {}, filter(None, pool.map(whole, todo[file]))
             for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
                 while batch := list(itertools.islice(same, s.batch_size)):
                     pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
@@ -664,41 +661,6 @@ def encode_latents(s, vae, device, rank, ranks):
             save_file(latents, file.with_suffix(".partial"))
             file.with_suffix(".partial").replace(file)
     gather(None)
-
-
-# ---- a look before a week of training ----------------------------------------------------------------------
-def dry_run(index, s, tokenizer):
-    """Prints what is in an index; OUT.png shows 48 pictures with the crops and captions of training."""
-    import train                                 # which imports this file
-    n, places = len(index), train.Epochs(index.split(0.0)[0], 0)
-    sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
-    print(f"{n:,} pictures, {index.records['length'].sum() / 1e9:.3f} GB; {places.length:,.0f} to an epoch")
-    for what, values, edges in (("width / height", sides[0] / sides[1], [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01]),
-                                ("short side", sides.min(0), sorted({0, 256, 512, 768, 1024, s.image_size}))):
-        counts = np.histogram(values, [*edges, np.inf])[0]
-        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
-    cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
-    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
-    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
-    texts = [train.draw_caption(index[i].caption, None, train.Data) for i in some]
-    tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
-    print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
-          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
-          f"{100 * (tokens > s.text_length).mean():.1f} %")
-    tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
-    print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
-    hashes, (_, which, counts) = [], np.unique(index.records["length"], return_inverse=True, return_counts=True)
-    for i in np.flatnonzero(counts[which] > 1).tolist():     # others are alone with their length
-        picture = index[i]
-        with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
-            hashes.append(hashlib.sha256(stream.read()).digest())
-    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
-    settings = SimpleNamespace(**train.DEFAULTS | dict(vae="", tread_rate=0.0, image_size=s.image_size))
-    config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
-    samples = train.Samples(index, places, None, settings, config, 1, True)
-    hdm.make_folder(Path(s.out).parent, "--out")
-    train.contact_sheet(samples, min(48, n)).save(f"{s.out}.png")
-    print(f"{s.out}.png: {min(48, n)} pictures as training takes them: crop in red, caption below")
 
 
 # ---- the judge --------------------------------------------------------------------------------------------
@@ -777,8 +739,9 @@ def prepare(*paths_and_settings):
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
         old = Index.open(s.out)
     if s.dry_run:
+        import train                             # which imports this file
         tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
-        return dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
+        return train.dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
     rank, ranks = hdm.start_ranks()
     if s.latents:                                # first: a mistake is told before an hour's work
         device = hdm.pick_device(s.device)

@@ -1982,12 +1982,12 @@ def test_hugging_face_imagefolders(tmp_path):
                            "a.png": PNG, "s/b.png": PNG,
                            "t/metadata.csv": (tmp_path / "n.csv").read_bytes(),
                            "t/c.png": PNG, "t/d.png": PNG, "t/a.png": PNG})
-    assert scanned(tmp_path) == ({"a.png": "one", "s/b.png": f"x{prepare.OR}y", "t/c.png": 'four, "4" lines'},
+    assert scanned(tmp_path) == ({"a.png": "one", "s/b.png": f"x{hdm.OR}y", "t/c.png": 'four, "4" lines'},
                                   {"no caption": 1, "empty caption": 1, "row without an image": 1})
 
 
 def test_json_beside_an_image(tmp_path):
-    rows = [({"caption": "one"}, "one"), ({"text": ["a", "b "], "tags": "x"}, f"a{prepare.OR}b"),
+    rows = [({"caption": "one"}, "one"), ({"text": ["a", "b "], "tags": "x"}, f"a{hdm.OR}b"),
             ({"tags": ["long hair", "b"]}, "long hair $$ b"), ({"tags": "a_b c"}, "a_b $$ c"),
             ({"tags": "a b, c,"}, "a b $$ c"), ({"tags": "a b $$ c"}, "a b $$ c")]
     for i, (row, _) in enumerate(rows):
@@ -2076,7 +2076,7 @@ def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
     write_files(tmp_path, {"a.png": PNG, "a.txt": " one \r\n\n two\x1ethree \n",
                            "b.png": PNG, "b.txt": "one\n"})
     assert scanned(tmp_path)[0] == {"a.png": "one two three", "b.png": "one"}
-    three = f"one{prepare.OR}two{prepare.OR}three"
+    three = f"one{hdm.OR}two{hdm.OR}three"
     assert scanned(tmp_path, caption_lines="choose") == ({"a.png": three, "b.png": "one"}, {})
 
 
@@ -2356,10 +2356,10 @@ def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
     options = dict(sidecar=".nl.txt", sidecar_place=place, caption_lines="choose")
     for source, inner in (("f", ""), ("t", "t.tar/")):
         found, report = scanned(tmp_path / source, **options)
-        drawn = {name: train.draw_caption(text, None, train.Data) for name, text in found.items()}
+        drawn = {name: hdm.draw_caption(text, None, train.Data) for name, text in found.items()}
         assert drawn == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
         s = SimpleNamespace(**vars(train.Data) | dict(tag_separator=","))  # what is beside it stays
-        text = train.draw_caption(found[inner + "a.png"], random.Random(0), s)
+        text = hdm.draw_caption(found[inner + "a.png"], random.Random(0), s)
         assert (text.startswith if place == "before" else text.endswith)("some words, a $$ b")
     sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
     beside = {str(tmp_path / "f" / name) for name in files if name in ("a.txt", "a.nl.txt")}
@@ -2371,7 +2371,7 @@ def test_a_sidecar_beside_a_tables_image(tmp_path):
     write_files(tmp_path, {"metadata.jsonl": '{"file_name": "a.png", "tags": "x, y"}',
                            "a.png": PNG, "a.nl.txt": "words"})
     found, report = scanned(tmp_path, sidecar=".nl.txt")
-    assert train.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
+    assert hdm.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
     one, = scan(tmp_path, sidecar=".nl.txt")
     assert one.texts == (str(tmp_path / "metadata.jsonl"), str(tmp_path / "a.nl.txt"))
     assert one.stamp == prepare.stamp_of(one.file, *one.texts)
@@ -2410,7 +2410,7 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
                            "3.nl.txt", "4.png", "4.txt", "new.png", "new.caption"}
     assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == {
         "1.png", "2.png", "3.png", "4.png", "new.png", "gone.png"}
-    assert (train.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
+    assert (hdm.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
         "new caption, x", 9)
     moved = Path(shutil.copytree(tmp_path, tmp_path.with_name("moved")))              # copies keep the times
     assert all(one.file.startswith(str(moved)) for one in scan(moved, sidecar=".nl.txt", known=known))
@@ -2642,7 +2642,7 @@ def test_a_table_may_have_any_name_and_many_lines_are_told(tmp_path, capsys):
     write_files(tmp_path / "in", {b"meta\xff.json": '{"a": {"text": "x"}}', "a.png": PNG,
                                   "b.png": PNG, "b.txt": "1\n2"})
     index = indexed(tmp_path / "index", tmp_path / "in", "--caption_lines=choose")
-    assert sorted(index[i].caption for i in (0, 1)) == [f"1{prepare.OR}2", "x"]
+    assert sorted(index[i].caption for i in (0, 1)) == [f"1{hdm.OR}2", "x"]
     assert "1 captions have several lines: --caption_lines=choose" in capsys.readouterr().out
     drawn = {stream(index, caption_dropout=0.0)[i]["caption"] for i in range(40)}
     assert drawn == {"1", "2", "x"}

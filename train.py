@@ -6,7 +6,7 @@
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
 
-In order: settings; the data and their order; checkpoints and log; the model; train, a flat loop; main.
+In order: settings; the data, their order, a look at them; checkpoints, log; the model; train, a flat loop.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
 epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import hdm
-from prepare import BESIDE, OR, Latents, open_index
+from prepare import Latents, open_at, open_index
 from sample import catch_signals, gather, generate_dealt, image_grid, plot, read_metrics, tracker
 
 
@@ -205,16 +206,6 @@ def open_data(s):
     return index, Epochs(parts, s.seed), held, identity
 
 
-def draw_caption(text, rng, s):
-    """One of a record's captions by the grammar (hdm.parse_caption), with the run's settings s; rng None: the
-    first one, with all its tags."""
-    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
-    texts = texts.split(OR)
-    text = hdm.parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
-                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
-    return ", ".join(part for part in (before, text, after) if part)
-
-
 class Samples(Dataset):
     """Item i of the endless training stream, or of the held-out set: what the loss of one image needs.
 
@@ -244,7 +235,7 @@ class Samples(Dataset):
         rng = random.Random(f"{s.seed} {epoch} {copy} {name}" if training else name)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
-        caption = "" if dropped else draw_caption(picture.caption, rng if training else None, s)
+        caption = "" if dropped else hdm.draw_caption(picture.caption, rng if training else None, s)
         # The whole picture, its short side X: (3, height, width), or its latent: (C or 2 C, height, width)
         whole = (self.latents or self.index).read(number, size)
         height, width = whole.shape[1:]
@@ -268,23 +259,6 @@ class Samples(Dataset):
         return item
 
 
-def contact_sheet(samples, n):
-    """-> a PIL image: the first n pictures of training, each with its crop in red and its caption below."""
-    tiles = []
-    for i in range(n):
-        tile = Image.new("RGB", (201, 270), "white")
-        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
-            item, number = samples.item(i), samples.places[i][2]
-            pixels = samples.index.read(number, samples.s.image_size).permute(1, 2, 0)
-            whole, canvas = Image.fromarray(pixels.contiguous().numpy()), ImageDraw.Draw(tile)
-            scale, (left, top, side) = 200 / max(whole.size), item["crop"]
-            tile.paste(whole.resize([round(length * scale) or 1 for length in whole.size]))
-            canvas.rectangle([scale * x for x in (left, top, left + side, top + side)], outline="red")
-            canvas.text((0, 203), "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)", "black")
-        tiles.append(np.asarray(tile))
-    return image_grid(tiles, columns=8, gap=10)
-
-
 def loss_inputs(batch, vae, te, s, device):
     """A collated batch -> the arguments of hdm.flow_loss, through the frozen encoders."""
     if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
@@ -306,6 +280,49 @@ def lr_at(step, s, total):
         return s.lr * (step + 1) / s.warmup
     part = (step - s.warmup) / max(1, total - s.warmup)
     return s.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
+
+
+def dry_run(index, s, tokenizer):
+    """prepare.py --dry_run, with its settings s: prints what training will meet, and draws OUT.png, the first 48
+    pictures with their crops and captions."""
+    n, epochs, lengths = len(index), Epochs(index.split(0.0)[0], 0), index.records["length"]
+    sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
+    print(f"{n:,} pictures, {lengths.sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an epoch")
+    for what, values, edges in (("width / height", sides[0] / sides[1], [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01]),
+                                ("short side", sides.min(0), sorted({0, 256, 512, 768, 1024, s.image_size}))):
+        counts = np.histogram(values, [*edges, np.inf])[0]
+        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
+    cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
+    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
+    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
+    texts = [hdm.draw_caption(index[i].caption, None, Data) for i in some]
+    tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
+    print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
+          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
+          f"{100 * (tokens > s.text_length).mean():.1f} %")
+    tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
+    print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
+    hashes, (_, which, counts) = [], np.unique(lengths, return_inverse=True, return_counts=True)
+    for i in np.flatnonzero(counts[which] > 1).tolist():     # others are alone with their length
+        picture = index[i]
+        with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
+            hashes.append(hashlib.sha256(stream.read()).digest())
+    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
+    run = SimpleNamespace(**DEFAULTS | dict(vae="", tread_rate=0.0, image_size=s.image_size))
+    config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
+    samples = Samples(index, epochs, None, run, config, 1, training=True)
+    for i in range(min(48, n)):
+        tiles.append(Image.new("RGB", (201, 270), "white"))
+        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
+            item, pixels = samples.item(i), index.read(epochs[i][2], s.image_size).permute(1, 2, 0)
+            whole, canvas = Image.fromarray(pixels.contiguous().numpy()), ImageDraw.Draw(tiles[-1])
+            scale, (left, top, side) = 200 / max(whole.size), item["crop"]
+            tiles[-1].paste(whole.resize([round(length * scale) or 1 for length in whole.size]))
+            canvas.rectangle([scale * x for x in (left, top, left + side, top + side)], outline="red")
+            canvas.text((0, 203), "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)", "black")
+    hdm.make_folder(Path(s.out).parent, "--out")
+    image_grid(list(map(np.asarray, tiles)), columns=8, gap=10).save(f"{s.out}.png")
+    print(f"{s.out}.png: {len(tiles)} pictures as training takes them: crop in red, caption below")
 
 
 # ---- Checkpoints (folders with model.safetensors, ema.safetensors, train.pt, small encoders) and log -----
@@ -501,7 +518,7 @@ def train(argv):
     samples = Samples(index, epochs, cache, s, model.config, vae.factor if vae else 1, training=True)
     held = Samples(index, held_out, cache, s, model.config, samples.factor, training=False)
     shown = held_out[:8] or [epochs[i][2] for i in range(8)]                          # in previews
-    prompts = [draw_caption(index[number].caption, None, s) for number in shown]
+    prompts = [hdm.draw_caption(index[number].caption, None, s) for number in shown]
     micro_steps = s.global_batch // s.batch_size // ranks
     total = start + math.ceil((s.images - seen) / s.global_batch)
     last = min(total, s.max_steps) if s.max_steps else total
