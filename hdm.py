@@ -851,7 +851,7 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0):
     model.save_pretrained(out)
 
 
-OR, BESIDE = "\x1e", "\x1d"    # in a caption of an index: between alternatives; around them, beside a sidecar's
+OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, where there is a sidecar
 
 
 def draw_caption(text, rng, s):

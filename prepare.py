@@ -332,8 +332,8 @@ def tar_files(path, report):
 
 
 def walk(top, report):
-    """Yields {path, its suffix in lower case: (path, place)} for each folder below top and for each tar, as top
-    itself may be; of a.txt and a.TXT only the first."""
+    """Yields {path, its suffix in lower case: (path, place)} for each folder below top, and for each tar (top
+    may be one); of a.txt and a.TXT only the first."""
     tar = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
     seen = set()                                 # links may run in circles
     for folder, below, names in tar or os.walk(

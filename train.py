@@ -283,7 +283,7 @@ def lr_at(step, s, total):
 
 
 def dry_run(index, s, tokenizer):
-    """prepare.py --dry_run, with its settings s: prints what training will meet, and draws OUT.png, the first 48
+    """prepare.py --dry_run, with its settings s: prints what training will meet; OUT.png shows the first 48
     pictures with their crops and captions."""
     n, epochs, lengths = len(index), Epochs(index.split(0.0)[0], 0), index.records["length"]
     sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
