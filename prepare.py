@@ -52,7 +52,6 @@ class DemoSettings:
 class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
     vocab: int = 4096               # most tokens; at least 257: the 256 bytes and the pad
-    seed: int = 0                   # of the model's fixed random weights
 
 
 @dataclass
@@ -181,12 +180,12 @@ def make_demo(settings):
 
 
 # ---- the text encoder -------------------------------------------------------------------------------------
-def text_encoder(source, settings):
+def text_encoder(settings, source):
     index = open_index(source)
-    captions = [re.sub(f"{hdm.OR}|{hdm.BESIDE}", " $$ ", index[i].caption) for i in range(len(index))]
+    captions = (hdm.parse_caption(index[i].caption) for i in range(len(index)))  # all alternatives' words
     with whole_folder(settings.out) as out:
-        hdm.make_text_encoder(map(hdm.parse_caption, captions), out, settings.vocab, seed=settings.seed)
-    print(f"a text encoder for the words of {len(captions)} captions in {settings.out}")
+        hdm.make_text_encoder(captions, out, settings.vocab)
+    print(f"a text encoder for the words of {len(index)} captions in {settings.out}")
 
 
 # ---- captioned images as they lie on people's disks --------------------------------------------------------
@@ -199,9 +198,10 @@ TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
 # files that its caption comes from; stamp: of all these; image: of file alone; lines: of its caption file;
-# source: its number in the call.
+# source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move a picture
+# across the split.
 Picture = namedtuple(
-    "Picture", "name file texts caption offset length width height weight stamp image lines source")
+    "Picture", "name file texts caption offset length width height weight stamp image lines source place")
 
 
 class Report(dict):
@@ -235,7 +235,7 @@ def stamp_of(*files):
 
 
 def open_at(file, offset, length):
-    """A plain file, or a member of a tar, which is read whole."""
+    """A span: a plain file, or a member of a tar, which is read whole."""
     stream = open(file, "rb")
     if not offset:
         return stream
@@ -260,10 +260,10 @@ def row_caption(row, template):
     return (" $$ " if name == "tags" else hdm.OR).join(texts(name))
 
 
-def read_table(path, place, template, rows, report):
+def read_table(path, span, template, rows, report):
     """Adds {path of an image, with or without suffix: (caption, table's file)} to rows."""
     suffix, columns, new = os.path.splitext(path)[1].lower(), set(), {}
-    with open_at(*place) as file:
+    with open_at(*span) as file:
         lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
         if suffix == ".json":
             table = json.loads("".join(lines))
@@ -287,19 +287,19 @@ def read_table(path, place, template, rows, report):
                 if not name or key in rows or key in new:
                     raise hdm.UserError("duplicate name" if name else "row names no image")
                 both = suffix == ".json" and {"caption", "tags"} <= row.keys()  # as kohya uses them
-                new[key] = row_caption(row, template or "{caption} ||| {tags}" * both), place[0]
+                new[key] = row_caption(row, template or "{caption} ||| {tags}" * both), span[0]
     if missing := set(re.findall(COLUMN, template)) - columns:
         raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
     rows.update(new)
 
 
-def read_texts(caption, places, s):
-    """A row's caption or "", the places of text files by suffix -> the caption, lines of its file."""
+def read_texts(caption, spans, s):
+    """A row's caption or "", the spans of text files by suffix -> the caption, lines of its file."""
     extra, lines = "", []
-    for suffix, place in places.items():
-        if place[2] > 2 ** 20:                   # a guess
+    for suffix, span in spans.items():
+        if span[2] > 2 ** 20:                   # a guess
             raise hdm.UserError("caption over 1 MB")
-        with open_at(*place) as file:
+        with open_at(*span) as file:
             text = file.read().decode("utf-8-sig", "surrogateescape")
         if suffix == s.sidecar:
             extra = " ".join(text.split())
@@ -318,7 +318,7 @@ def read_texts(caption, places, s):
 
 
 def tar_files(path, report):
-    """Yields (path, place or None: no plain file) for a tar's members, as far as its headers can be read."""
+    """Yields (path, span or None: no plain file) for a tar's members, as far as its headers can be read."""
     with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
         size = os.path.getsize(path)
         for member in itertools.takewhile(lambda member: member.offset_data + member.size <= size, tar):
@@ -332,7 +332,7 @@ def tar_files(path, report):
 
 
 def walk(top, report):
-    """Yields {path, its suffix in lower case: (path, place)} for each folder below top, and for each tar (top
+    """Yields {path, its suffix in lower case: (path, span)} for each folder below top, and for each tar (top
     may be one); of a.txt and a.TXT only the first."""
     tar = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
     seen = set()                                 # links may run in circles
@@ -345,16 +345,16 @@ def walk(top, report):
         seen.add(real)
         paths = [os.path.join(folder, name) for name in sorted(names)]
         plain = [(path, (path, 0, os.path.getsize(path)) if os.path.isfile(path) else None) for path in paths]
-        tars = [path for path, place in plain if place and path.lower().endswith(".tar")]
+        tars = [path for path, span in plain if span and path.lower().endswith(".tar")]
         for group in plain, *(tar_files(path, report) for path in tars):
             files = {}
-            for path, place in group:
+            for path, span in group:
                 stem, suffix = os.path.splitext(path)
                 key = stem + suffix.lower()
-                if place and key not in files:
-                    files[key] = path, place
+                if span and key not in files:
+                    files[key] = path, span
                 elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
-                    report.add("duplicate name" if place else "not a plain file", path)
+                    report.add("duplicate name" if span else "not a plain file", path)
                 if key.endswith(OTHERS):
                     report.add("format not read", path)
             yield files
@@ -363,8 +363,8 @@ def walk(top, report):
 def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
     """Yields a Picture for each captioned image of a folder, a tar or a table; others go into the report.
 
-    known: from name, file, texts and stamp to the Picture of an earlier scan, whose files are not opened
-    again, or None. weight, number: the source's.
+    known: from name, file, texts, stamp and place to the Picture of an earlier scan, whose files are not
+    opened again, or None. weight, number: the source's.
     """
     top = os.path.abspath(source)
     suffix = os.path.splitext(top)[1].lower() if os.path.isfile(top) else ""
@@ -402,17 +402,18 @@ def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
                 ends += [sidecar] * (stem + sidecar in files)
                 if not table and (given or not ends):
                     raise hdm.UserError("not in the table" if given else "no caption")
-                places = {end: files[stem + end][1] for end in ends}
-                texts = tuple(text for text in (table, *(place[0] for place in places.values()))
+                spans = {end: files[stem + end][1] for end in ends}
+                texts = tuple(text for text in (table, *(span[0] for span in spans.values()))
                               if text not in ("", file))  # a tar may hold them, too
                 stamp = stamp_of(file, *texts)
-                picture = known(name, file, texts, stamp)
+                place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
+                picture = known(name, file, texts, stamp, place)
                 if picture is None:
-                    caption, lines = read_texts(caption, places, s)
+                    caption, lines = read_texts(caption, spans, s)
                     with open_at(file, offset, length) as stream:
                         sides = hdm.measure_image(stream, length, s.verify)
                     picture = Picture(name, file, texts, caption, offset, length, *sides, weight, stamp,
-                                      stamp_of(file), lines, number)
+                                      stamp_of(file), lines, number, place)
                 kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
@@ -426,13 +427,8 @@ def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
 # ---- the index: what training reads; images stay where they are ------------------------------------------
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
 NUMBERS = Picture._fields[4:]
-RECORD = np.dtype([(name, "<f8" if name == "weight" else "<u8") for name in NUMBERS]
-                  + [("text", "<u8"), ("bytes", "<u8"), ("place", "<f8")])
-
-
-def name_hash(name):
-    """A number in [0, 1) that is the sample's own: added data never move a picture across the split."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
+RECORD = np.dtype([(name, "<f8" if name in ("weight", "place") else "<u8")
+                   for name in (*NUMBERS, "text", "bytes")])
 
 
 class Index:
@@ -445,7 +441,7 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            assert about["format"] == 2, "of another format"
+            assert about["format"] == 3, "of another format"
             records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
             assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
@@ -468,12 +464,12 @@ class Index:
         """The first of records first .. stop - 1 whose place is not below this one."""
         return first + bisect.bisect_left(range(first, stop), place, key=lambda i: self.records[i]["place"])
 
-    def known(self, *what):
-        """The Picture with this name, file, texts and stamp, or None."""
+    def known(self, name, file, texts, stamp, place):
+        """The Picture of all these, or None."""
         for _, first, stop in self.about["groups"]:
-            i = self.after(name_hash(what[0]), first, stop)
-            while i < stop and (picture := self[i]).name == what[0]:
-                if (*picture[:3], picture.stamp) == what:
+            i = self.after(place, first, stop)
+            while i < stop and (picture := self[i]).name == name:
+                if (picture.file, picture.texts, picture.stamp) == (file, texts, stamp):
                     return picture
                 i += 1
 
@@ -529,7 +525,7 @@ def build_index(sources, s, folder=None, old=None):
                     continue
                 entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
                 entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
-                record = *picture[4:], text.tell(), len(entry), name_hash(picture.name)
+                record = *picture[4:], text.tell(), len(entry)
                 raw.write(np.array(record, RECORD).tobytes())
                 text.write(entry)
                 several += picture.lines > 1
@@ -547,7 +543,7 @@ def build_index(sources, s, folder=None, old=None):
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
-    about = dict(format=2, identity=identity, options=options, groups=groups, sizes=[len(records), size])
+    about = dict(format=3, identity=identity, options=options, groups=groups, sizes=[len(records), size])
     if folder is None:
         return Index(records, data, about)
     records.tofile(Path(folder, "records.bin"))
@@ -719,8 +715,7 @@ def judge_checkpoint(settings):
 
 
 # ---- the command line -----------------------------------------------------------------------------------
-def prepare(*paths_and_settings):
-    *paths, s = paths_and_settings
+def prepare(s, *paths):
     hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
     hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
     if s.mean_only and not s.latents:
@@ -780,7 +775,7 @@ def main(argv):
     for name, least in LEAST.items():
         if getattr(settings, name, least) < least:
             raise hdm.UserError(f"--{name}={getattr(settings, name)}: at least {least}")
-    command(*words, settings)
+    command(settings, *words)
 
 
 if __name__ == "__main__":

@@ -2389,7 +2389,7 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
 
     def known(name, *rest):
         one = before.get(name)
-        return one if one is not None and (one.file, one.texts, one.stamp) == rest else None
+        return one if one is not None and (one.file, one.texts, one.stamp, one.place) == rest else None
 
     opened = []
 
@@ -2519,7 +2519,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
             records[epochs[i][2]]["text"], records[epochs[i][2]]["bytes"] = file.tell(), len(entry)
             file.write(entry)
         sizes = [n, file.tell()]
-    (tmp_path / "index.json").write_text(json.dumps(dict(format=2, groups=[[1.0, 0, n]], sizes=sizes)))
+    (tmp_path / "index.json").write_text(json.dumps(dict(format=3, groups=[[1.0, 0, n]], sizes=sizes)))
     records.flush()
     (tmp_path / "read.py").write_text(f"""
 import re, sys, time
@@ -3624,6 +3624,18 @@ def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
     cosine = colours @ colours.T
     assert cosine[same].min() > 0.7 > 0.4 > cosine[~same].max()  # its own word first
     assert cosine[same].min() < 0.999                             # and something of the words before it
+
+
+def test_a_text_encoder_knows_the_words_of_a_sources_captions(tmp_path):
+    """Of all alternatives, and of what stands beside them; not the separators."""
+    write_files(tmp_path / "in", {"a.png": PNG, "a.json": '{"text": ["dragon $$ fire", "knight ||| sword"]}',
+                                  "a.nl.txt": "some words"})
+    index = indexed(tmp_path / "index", tmp_path / "in", "--sidecar=.nl.txt")
+    prepare.main(["text_encoder", str(tmp_path / "index"), f"--out={tmp_path / 'te'}", "--vocab=400"])
+    tokenizer = hdm.TextEncoder(tmp_path / "te").tokenizer
+    words = ("dragon", " fire", " knight", " sword", " some", " words", ",")
+    assert [len(tokenizer(word)["input_ids"]) for word in words] == [1] * 7
+    assert len(index) == 1 and len(tokenizer("$$ |||")["input_ids"]) == 6
 
 
 def test_judge_scores_what_was_drawn(tmp_path, monkeypatch, capsys):
