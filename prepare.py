@@ -8,7 +8,7 @@
     python prepare.py judge --ckpt=out/demo --grid=grid.png  # how many unseen captions are drawn right
 
 In order: the settings; what the demo shows; its data set; the text encoder; captioned images as they lie on
-people's disks; the index; the order of training; the cache of latents; the dry run; the judge; commands.
+people's disks; the index; the cache of latents; the judge; commands.
 """
 import bisect
 import contextlib
@@ -24,17 +24,15 @@ import re
 import shutil
 import tarfile
 import tempfile
-import textwrap
 import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -54,7 +52,6 @@ class DemoSettings:
 class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
     vocab: int = 4096               # most tokens; at least 257: the 256 bytes and the pad
-    seed: int = 0                   # of the model's fixed random weights
 
 
 @dataclass
@@ -162,15 +159,13 @@ def whole_folder(out):
 
 
 def make_demo(settings):
-    if settings.count < 1 or settings.seed < 0:
-        raise hdm.UserError(f"--count={settings.count} --seed={settings.seed}: count starts at 1, seed at 0")
     out = os.path.abspath(settings.out)
     seen = [words for words in COMBINATIONS if words not in UNSEEN]
     # Each run of 352 pictures shows each combination once, in one shuffled order.
     order = np.random.default_rng(settings.seed).permutation(len(seen))
     with whole_folder(out) as pictures, whole_folder(out + "_te") as encoder:
         # From all 352 captions, not from those drawn: a demo of 20 pictures, too, has one token per word.
-        make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
+        hdm.make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
         for i in range(settings.count):
             rng = np.random.default_rng((settings.seed, i))
             words = seen[order[i % len(seen)]]
@@ -185,47 +180,12 @@ def make_demo(settings):
 
 
 # ---- the text encoder -------------------------------------------------------------------------------------
-def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0):
-    """Saves to the folder `out` a byte-level BPE tokenizer trained on `captions` and a tiny random Qwen3, as
-    AutoTokenizer and AutoModel load them: the path of a real encoder without its download or its knowledge (a
-    word that stands in no caption means nothing)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # here: slow to import
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, logging
-    logging.disable_progress_bar()  # it would write "Writing model shards" over our own lines
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    # All 256 bytes are tokens, so that any text can be encoded, emoji too, whatever the captions held.
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right",
-                            clean_up_tokenization_spaces=False).save_pretrained(out)
-    config = Qwen3Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=dim, intermediate_size=2 * dim,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=dim // 4,
-                         pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = Qwen3Model(config)
-        # Nothing is trained here, so the scales decide what a state says. Where layers keep the size of what
-        # they read (1 / sqrt(fan in)), embeddings of std 2 make it mostly its own word, a bit those before.
-        # Mean cosine of the states of one shape word in two captions | of two shape words, over the 384 (this
-        # function, 2026): std 0.5: 0.57 | 0.16; 2: 0.92 | -0.01; 8: 1.00 | -0.05; all at Qwen3's 0.02: 0.59 |
-        # 0.28. In each case a linear probe on the last token's state finds all four attributes.
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=2.0 if name == "embed_tokens.weight" else weight.shape[1] ** -0.5)
-    model.save_pretrained(out)
-
-
-def text_encoder(source, settings):
-    if settings.vocab < 257:
-        raise hdm.UserError(f"--vocab={settings.vocab}: at least 257")
+def text_encoder(settings, source):
     index = open_index(source)
-    captions = [re.sub(f"{OR}|{BESIDE}", " $$ ", index[i].caption) for i in range(len(index))]
+    captions = (hdm.parse_caption(index[i].caption) for i in range(len(index)))  # all alternatives' words
     with whole_folder(settings.out) as out:
-        make_text_encoder(map(hdm.parse_caption, captions), out, settings.vocab, seed=settings.seed)
-    print(f"a text encoder for the words of {len(captions)} captions in {settings.out}")
+        hdm.make_text_encoder(captions, out, settings.vocab)
+    print(f"a text encoder for the words of {len(index)} captions in {settings.out}")
 
 
 # ---- captioned images as they lie on people's disks --------------------------------------------------------
@@ -236,12 +196,12 @@ TABLES = (".json", ".jsonl", ".csv", ".tsv")
 NAME_COLUMNS = ("file_name", "file", "path", "filename", "id")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
-OR, BESIDE = "\x1e", "\x1d"                      # between alternatives; around them, where there is a sidecar
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
 # files that its caption comes from; stamp: of all these; image: of file alone; lines: of its caption file;
-# source: its number in the call.
+# source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move a picture
+# across the split.
 Picture = namedtuple(
-    "Picture", "name file texts caption offset length width height weight stamp image lines source")
+    "Picture", "name file texts caption offset length width height weight stamp image lines source place")
 
 
 class Report(dict):
@@ -275,7 +235,7 @@ def stamp_of(*files):
 
 
 def open_at(file, offset, length):
-    """A plain file, or a member of a tar, which is read whole."""
+    """A span: a plain file, or a member of a tar, which is read whole."""
     stream = open(file, "rb")
     if not offset:
         return stream
@@ -297,13 +257,13 @@ def row_caption(row, template):
     if template:                                 # in one pass: braces in a caption name no column
         return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1])), template)
     name = next(filter(texts, TEXT_COLUMNS), "")
-    return (" $$ " if name == "tags" else OR).join(texts(name))
+    return (" $$ " if name == "tags" else hdm.OR).join(texts(name))
 
 
-def read_table(path, place, template, rows, report):
+def read_table(path, span, template, rows, report):
     """Adds {path of an image, with or without suffix: (caption, table's file)} to rows."""
     suffix, columns, new = os.path.splitext(path)[1].lower(), set(), {}
-    with open_at(*place) as file:
+    with open_at(*span) as file:
         lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
         if suffix == ".json":
             table = json.loads("".join(lines))
@@ -327,19 +287,19 @@ def read_table(path, place, template, rows, report):
                 if not name or key in rows or key in new:
                     raise hdm.UserError("duplicate name" if name else "row names no image")
                 both = suffix == ".json" and {"caption", "tags"} <= row.keys()  # as kohya uses them
-                new[key] = row_caption(row, template or "{caption} ||| {tags}" * both), place[0]
+                new[key] = row_caption(row, template or "{caption} ||| {tags}" * both), span[0]
     if missing := set(re.findall(COLUMN, template)) - columns:
         raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
     rows.update(new)
 
 
-def read_texts(caption, places, s):
-    """A row's caption or "", the places of text files by suffix -> the caption, lines of its file."""
+def read_texts(caption, spans, s):
+    """A row's caption or "", the spans of text files by suffix -> the caption, lines of its file."""
     extra, lines = "", []
-    for suffix, place in places.items():
-        if place[2] > 2 ** 20:                   # a guess
+    for suffix, span in spans.items():
+        if span[2] > 2 ** 20:                   # a guess
             raise hdm.UserError("caption over 1 MB")
-        with open_at(*place) as file:
+        with open_at(*span) as file:
             text = file.read().decode("utf-8-sig", "surrogateescape")
         if suffix == s.sidecar:
             extra = " ".join(text.split())
@@ -348,17 +308,17 @@ def read_texts(caption, places, s):
             caption = row_caption(row if isinstance(row, dict) else {}, s.caption)
         else:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
-            caption = (OR if s.caption_lines == "choose" else " ").join(lines)
-    whole = OR.join(one.strip() for one in caption.split(OR) if hdm.parse_caption(one))
+            caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
+    whole = hdm.OR.join(one.strip() for one in caption.split(hdm.OR) if hdm.parse_caption(one))
     if extra:
-        whole = BESIDE.join((extra, whole, "") if s.sidecar_place == "before" else ("", whole, extra))
+        whole = hdm.BESIDE.join((extra, whole, "") if s.sidecar_place == "before" else ("", whole, extra))
     if not whole or "\0" in whole or printable(whole) != whole:  # such as UTF-16, cp1252
         raise hdm.UserError("caption is not UTF-8" if whole else "empty caption")
     return whole, len(lines)
 
 
 def tar_files(path, report):
-    """Yields (path, place or None: no plain file) for a tar's members, as far as its headers can be read."""
+    """Yields (path, span or None: no plain file) for a tar's members, as far as its headers can be read."""
     with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
         size = os.path.getsize(path)
         for member in itertools.takewhile(lambda member: member.offset_data + member.size <= size, tar):
@@ -371,60 +331,55 @@ def tar_files(path, report):
     report.add("tar cut short", path)
 
 
-def groups(top, report):
-    """Yields (path, place or None: no plain file) pairs for each folder below top, and for each tar."""
+def walk(top, report):
+    """Yields {path, its suffix in lower case: (path, span)} for each folder below top, and for each tar (top
+    may be one); of a.txt and a.TXT only the first."""
+    tar = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
     seen = set()                                 # links may run in circles
-    for folder, below, names in os.walk(top, followlinks=True,
-                                        onerror=lambda error: report.add("unreadable", error.filename)):
-        info = os.stat(folder)
+    for folder, below, names in tar or os.walk(
+            top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
         below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        if (info.st_dev, info.st_ino) in seen:
+        if (real := os.path.realpath(folder)) in seen:
             below.clear()
             continue
-        seen.add((info.st_dev, info.st_ino))
+        seen.add(real)
         paths = [os.path.join(folder, name) for name in sorted(names)]
-        sizes = {path: os.path.getsize(path) if os.path.isfile(path) else None for path in paths}
-        yield [(path, None if size is None else (path, 0, size)) for path, size in sizes.items()]
-        for path in paths:
-            if path.lower().endswith(".tar") and sizes[path] is not None:
-                yield tar_files(path, report)
+        plain = [(path, (path, 0, os.path.getsize(path)) if os.path.isfile(path) else None) for path in paths]
+        tars = [path for path, span in plain if span and path.lower().endswith(".tar")]
+        for group in plain, *(tar_files(path, report) for path in tars):
+            files = {}
+            for path, span in group:
+                stem, suffix = os.path.splitext(path)
+                key = stem + suffix.lower()
+                if span and key not in files:
+                    files[key] = path, span
+                elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
+                    report.add("duplicate name" if span else "not a plain file", path)
+                if key.endswith(OTHERS):
+                    report.add("format not read", path)
+            yield files
 
 
-def by_name(group, report):
-    """-> {path with its suffix in lower case: (path, place)}; of a.txt and a.TXT only the first."""
-    files = {}
-    for path, place in group:
-        stem, suffix = os.path.splitext(path)
-        key = stem + suffix.lower()
-        if place is not None and key not in files:
-            files[key] = path, place
-        elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
-            report.add("not a plain file" if place is None else "duplicate name", path)
-        if key.endswith(OTHERS):
-            report.add("format not read", path)
-    return files
-
-
-def scan(source, report, s, known=lambda name, file, texts, stamp: None):
+def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
     """Yields a Picture for each captioned image of a folder, a tar or a table; others go into the report.
 
-    known: -> the Picture of an earlier scan, if it is this one: its files are not opened again; or None.
+    known: from name, file, texts, stamp and place to the Picture of an earlier scan, whose files are not
+    opened again, or None. weight, number: the source's.
     """
     top = os.path.abspath(source)
-    root = top if os.path.isdir(top) else os.path.dirname(top)
     suffix = os.path.splitext(top)[1].lower() if os.path.isfile(top) else ""
-    if root != top and suffix not in (".tar", *TABLES):
+    root, given = top if os.path.isdir(top) else os.path.dirname(top), suffix in TABLES
+    if root != top and not given and suffix != ".tar":
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
-    given, rows, used, counts, stems = suffix in TABLES, {}, set(), Counter(), Counter()
+    rows, used, counts, stems, sidecar = {}, set(), Counter(), Counter(), s.sidecar or "\0"  # in no name
     if given:
         with hdm.naming(source, "not a table of images"):
             read_table(top, (top, 0, 0), s.caption, rows, report)
             if not rows:
                 raise hdm.UserError(f"no row names an image, in a column {', '.join(NAME_COLUMNS)}")
-        for path, _ in itertools.chain.from_iterable(groups(root, Report())):
-            stems[os.path.basename(os.path.splitext(path)[0])] += path.lower().endswith(IMAGES)
-    for group in [tar_files(top, report)] if suffix == ".tar" else groups(root, report):
-        files = by_name(group, report)
+        for path in itertools.chain.from_iterable(walk(root, Report())):
+            stems[os.path.basename(os.path.splitext(path)[0])] += path.endswith(IMAGES)
+    for files in walk(root if given else top, report):
         images = [key for key in files if key.endswith(IMAGES)]
         own = {os.path.splitext(key)[0] + ".json" for key in images}
         for key in files if not given else ():
@@ -442,26 +397,27 @@ def scan(source, report, s, known=lambda name, file, texts, stamp: None):
                 key = next((key for key in keys if key in rows), None)
                 used.add(key)
                 caption, table = rows.get(key, ("", ""))
-                ends = [end for end in (TEXTS[::-1] if s.caption else TEXTS) if stem + end in files
-                        and not (s.sidecar and (stem + end).endswith(s.sidecar))][:not table]
-                ends += [end for end in [s.sidecar] if end and stem + end in files]
+                ends = [end for end in (TEXTS[::-1] if s.caption else TEXTS)
+                        if stem + end in files and not (stem + end).endswith(sidecar)][:not table]
+                ends += [sidecar] * (stem + sidecar in files)
                 if not table and (given or not ends):
                     raise hdm.UserError("not in the table" if given else "no caption")
-                places = {end: files[stem + end][1] for end in ends}
-                texts = tuple(text for text in (table, *(place[0] for place in places.values()))
+                spans = {end: files[stem + end][1] for end in ends}
+                texts = tuple(text for text in (table, *(span[0] for span in spans.values()))
                               if text not in ("", file))  # a tar may hold them, too
-                kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
-                weight, stamp = float(kohya[1]) if kohya else 1.0, stamp_of(file, *texts)
-                if old := known(name, file, texts, stamp):
-                    caption, lines, width, height = old.caption, old.lines, old.width, old.height
-                else:
-                    caption, lines = read_texts(caption, places, s)
+                stamp = stamp_of(file, *texts)
+                place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
+                picture = known(name, file, texts, stamp, place)
+                if picture is None:
+                    caption, lines = read_texts(caption, spans, s)
                     with open_at(file, offset, length) as stream:
-                        width, height = hdm.measure_image(stream, length, s.verify)
+                        sides = hdm.measure_image(stream, length, s.verify)
+                    picture = Picture(name, file, texts, caption, offset, length, *sides, weight, stamp,
+                                      stamp_of(file), lines, number, place)
+                kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
-                yield Picture(name, file, texts, caption, offset, length, width, height, weight, stamp,
-                              stamp_of(file), lines, 0)
+                yield picture._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
     for key in rows.keys() - used:
         report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
     how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
@@ -471,13 +427,8 @@ def scan(source, report, s, known=lambda name, file, texts, stamp: None):
 # ---- the index: what training reads; images stay where they are ------------------------------------------
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
 NUMBERS = Picture._fields[4:]
-RECORD = np.dtype([(name, "<f8" if name == "weight" else "<u8") for name in NUMBERS]
-                  + [("text", "<u8"), ("bytes", "<u8"), ("place", "<f8")])
-
-
-def name_hash(name):
-    """A number in [0, 1) that is the sample's own: added data never move a picture across the split."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
+RECORD = np.dtype([(name, "<f8" if name in ("weight", "place") else "<u8")
+                   for name in (*NUMBERS, "text", "bytes")])
 
 
 class Index:
@@ -490,7 +441,7 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            assert about["format"] == 2, "of another format"
+            assert about["format"] == 3, "of another format"
             records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
             assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
@@ -513,12 +464,12 @@ class Index:
         """The first of records first .. stop - 1 whose place is not below this one."""
         return first + bisect.bisect_left(range(first, stop), place, key=lambda i: self.records[i]["place"])
 
-    def known(self, *what):
-        """The Picture with this name, file, texts and stamp, or None."""
+    def known(self, name, file, texts, stamp, place):
+        """The Picture of all these, or None."""
         for _, first, stop in self.about["groups"]:
-            i = self.after(name_hash(what[0]), first, stop)
-            while i < stop and (picture := self[i]).name == what[0]:
-                if (*picture[:3], picture.stamp) == what:
+            i = self.after(place, first, stop)
+            while i < stop and (picture := self[i]).name == name:
+                if (picture.file, picture.texts, picture.stamp) == (file, texts, stamp):
                     return picture
                 i += 1
 
@@ -553,7 +504,7 @@ def refusal(picture, s):
     def plain(tags):
         return {tag.strip().replace("_", " ").lower() for tag in tags}
     short, long = sorted((picture.width, picture.height))
-    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{OR}|{BESIDE}", picture.caption))
+    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", picture.caption))
     wrong = {"below --min_size": short < s.min_size, "beyond --max_ratio": long > s.max_ratio * short,
              "without --require_tag": plain(s.require_tag) - tags,
              "with --drop_tag": plain(s.drop_tag) & tags}
@@ -564,18 +515,17 @@ def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
     options = [s.caption, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
-    known = [old.known] if old and old.about["options"] == options else []
+    known = old.known if old and old.about["options"] == options else lambda *what: None
     report, raw, several = Report(), io.BytesIO(), 0  # raw: 96 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for number, (source, weight) in enumerate(sources):
-            for picture in scan(source, report, s, *known):
+            for picture in scan(source, report, s, known, weight, number):
                 if kind := refusal(picture, s):
                     report.add(kind, picture.name)
                     continue
                 entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
                 entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
-                numbers = picture._replace(weight=weight * picture.weight, source=number)[4:]
-                record = *numbers, text.tell(), len(entry), name_hash(picture.name)
+                record = *picture[4:], text.tell(), len(entry)
                 raw.write(np.array(record, RECORD).tobytes())
                 text.write(entry)
                 several += picture.lines > 1
@@ -593,7 +543,7 @@ def build_index(sources, s, folder=None, old=None):
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
-    about = dict(format=2, identity=identity, options=options, groups=groups, sizes=[len(records), size])
+    about = dict(format=3, identity=identity, options=options, groups=groups, sizes=[len(records), size])
     if folder is None:
         return Index(records, data, about)
     records.tofile(Path(folder, "records.bin"))
@@ -609,65 +559,6 @@ def open_index(data):
     if not os.path.exists(data):
         raise hdm.UserError(f"--data={data}: no such folder (python prepare.py demo makes data/demo)")
     return build_index([(str(data), 1.0)], DataSettings())
-
-
-# ---- the order of training ---------------------------------------------------------------------------------
-def shuffled(i, n, *key):
-    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel
-    network over the cells of a grid; from a cell past n it walks on."""
-    rows = math.isqrt(n - 1) + 1
-    columns = -(-n // rows)
-    def number(*words):
-        return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
-    while True:
-        row, column = divmod(i, columns)
-        for turn in range(4):
-            row = (row + number(turn, column)) % rows
-            column = (column + number(turn, row, "row")) % columns
-        i = row * columns + column
-        if i < n:
-            return i
-
-
-class Epochs:
-    """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
-    weight says; of weights with fractions some stand once more, drawn anew each time."""
-
-    def __init__(self, parts, seed):
-        self.parts, self.seed = parts, seed      # [(first record, number, weight)]
-        self.pictures = sum(number for _, number, _ in parts)
-        self.length = sum(number * weight for _, number, weight in parts)  # on average
-
-    def start(self, epoch):
-        """The stream's item at which an epoch starts."""
-        return sum(int(number * weight * epoch) for _, number, weight in self.parts)
-
-    def next_epoch(self, i):
-        """The first epoch that starts at item i or later."""
-        return bisect.bisect_left(range(2 + int((i + len(self.parts)) / self.length)), i, key=self.start)
-
-    def __getitem__(self, i):
-        """-> epoch, which copy of the record in it, the record's number."""
-        epoch = self.next_epoch(i + 1) - 1
-        index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
-        for first, number, weight in self.parts:
-            places = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
-            if index < places:
-                copy, index = divmod(index, number)
-                if copy == int(weight):                      # the fraction's: as many as there are, drawn
-                    index = shuffled(index, number, self.seed, epoch, first)
-                return epoch, copy, first + index
-            index -= places
-
-
-def draw_caption(text, rng, s):
-    """One of a record's captions by the grammar (hdm.parse_caption), with the run's settings s; rng None: the
-    first one, with all its tags."""
-    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
-    texts = texts.split(OR)
-    text = hdm.parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
-                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
-    return ", ".join(part for part in (before, text, after) if part)
 
 
 # ---- the cache of latents ----------------------------------------------------------------------------------
@@ -729,13 +620,13 @@ def encode_latents(s, vae, device, rank, ranks):
     def shape(i):                                # of a record's latent: height, width
         width, height = hdm.scaled_sides(index[i].width, index[i].height, s.image_size)
         return height // vae.factor, width // vae.factor
-    def whole(i):                                # a picture, scaled and cut to whole cells, or None
+    def whole(i):                                # i, its picture, scaled and cut to whole cells; or None
         height, width = (side * vae.factor for side in shape(i))
         try:
             picture = index.read(i, s.image_size)[:, :height, :width]
             if index.changed(i) or picture.shape[1:] != (height, width):
                 raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
-            return picture
+            return i, picture
         except hdm.UserError as error:
             print(f"warning: {error}; no latents of it", flush=True)
 
@@ -757,8 +648,7 @@ def encode_latents(s, vae, device, rank, ranks):
     gather(None)                                 # all have seen the same files
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
         for file in tqdm(list(todo)[rank::ranks], disable=rank > 0):
-            latents, ready = {}, zip(todo[file], pool.map(whole, todo[file]))
-            ready = ((i, picture) for i, picture in ready if picture is not None)
+            latents, ready = {}, filter(None, pool.map(whole, todo[file]))
             for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
                 while batch := list(itertools.islice(same, s.batch_size)):
                     pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
@@ -767,55 +657,6 @@ def encode_latents(s, vae, device, rank, ranks):
             save_file(latents, file.with_suffix(".partial"))
             file.with_suffix(".partial").replace(file)
     gather(None)
-
-
-# ---- a look before a week of training ----------------------------------------------------------------------
-def dry_run(index, s, tokenizer):
-    """Prints what is in an index; OUT.png shows 48 pictures with the crops and captions of training."""
-    import train                                 # which imports this file
-    n, places = len(index), Epochs(index.split(0.0)[0], 0)
-    sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
-    print(f"{n:,} pictures, {index.records['length'].sum() / 1e9:.3f} GB; {places.length:,.0f} to an epoch")
-    for what, values, edges in (("width / height", sides[0] / sides[1], [0.5, 0.75, 1, 1.01, 1.34, 2.01]),
-                                ("short side", sides.min(0), sorted({s.image_size, 256, 512, 768, 1024}))):
-        counts = np.histogram(values, [0, *edges, np.inf])[0]
-        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip([0, *edges], counts) if n))
-    cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
-    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
-    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
-    texts = [draw_caption(index[i].caption, None, train.Data) for i in some]
-    tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
-    print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
-          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
-          f"{100 * (tokens > s.text_length).mean():.1f} %")
-    tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
-    print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
-    lengths, counts = np.unique(index.records["length"], return_counts=True)
-    same = np.flatnonzero(np.isin(index.records["length"], lengths[counts > 1])).tolist()
-    hashes = []
-    for picture in map(index.__getitem__, same):
-        with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
-            hashes.append(hashlib.sha256(stream.read()).digest())
-    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
-    settings = {field.name: field.default for cls in train.CLASSES[:3] for field in fields(cls)}
-    settings |= dict(vae="", tread_rate=0.0, image_size=s.image_size)
-    config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
-    samples = train.Samples(index, places, None, SimpleNamespace(**settings), config, 1, True)
-    sheet = Image.new("RGB", (8 * 210, 6 * 280), "white")
-    canvas = ImageDraw.Draw(sheet)
-    for k in range(min(48, n)):
-        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
-            item, pixels = samples.item(k), index.read(places[k][2], s.image_size).permute(1, 2, 0)
-            picture, (left, top, side) = Image.fromarray(pixels.contiguous().numpy()), item["crop"]
-            x, y, scale = k % 8 * 210 + 5, k // 8 * 280 + 5, 200 / max(picture.size)
-            sheet.paste(picture.resize([round(side * scale) or 1 for side in picture.size]), (x, y))
-            box = x + left * scale, y + top * scale, x + (left + side) * scale, y + (top + side) * scale
-            canvas.rectangle(box, outline="red")
-            text = "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)"
-            canvas.text((x, y + 203), text, "black")
-    hdm.make_folder(Path(s.out).parent, "--out")
-    sheet.save(f"{s.out}.png")
-    print(f"{s.out}.png: {min(48, n)} pictures as training takes them: crop in red, caption below")
 
 
 # ---- the judge --------------------------------------------------------------------------------------------
@@ -851,8 +692,6 @@ def judge(image):
 
 
 def judge_checkpoint(settings):
-    if settings.seeds < 1:
-        raise hdm.UserError(f"--seeds={settings.seeds}: at least 1")
     meaning = {CAPTION.format(*words): dict(zip(ATTRIBUTES, words)) for words in COMBINATIONS}
     file = Path(settings.unseen)
     captions = file.read_text(errors="replace").splitlines() if file.is_file() else []
@@ -876,13 +715,9 @@ def judge_checkpoint(settings):
 
 
 # ---- the command line -----------------------------------------------------------------------------------
-def prepare(*paths_and_settings):
-    *paths, s = paths_and_settings
+def prepare(s, *paths):
     hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
     hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
-    for name in ("max_ratio", "image_size", "text_length", "batch_size", "workers"):
-        if getattr(s, name) < 1:
-            raise hdm.UserError(f"--{name}={getattr(s, name)}: at least 1")
     if s.mean_only and not s.latents:
         raise hdm.UserError("--mean_only: says how to write --latents, which is missing")
     if s.caption and not re.search(COLUMN, s.caption):
@@ -899,8 +734,9 @@ def prepare(*paths_and_settings):
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
         old = Index.open(s.out)
     if s.dry_run:
+        import train                             # which imports this file
         tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
-        return dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
+        return train.dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
     rank, ranks = hdm.start_ranks()
     if s.latents:                                # first: a mistake is told before an hour's work
         device = hdm.pick_device(s.device)
@@ -918,6 +754,8 @@ def prepare(*paths_and_settings):
         torch.distributed.destroy_process_group()
 
 
+LEAST = dict(count=1, seed=0, vocab=257, seeds=1, max_ratio=1, image_size=1, text_length=1, batch_size=1,
+             workers=1)
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),
             "text_encoder": (text_encoder, TextEncoderSettings, ("SOURCE",))}
 
@@ -933,7 +771,11 @@ def main(argv):
     else:
         hdm.check_name(f"prepare.py {name}", name, COMMANDS, "path or command")
     words, values = hdm.parse_args(argv[1:], [settings], positionals, doc=__doc__)
-    command(*words, settings(**values))
+    settings = settings(**values)
+    for name, least in LEAST.items():
+        if getattr(settings, name, least) < least:
+            raise hdm.UserError(f"--{name}={getattr(settings, name)}: at least {least}")
+    command(settings, *words)
 
 
 if __name__ == "__main__":

@@ -537,7 +537,7 @@ WORDS = "a large small red green blue yellow circle square triangle on navy pink
 def te_folder(tmp_path_factory):
     """A text encoder for WORDS, each of them one token: a tokenizer and a tiny random Qwen3."""
     folder = tmp_path_factory.mktemp("text_encoder")
-    prepare.make_text_encoder([f"{first} {second}" for first in WORDS for second in WORDS], folder, dim=32)
+    hdm.make_text_encoder([f"{first} {second}" for first in WORDS for second in WORDS], folder, dim=32)
     return folder
 
 
@@ -1292,11 +1292,10 @@ def test_lr_warms_up_linearly_and_ends_at_one_percent():
 
 def stream(data, training=True, pos="long_side", latents=None, **settings):
     """The samples that train.py would read from a folder of pictures, or from an index."""
-    defaults = {field.name: field.default for cls in train.CLASSES[:3] for field in dataclasses.fields(cls)}
-    s = SimpleNamespace(**defaults | TINY | dict(validation=0.0) | settings)
+    s = SimpleNamespace(**train.DEFAULTS | TINY | dict(validation=0.0) | settings)
     index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
     parts, held = index.split(s.validation)
-    places = prepare.Epochs(parts, s.seed) if training else held or list(range(len(index)))
+    places = train.Epochs(parts, s.seed) if training else held or list(range(len(index)))
     channels, factor = (4, 2) if s.vae else (3, 1)
     config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
     return train.Samples(index, places, latents, s, config, factor, training)
@@ -2090,12 +2089,12 @@ def test_hugging_face_imagefolders(tmp_path):
                            "a.png": PNG, "s/b.png": PNG,
                            "t/metadata.csv": (tmp_path / "n.csv").read_bytes(),
                            "t/c.png": PNG, "t/d.png": PNG, "t/a.png": PNG})
-    assert scanned(tmp_path) == ({"a.png": "one", "s/b.png": f"x{prepare.OR}y", "t/c.png": 'four, "4" lines'},
+    assert scanned(tmp_path) == ({"a.png": "one", "s/b.png": f"x{hdm.OR}y", "t/c.png": 'four, "4" lines'},
                                   {"no caption": 1, "empty caption": 1, "row without an image": 1})
 
 
 def test_json_beside_an_image(tmp_path):
-    rows = [({"caption": "one"}, "one"), ({"text": ["a", "b "], "tags": "x"}, f"a{prepare.OR}b"),
+    rows = [({"caption": "one"}, "one"), ({"text": ["a", "b "], "tags": "x"}, f"a{hdm.OR}b"),
             ({"tags": ["long hair", "b"]}, "long hair $$ b"), ({"tags": "a_b c"}, "a_b $$ c"),
             ({"tags": "a b, c,"}, "a b $$ c"), ({"tags": "a b $$ c"}, "a b $$ c")]
     for i, (row, _) in enumerate(rows):
@@ -2184,7 +2183,7 @@ def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
     write_files(tmp_path, {"a.png": PNG, "a.txt": " one \r\n\n two\x1ethree \n",
                            "b.png": PNG, "b.txt": "one\n"})
     assert scanned(tmp_path)[0] == {"a.png": "one two three", "b.png": "one"}
-    three = f"one{prepare.OR}two{prepare.OR}three"
+    three = f"one{hdm.OR}two{hdm.OR}three"
     assert scanned(tmp_path, caption_lines="choose") == ({"a.png": three, "b.png": "one"}, {})
 
 
@@ -2464,10 +2463,10 @@ def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
     options = dict(sidecar=".nl.txt", sidecar_place=place, caption_lines="choose")
     for source, inner in (("f", ""), ("t", "t.tar/")):
         found, report = scanned(tmp_path / source, **options)
-        drawn = {name: prepare.draw_caption(text, None, train.Data) for name, text in found.items()}
+        drawn = {name: hdm.draw_caption(text, None, train.Data) for name, text in found.items()}
         assert drawn == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
         s = SimpleNamespace(**vars(train.Data) | dict(tag_separator=","))  # what is beside it stays
-        text = prepare.draw_caption(found[inner + "a.png"], random.Random(0), s)
+        text = hdm.draw_caption(found[inner + "a.png"], random.Random(0), s)
         assert (text.startswith if place == "before" else text.endswith)("some words, a $$ b")
     sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
     beside = {str(tmp_path / "f" / name) for name in files if name in ("a.txt", "a.nl.txt")}
@@ -2479,7 +2478,7 @@ def test_a_sidecar_beside_a_tables_image(tmp_path):
     write_files(tmp_path, {"metadata.jsonl": '{"file_name": "a.png", "tags": "x, y"}',
                            "a.png": PNG, "a.nl.txt": "words"})
     found, report = scanned(tmp_path, sidecar=".nl.txt")
-    assert prepare.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
+    assert hdm.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
     one, = scan(tmp_path, sidecar=".nl.txt")
     assert one.texts == (str(tmp_path / "metadata.jsonl"), str(tmp_path / "a.nl.txt"))
     assert one.stamp == prepare.stamp_of(one.file, *one.texts)
@@ -2497,7 +2496,7 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
 
     def known(name, *rest):
         one = before.get(name)
-        return one if one is not None and (one.file, one.texts, one.stamp) == rest else None
+        return one if one is not None and (one.file, one.texts, one.stamp, one.place) == rest else None
 
     opened = []
 
@@ -2518,7 +2517,7 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
                            "3.nl.txt", "4.png", "4.txt", "new.png", "new.caption"}
     assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == {
         "1.png", "2.png", "3.png", "4.png", "new.png", "gone.png"}
-    assert (prepare.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
+    assert (hdm.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
         "new caption, x", 9)
     moved = Path(shutil.copytree(tmp_path, tmp_path.with_name("moved")))              # copies keep the times
     assert all(one.file.startswith(str(moved)) for one in scan(moved, sidecar=".nl.txt", known=known))
@@ -2565,18 +2564,18 @@ def test_what_a_run_reads_follows_its_settings(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
 def test_an_order_is_a_permutation_for_each_key(n):
-    orders = [[prepare.shuffled(i, n, key) for i in range(n)] for key in range(3)]
+    orders = [[train.shuffled(i, n, key) for i in range(n)] for key in range(3)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert n < 10 or orders[0] != orders[1] != orders[2]
 
 
 def test_short_orders_are_all_as_likely():
-    counts = collections.Counter(tuple(prepare.shuffled(i, 4, key) for i in range(4)) for key in range(7200))
+    counts = collections.Counter(tuple(train.shuffled(i, 4, key) for i in range(4)) for key in range(7200))
     assert len(counts) == 24 and 230 < min(counts.values()) and max(counts.values()) < 370      # 300 +- 17
 
 
 def test_an_order_of_ten_millions_is_random():
-    epochs = prepare.Epochs([(0, 10_000_000, 1.0)], seed=0)
+    epochs = train.Epochs([(0, 10_000_000, 1.0)], seed=0)
     starts = (0, 10_000_000)
     first, second = (np.array([epochs[i][2] for i in range(start, start + 20_000)]) for start in starts)
     apart = abs(np.diff(first)).mean() / 10_000_000          # of 20,000: a standard deviation of 0.0017
@@ -2588,7 +2587,7 @@ def test_an_order_of_ten_millions_is_random():
 def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
     """Whole copies each time, fractions drawn anew: over ten epochs exactly, in one epoch to within one."""
     parts = [(0, 7, 1.0), (7, 5, 3.0), (12, 10, 0.25), (22, 6, 1.5), (28, 1, 0.1)]
-    epochs = prepare.Epochs(parts, seed=3)
+    epochs = train.Epochs(parts, seed=3)
     items = [epochs[i] for i in range(epochs.start(20))]
     assert [epoch for epoch, _, _ in items] == sorted(epoch for epoch, _, _ in items)
     drawn = collections.defaultdict(set)
@@ -2609,7 +2608,7 @@ def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
 
 
 def test_global_batches_run_over_the_ends_of_epochs_and_each_epoch_is_whole():
-    epochs = prepare.Epochs([(0, 200, 1.0)], seed=0)         # with a global batch of 512, for five steps
+    epochs = train.Epochs([(0, 200, 1.0)], seed=0)         # with a global batch of 512, for five steps
     items = [epochs[i] for i in range(512 * 5)]
     for epoch in range(12):
         assert sorted(number for e, _, number in items if e == epoch) == list(range(200))
@@ -2619,7 +2618,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the ten thousand records that are read at random."""
     n = 10_000_000
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
-    epochs = prepare.Epochs([(0, n, 1.0)], 0)
+    epochs = train.Epochs([(0, n, 1.0)], 0)
     with open(tmp_path / "text.bin", "wb") as file:
         for i in range(10_000):
             file.seek(i * 2_000_000)                         # 20 GB
@@ -2627,18 +2626,18 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
             records[epochs[i][2]]["text"], records[epochs[i][2]]["bytes"] = file.tell(), len(entry)
             file.write(entry)
         sizes = [n, file.tell()]
-    (tmp_path / "index.json").write_text(json.dumps(dict(format=2, groups=[[1.0, 0, n]], sizes=sizes)))
+    (tmp_path / "index.json").write_text(json.dumps(dict(format=3, groups=[[1.0, 0, n]], sizes=sizes)))
     records.flush()
     (tmp_path / "read.py").write_text(f"""
 import re, sys, time
 sys.path.insert(0, {str(HERE)!r})
-import prepare
+import prepare, train
 def private():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000
 before, clock = private(), time.perf_counter()
 index = prepare.Index.open(sys.argv[1])
 opened = time.perf_counter() - clock
-epochs = prepare.Epochs(index.split(0.0)[0], 0)
+epochs = train.Epochs(index.split(0.0)[0], 0)
 for i in range(10_000):
     assert index[epochs[i][2]].caption == f"caption {{i}}"
 print(len(index), opened, private() - before)
@@ -2750,7 +2749,7 @@ def test_a_table_may_have_any_name_and_many_lines_are_told(tmp_path, capsys):
     write_files(tmp_path / "in", {b"meta\xff.json": '{"a": {"text": "x"}}', "a.png": PNG,
                                   "b.png": PNG, "b.txt": "1\n2"})
     index = indexed(tmp_path / "index", tmp_path / "in", "--caption_lines=choose")
-    assert sorted(index[i].caption for i in (0, 1)) == [f"1{prepare.OR}2", "x"]
+    assert sorted(index[i].caption for i in (0, 1)) == [f"1{hdm.OR}2", "x"]
     assert "1 captions have several lines: --caption_lines=choose" in capsys.readouterr().out
     drawn = {stream(index, caption_dropout=0.0)[i]["caption"] for i in range(40)}
     assert drawn == {"1", "2", "x"}
@@ -3819,7 +3818,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     (shelf / "cut.safetensors").write_bytes(published.read_bytes()[:5000])
     save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
     save_file(published_tensors(vae=False), shelf / "no_vae.safetensors")
-    prepare.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
+    hdm.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
     shutil.copytree(place / "data", shelf / "data")
     (shelf / "cut_index").mkdir()
     (shelf / "cut_index" / "index.json").write_text("{")
@@ -4198,7 +4197,7 @@ def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
     from transformers import AutoModel, AutoTokenizer
     captions = [prepare.CAPTION.format(*words) for words in prepare.COMBINATIONS]
     state = torch.get_rng_state()
-    prepare.make_text_encoder(captions, tmp_path)
+    hdm.make_text_encoder(captions, tmp_path)
     assert torch.equal(state, torch.get_rng_state())
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
     for text in ("naïve 日本 🦊👩‍👩‍👧", " two  spaces, don 't . \n\t", "<pad>", "\x00 \u202e"):
@@ -4213,6 +4212,18 @@ def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
     cosine = colours @ colours.T
     assert cosine[same].min() > 0.7 > 0.4 > cosine[~same].max()  # its own word first
     assert cosine[same].min() < 0.999                             # and something of the words before it
+
+
+def test_a_text_encoder_knows_the_words_of_a_sources_captions(tmp_path):
+    """Of all alternatives, and of what stands beside them; not the separators."""
+    write_files(tmp_path / "in", {"a.png": PNG, "a.json": '{"text": ["dragon $$ fire", "knight ||| sword"]}',
+                                  "a.nl.txt": "some words"})
+    index = indexed(tmp_path / "index", tmp_path / "in", "--sidecar=.nl.txt")
+    prepare.main(["text_encoder", str(tmp_path / "index"), f"--out={tmp_path / 'te'}", "--vocab=400"])
+    tokenizer = hdm.TextEncoder(tmp_path / "te").tokenizer
+    words = ("dragon", " fire", " knight", " sword", " some", " words", ",")
+    assert [len(tokenizer(word)["input_ids"]) for word in words] == [1] * 7
+    assert len(index) == 1 and len(tokenizer("$$ |||")["input_ids"]) == 6
 
 
 def test_judge_scores_what_was_drawn(tmp_path, monkeypatch, capsys):

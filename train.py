@@ -6,10 +6,11 @@
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
 
-In order: settings; data; checkpoints and log; the model; train, a flat loop; main.
+In order: settings; the data, their order, a look at them; checkpoints, log; the model; train, a flat loop.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
 epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -22,7 +23,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,12 +33,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import hdm
-from prepare import Epochs, Latents, draw_caption, open_index
+from prepare import Latents, open_at, open_index
 from sample import catch_signals, gather, generate_dealt, image_grid, plot, read_metrics, tracker
 
 
@@ -102,6 +106,7 @@ class Optim:
 
 
 CLASSES = Run, Data, Optim, hdm.XUTConfig
+DEFAULTS = {field.name: field.default for cls in CLASSES[:3] for field in dataclasses.fields(cls)}
 POSITIVE = ("images", "batch_size", "global_batch", "image_size", "text_length", "log_every", "sample_steps",
             "lr", "clip", "t_shift")
 SHARES = ("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable", "tread_rate",
@@ -112,8 +117,7 @@ def read_settings(argv, ranks=1):
     """-> the settings of Run, Data and Optim as one flat namespace, and the {name: value} that were given."""
     (config_file,), flags = hdm.parse_args(argv, CLASSES, ["CONFIG"], __doc__)
     given = hdm.read_config(config_file, CLASSES) | flags
-    values = {field.name: field.default for cls in CLASSES[:3] for field in dataclasses.fields(cls)}
-    s = SimpleNamespace(**values | {name: given[name] for name in given if name in values})
+    s = SimpleNamespace(**DEFAULTS | {name: given[name] for name in given if name in DEFAULTS})
     for name, value in vars(s).items():
         wrong = isinstance(value, (int, float)) and (value < 0 or value == 0 and name in POSITIVE)
         if wrong or name in SHARES and value >= 1:
@@ -133,7 +137,55 @@ def read_settings(argv, ranks=1):
     return s, given
 
 
-# ---- Data ------------------------------------------------------------------------------------------------
+# ---- Data and their order --------------------------------------------------------------------------------
+
+def shuffled(i, n, *key):
+    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel
+    network over the cells of a grid; from a cell past n it walks on."""
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    def number(*words):
+        return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
+    while True:
+        row, column = divmod(i, columns)
+        for turn in range(4):
+            row = (row + number(turn, column)) % rows
+            column = (column + number(turn, row, "row")) % columns
+        i = row * columns + column
+        if i < n:
+            return i
+
+
+class Epochs:
+    """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
+    weight says; of weights with fractions some stand once more, drawn anew each time."""
+
+    def __init__(self, parts, seed):
+        self.parts, self.seed = parts, seed      # [(first record, number, weight)]
+        self.pictures = sum(number for _, number, _ in parts)
+        self.length = sum(number * weight for _, number, weight in parts)  # on average
+
+    def start(self, epoch):
+        """The stream's item at which an epoch starts."""
+        return sum(int(number * weight * epoch) for _, number, weight in self.parts)
+
+    def next_epoch(self, i):
+        """The first epoch that starts at item i or later."""
+        return bisect.bisect_left(range(2 + int((i + len(self.parts)) / self.length)), i, key=self.start)
+
+    def __getitem__(self, i):
+        """-> epoch, which copy of the record in it, the record's number."""
+        epoch = self.next_epoch(i + 1) - 1
+        index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
+        for first, number, weight in self.parts:
+            places = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
+            if index < places:
+                copy, index = divmod(index, number)
+                if copy == int(weight):                      # the fraction's: as many as there are, drawn
+                    index = shuffled(index, number, self.seed, epoch, first)
+                return epoch, copy, first + index
+            index -= places
+
 
 def open_data(s):
     """-> the Index of s.data, its training stream, the held-out records, an identity of all these."""
@@ -183,7 +235,7 @@ class Samples(Dataset):
         rng = random.Random(f"{s.seed} {epoch} {copy} {name}" if training else name)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         dropped = training and rng.random() < s.caption_dropout
-        caption = "" if dropped else draw_caption(picture.caption, rng if training else None, s)
+        caption = "" if dropped else hdm.draw_caption(picture.caption, rng if training else None, s)
         # The whole picture, its short side X: (3, height, width), or its latent: (C or 2 C, height, width)
         whole = (self.latents or self.index).read(number, size)
         height, width = whole.shape[1:]
@@ -228,6 +280,49 @@ def lr_at(step, s, total):
         return s.lr * (step + 1) / s.warmup
     part = (step - s.warmup) / max(1, total - s.warmup)
     return s.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
+
+
+def dry_run(index, s, tokenizer):
+    """prepare.py --dry_run, with its settings s: prints what training will meet; OUT.png shows the first 48
+    pictures with their crops and captions."""
+    n, epochs, lengths = len(index), Epochs(index.split(0.0)[0], 0), index.records["length"]
+    sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
+    print(f"{n:,} pictures, {lengths.sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an epoch")
+    for what, values, edges in (("width / height", sides[0] / sides[1], [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01]),
+                                ("short side", sides.min(0), sorted({0, 256, 512, 768, 1024, s.image_size}))):
+        counts = np.histogram(values, [*edges, np.inf])[0]
+        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
+    cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
+    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
+    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
+    texts = [hdm.draw_caption(index[i].caption, None, Data) for i in some]
+    tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
+    print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
+          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
+          f"{100 * (tokens > s.text_length).mean():.1f} %")
+    tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
+    print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
+    hashes, (_, which, counts) = [], np.unique(lengths, return_inverse=True, return_counts=True)
+    for i in np.flatnonzero(counts[which] > 1).tolist():     # others are alone with their length
+        picture = index[i]
+        with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
+            hashes.append(hashlib.sha256(stream.read()).digest())
+    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
+    run = SimpleNamespace(**DEFAULTS | dict(vae="", tread_rate=0.0, image_size=s.image_size))
+    config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
+    samples = Samples(index, epochs, None, run, config, 1, training=True)
+    for i in range(min(48, n)):
+        tiles.append(Image.new("RGB", (201, 270), "white"))
+        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
+            item, pixels = samples.item(i), index.read(epochs[i][2], s.image_size).permute(1, 2, 0)
+            whole, canvas = Image.fromarray(pixels.contiguous().numpy()), ImageDraw.Draw(tiles[-1])
+            scale, (left, top, side) = 200 / max(whole.size), item["crop"]
+            tiles[-1].paste(whole.resize([round(length * scale) or 1 for length in whole.size]))
+            canvas.rectangle([scale * x for x in (left, top, left + side, top + side)], outline="red")
+            canvas.text((0, 203), "\n".join(textwrap.wrap(item["caption"], 34)[:5]) or "(dropped)", "black")
+    hdm.make_folder(Path(s.out).parent, "--out")
+    image_grid(list(map(np.asarray, tiles)), columns=8, gap=10).save(f"{s.out}.png")
+    print(f"{s.out}.png: {len(tiles)} pictures as training takes them: crop in red, caption below")
 
 
 # ---- Checkpoints (folders with model.safetensors, ema.safetensors, train.pt, small encoders) and log -----
@@ -423,7 +518,7 @@ def train(argv):
     samples = Samples(index, epochs, cache, s, model.config, vae.factor if vae else 1, training=True)
     held = Samples(index, held_out, cache, s, model.config, samples.factor, training=False)
     shown = held_out[:8] or [epochs[i][2] for i in range(8)]                          # in previews
-    prompts = [draw_caption(index[number].caption, None, s) for number in shown]
+    prompts = [hdm.draw_caption(index[number].caption, None, s) for number in shown]
     micro_steps = s.global_batch // s.batch_size // ranks
     total = start + math.ceil((s.images - seen) / s.global_batch)
     last = min(total, s.max_steps) if s.max_steps else total
