@@ -905,7 +905,10 @@ class InertUnpickler(pickle._Unpickler):
 
 
 def read_tensors(path):
-    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, an old pickle."""
+    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, an old pickle.
+
+    All but old pickles are mapped, not read: they take no memory of the process's own.
+    """
     import safetensors
     path = Path(path)
     with naming(path, "not a complete file of weights"):
@@ -919,8 +922,9 @@ def read_tensors(path):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         # weights_only alone would refuse unknown classes; with it torch runs no TorchScript, unpacks no tar
+        mapped = head[:2] == b"PK" and path.suffix != ".safetensors"                  # by which torch would go
         with open(path, "rb") as file, mock.patch("torch._weights_only_unpickler.Unpickler", InertUnpickler):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
         content = content.get("state_dict", content)         # Lightning's
         tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
         assert tensors, "no tensors by name, neither under state_dict nor directly"
@@ -931,9 +935,16 @@ def part_of(tensors, prefix):
     return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def is_finite(value):
+    """True of finite floats; isfinite would make copies, and loading has no memory for them."""
+    return value.is_floating_point() and (not value.numel() or all(map(math.isfinite, value.aminmax())))
+
+
 def load_strict(build, tensors, path, device, dtype):
     """build() filled with exactly these tensors; a file that does not fit is refused, naming why."""
-    with torch.device("meta"):                               # no memory, no random numbers: weights will come
+    # No memory, no random numbers: weights will come. Any arithmetic on "meta" would import 67 MB of torch.
+    with (torch.device("meta"), mock.patch.object(XUT, "init_weights"),
+          mock.patch(f"{__name__}.time_frequencies", lambda dim: torch.empty(1, dim // 2))):
         module = build()
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -941,8 +952,7 @@ def load_strict(build, tensors, path, device, dtype):
              "unexpected": [name for name in have if name not in want],
              "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in want
                                   if name in have and have[name] != want[name]],
-             "not of finite floats": [name for name, value in tensors.items()
-                                      if not (value.is_floating_point() and value.isfinite().all())]}
+             "not of finite floats": [name for name, value in tensors.items() if not is_finite(value)]}
     if any(wrong.values()):
         raise UserError(f"{path} does not fit {type(module).__name__}: " + "; ".join(
             f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

@@ -825,6 +825,43 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_model_is_loaded_without_a_second_copy(tmp_path):
+    """Private memory, polled while a process loads a file of fp16, is the model's bytes in the target type."""
+    with torch.device("meta"):
+        model = hdm.XUT(hdm.XUTConfig(depth=1, dec_blocks=1, pre_blocks=0, post_blocks=2))
+    weights = {f"unet.model.{name}": torch.rand(value.shape).half()
+               for name, value in model.state_dict().items()}
+    save_file(weights, tmp_path / "file")
+    torch.save(dict(state_dict=weights), tmp_path / "pickle")
+    assert (tmp_path / "file").stat().st_size > 200e6
+    (tmp_path / "load.py").write_text(f"""
+import os, re, sys, threading
+import torch
+sys.path.insert(0, {str(HERE)!r})
+def private():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+for file, dtype in ("file", "float16"), ("file", "bfloat16"), ("file", "float32"), ("pickle", "bfloat16"):
+    if os.fork() == 0:                                       # each in a process of its own
+        before, peak, done = private(), 0, threading.Event()
+        def poll():
+            global peak
+            while not done.wait(0.001):
+                peak = max(peak, private())
+        polling = threading.Thread(target=poll)
+        polling.start()
+        import hdm
+        model, _, _ = hdm.load_model(file, dtype=getattr(torch, dtype))
+        done.set()
+        polling.join()
+        print((max(peak, private()) - before) / sum(value.nbytes for value in model.state_dict().values()))
+        break
+    os.wait()
+""")
+    shares = list(map(float, command(tmp_path / "load.py", cwd=tmp_path).stdout.split()))
+    assert len(shares) == 4 and max(shares) < 1.05 and min(shares[1:]) > 0.95         # and it was measured
+
+
 # ---- Settings: flags and config files --------------------------------------------------------------------
 
 @dataclasses.dataclass
