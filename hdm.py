@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -584,14 +585,37 @@ def sample(model, ctx, uncond=None, *, noise, steps=24, cfg=3.0, aspect=None, po
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that can take the statistics of a whole picture from a thumbnail of it, and use them on tiles.
+
+    While shares is set the first input is the thumbnail: shares are (rows,), (columns,), how many of the
+    picture's each of its rows and columns stands for. What it gives, kept, holds for all inputs after it.
+    """
+    shares = kept = None
+
+    def forward(self, x):                                    # (B, C, h, w)
+        if self.shares is None:
+            return super().forward(x)
+        if self.kept is None:
+            rows, columns = (share.repeat_interleave(n // len(share)) / (share.sum() * (n // len(share)))
+                             for share, n in zip(self.shares, x.shape[2:]))
+            def average(y):                                  # over each group and the picture -> (B, C, 1, 1)
+                y = (y @ columns @ rows).unflatten(1, (self.num_groups, -1))
+                return y.mean(2, keepdim=True).expand_as(y).flatten(1)[..., None, None]
+            mean = average(x.float())
+            scale = self.weight[:, None, None] / (average((x - mean).square()) + self.eps).sqrt()
+            self.kept = scale, self.bias[:, None, None] - mean * scale
+        return torch.addcmul(self.kept[1], x, self.kept[0]).to(x.dtype)
+
+
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input (by a 1x1 conv only where the widths differ)."""
 
     def __init__(self, width_in, width_out, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, width_in, eps=1e-6)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, width_out, eps=1e-6)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
 
@@ -692,14 +716,69 @@ class VAEDecoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             VAELevel(widths[max(i - 1, 0)], width, layers + 1, groups, upsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
+        return self.finish(self.start(z))
+
+    def start(self, z):                                      # little memory, and the attention needs it whole
+        return self.up_blocks[0](self.mid_block(self.conv_in(z)))
+
+    def finish(self, x):
+        for level in self.up_blocks[1:]:
             x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def in_tiles(self, z, tile):
+        """forward, with the memory of one tile of tile x tile latent cells for what follows the first level.
+
+        Tiles overlap by all that a tile's own border can spoil, which is cut off, and are normalised alike, by
+        the statistics of a thumbnail: what two tiles both know they agree on, so that no border shows. Exact
+        on a constant latent; elsewhere as near as the thumbnail's statistics are to the picture's.
+        """
+        x = self.start(z)
+        # How far the 3x3 convolutions reach, in cells of x: two of a ResNet, in finish with half the reach on
+        # each level, one of an upsampling; in start, whose cells are twice as large, five more before them.
+        convs = 2 * len(self.up_blocks[0].resnets)
+        halo = 2 * convs + 1
+        rim, core = halo + 2 * (convs + 5) + 1, 2 * (tile - halo)
+        (rows, row_shares), (columns, column_shares) = (thin_out(n, rim, 2 * tile) for n in x.shape[2:])
+        norms = [module for part in (*self.up_blocks[1:], self.conv_norm_out) for module in part.modules()
+                 if isinstance(module, GroupNorm)]
+        try:
+            for norm in norms:
+                norm.shares = row_shares.to(x.device), column_shares.to(x.device)
+            thumbnail = x[:, :, rows.to(x.device)][..., columns.to(x.device)]
+            scale, strips = self.finish(thumbnail).shape[2] // len(rows), []
+            for top in range(0, x.shape[2], core):
+                y, parts = max(0, top - halo), []
+                for left in range(0, x.shape[3], core):
+                    start = max(0, left - halo)
+                    part = self.finish(x[:, :, y:top + core + halo, start:left + core + halo])
+                    part = part[..., scale * (top - y):, scale * (left - start):]
+                    parts.append(part[..., :scale * core, :scale * core].clone())
+                strips.append(torch.cat(parts, dim=3))
+            return torch.cat(strips, dim=2)
+        finally:
+            for norm in norms:
+                norm.shares = norm.kept = None
+
+
+def thin_out(n, rim, most):
+    """Rows that stand for all of n, about `most` of them: which, and how many rows each stands for.
+
+    Both rims, where a picture's border shows, stay; what is between is thinned to strips of 8, evenly spaced.
+    """
+    strips, inner = max(4, (most - 2 * rim) // 8), n - 2 * rim
+    if inner <= 8 * strips:
+        return torch.arange(n), torch.ones(n)
+    starts = torch.linspace(rim, rim + inner - 8, strips).long()
+    rows = torch.cat([torch.arange(rim), (starts[:, None] + torch.arange(8)).flatten(),
+                      torch.arange(n - rim, n)])
+    shares = torch.ones(len(rows))
+    shares[rim:-rim] = inner / (8 * strips)
+    return rows, shares
 
 
 class VAE(nn.Module):
@@ -761,12 +840,27 @@ class VAE(nn.Module):
         return (z - mean) / std
 
     @torch.no_grad()
-    def decode(self, latents):
-        """Normalised latents -> images, float32, not clamped."""
+    def decode(self, latents, tile=None):
+        """Normalised latents -> images, float32, not clamped; in tiles where a side is over `tile` cells."""
         mean, std = self.statistics(latents)
         weight = self.post_quant_conv.weight
         with torch.autocast(weight.device.type, enabled=False):
-            return self.decoder(self.post_quant_conv((latents * std + mean).to(weight.dtype))).float()
+            z = self.post_quant_conv((latents * std + mean).to(weight.dtype))
+            whole = tile is None or max(z.shape[2:]) <= tile
+            return (self.decoder(z) if whole else self.decoder.in_tiles(z, tile)).float()
+
+    def decode_each(self, latents, tile=128):
+        """decode for little memory: image by image, in tiles past a size, again in float32 if not finite."""
+        images, dtype = [], self.post_quant_conv.weight.dtype
+        for z in latents.split(1):
+            images.append(self.decode(z, tile))
+            if dtype != torch.float32 and z.isfinite().all() and not images[-1].isfinite().all():
+                print(f"the VAE's picture is not finite in {dtype}: decoded again in float32")
+                try:
+                    images[-1] = self.float().decode(z, tile)
+                finally:
+                    self.to(dtype)                           # to the very weights that it had
+        return torch.cat(images)
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------

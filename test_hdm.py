@@ -562,6 +562,50 @@ def test_half_precision_rounds_no_statistics():
     assert close(vae.encode(images), (mean + 3.865960634760459) / 10.036514488374861, 1e-6)
 
 
+@pytest.fixture(scope="module")
+def tiled():
+    """Latents -> their whole decode, the one in tiles, and the whole one again."""
+    vae = hdm.VAE((32, 32), layers_per_block=1)
+    for module in vae.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight += 0.3 * torch.randn_like(module.weight)
+            module.bias += 0.3 * torch.randn_like(module.bias)
+    return lambda z: (vae.decode(z), vae.decode(z, tile=24), vae.decode(z))
+
+
+def jumps(images):
+    """The largest difference of neighbours across each line between two columns, (width - 1,)."""
+    return images.diff(dim=3).abs().amax(dim=(0, 1, 2))
+
+
+@pytest.mark.parametrize("height, width", [(50, 64), (9, 64), (64, 24)])
+def test_tiles_of_a_constant_latent_are_the_whole(height, width, tiled):
+    whole, tiles, again = tiled(torch.randn(1, 4, 1, 1).expand(-1, -1, height, width))
+    assert close(tiles, whole, 2e-5) and torch.equal(again, whole)
+
+
+def test_no_border_of_a_tile_shows_on_a_smooth_latent(tiled):
+    y, x = torch.linspace(0, 3, 48)[:, None], torch.linspace(0, 4, 64)[None]
+    _, tiles, _ = tiled(torch.stack([torch.sin(x + y), x * torch.cos(y) / 4, torch.sin(x * y), x + 0 * y])[None])
+    for jump in jumps(tiles), jumps(tiles.mT):
+        border = torch.arange(1, len(jump) + 1) % 30 == 0    # what is drawn of a tile: 2 (24 - 9) pixels
+        assert border.any() and jump[border].max() <= jump[~border].max() + 2 / 255
+
+
+def test_an_overflowing_decode_is_done_again_in_float32(capsys):
+    vae = tiny_vae()
+    vae.decoder.conv_in.weight.fill_(3e4)
+    vae.post_quant_conv.bias.zero_()
+    vae, z = vae.half(), torch.randn(2, 4, 4, 6) * torch.tensor([1e-3, 1.0])[:, None, None, None]
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    with torch.inference_mode():
+        images = vae.decode_each(z)
+    assert capsys.readouterr().out.count("again in float32") == 1 and images.isfinite().all()
+    assert not vae.decode(z)[1].isfinite().all() and torch.equal(vae.decode(z[:1]), images[:1])
+    assert same(dict(vae.state_dict()), weights)
+    assert torch.equal(vae.float().decode(z[1:]), images[1:])
+
+
 # ---- Text encoder and captions ---------------------------------------------------------------------------
 
 def test_states_are_the_language_models_last_ones(te, te_folder):
