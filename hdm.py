@@ -33,8 +33,10 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import typing
 import warnings
@@ -586,7 +588,7 @@ def sample(model, ctx, uncond=None, *, noise, steps=24, cfg=3.0, aspect=None, po
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that can take the statistics of a whole picture from a thumbnail of it, and use them on tiles.
+    """GroupNorm that can take a whole picture's statistics from a thumbnail of it, and use them on tiles.
 
     While shares is set the first input is the thumbnail: shares are (rows,), (columns,), how many of the
     picture's each of its rows and columns stands for. What it gives, kept, holds for all inputs after it.
@@ -733,9 +735,9 @@ class VAEDecoder(nn.Module):
     def in_tiles(self, z, tile):
         """forward, with the memory of one tile of tile x tile latent cells for what follows the first level.
 
-        Tiles overlap by all that a tile's own border can spoil, which is cut off, and are normalised alike, by
-        the statistics of a thumbnail: what two tiles both know they agree on, so that no border shows. Exact
-        on a constant latent; elsewhere as near as the thumbnail's statistics are to the picture's.
+        Tiles overlap by all that a tile's own border can spoil, which is cut off, and are normalised alike,
+        by the statistics of a thumbnail: they agree where they meet, with nothing left to blend. Exact on a
+        constant latent; elsewhere tones are off by as much as the thumbnail's statistics are.
         """
         x = self.start(z)
         # How far the 3x3 convolutions reach, in cells of x: two of a ResNet, in finish with half the reach on
@@ -809,6 +811,17 @@ class VAE(nn.Module):
                 and all(std > 0 for std in self.std)):
             raise UserError(f"VAE: latents_mean and latents_std must be {latent_channels} numbers each")
         self.eval().requires_grad_(False)
+
+    def diffusers_config(self):
+        """The settings by which diffusers' AutoencoderKL, and load_vae, read these weights."""
+        levels = self.encoder.down_blocks
+        return dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu",
+                    down_block_types=["DownEncoderBlock2D"] * len(levels),
+                    up_block_types=["UpDecoderBlock2D"] * len(levels),
+                    block_out_channels=[level.resnets[0].conv2.out_channels for level in levels],
+                    layers_per_block=len(levels[0].resnets), latent_channels=self.latent_channels,
+                    norm_num_groups=self.encoder.conv_norm_out.num_groups, latents_mean=self.mean,
+                    latents_std=self.std)
 
     def statistics(self, z):
         return z.new_tensor(self.mean).view(1, -1, 1, 1), z.new_tensor(self.std).view(1, -1, 1, 1)
@@ -1016,7 +1029,7 @@ def read_tensors(path):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         # weights_only alone would refuse unknown classes; with it torch runs no TorchScript, unpacks no tar
-        mapped = head[:2] == b"PK" and path.suffix != ".safetensors"                  # by which torch would go
+        mapped = head[:2] == b"PK" and path.suffix != ".safetensors"                  # torch would go by it
         with open(path, "rb") as file, mock.patch("torch._weights_only_unpickler.Unpickler", InertUnpickler):
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
         content = content.get("state_dict", content)         # Lightning's
@@ -1151,7 +1164,13 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     for sampling steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
     """
     path = find_weights(path_or_hub_id, ema)
-    (tensors, metadata), own = read_tensors(path), None
+    tensors, metadata = read_tensors(path)
+    own = tensors if part_of(tensors, "vae.") else None      # a VAE in the same file
+    prefixes = [start for start in ("unet.model.", "model.", "") if f"{start}ctx_proj.weight" in tensors]
+    if not prefixes:
+        raise UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and no "
+                        f"ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
+    tensors = part_of(tensors, prefixes[0])
     folder = path.parents[path.parent.name == "transformer"]
     def beside(part, recorded):                              # small encoders move with their checkpoint
         known = "hdm" in metadata or path.parent.name == "transformer"
@@ -1162,14 +1181,9 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
             settings["config"] = XUTConfig(**settings["config"])
         settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
     else:                                                    # a published file, Lightning's, diffusers', bare
-        own = tensors if part_of(tensors, "vae.") else None  # a VAE in the same file
-        prefixes = [start for start in ("unet.model.", "model.", "") if f"{start}ctx_proj.weight" in tensors]
-        if not prefixes:
-            raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a "
-                            f"published one (no unet.model.*); it holds {', '.join(list(tensors)[:3])}, ...")
-        tensors = part_of(tensors, prefixes[0])
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=TEXT_ENCODER, text_length=512,
-                        vae=str(path) if own else beside("vae", ""), step=0, images=0, **SAMPLING)
+                        vae=beside("vae", ""), step=0, images=0, **SAMPLING)
+    settings["vae"] = str(path) if own else settings["vae"]
     settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
     vae = load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
     return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
@@ -1190,6 +1204,54 @@ def save_model(path, tensors, settings):
     settings = dict(settings, config=dataclasses.asdict(settings["config"]))
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
               metadata={"format": "pt", "hdm": json.dumps(settings)})
+
+
+def export(path, model, vae, settings, force=False):
+    """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
+
+    The settings (as from load_model) go into the header, for load_model; other programs do not look there,
+    and would draw noise with options that are not the published ones: those need force.
+    """
+    path, config, single = Path(path), model.config, Path(path).suffix == ".safetensors"
+    odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
+           if getattr(config, name) != getattr(XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
+    if odd and not force:
+        raise UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes it, "
+                        f"with its settings in the header, for sample.py alone")
+    if path.exists():
+        raise UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
+    parts = dict(transformer={f"model.{name}": value.half() for name, value in model.state_dict().items()})
+    settings = dict(settings, vae="")
+    if vae is not None:
+        settings["vae"] = "vae"                              # its place in the folder; a file finds its own
+        parts["vae"] = {name: value.half() for name, value in vae.state_dict().items()}
+    large = [name for part in parts.values() for name, value in part.items() if not is_finite(value)]
+    if large:
+        raise UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
+    encoder = Path(settings["text_encoder"])
+    with (naming(path, "cannot be written"),
+          tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
+        whole = Path(partial, path.name)                     # gets its place when it is complete
+        if single:
+            tensors = {f"unet.{name}": value for name, value in parts["transformer"].items()}
+            for name, value in parts.get("vae", {}).items():
+                tensors[f"vae.{name}"] = value
+            if vae is not None:
+                for name, value in dict(vae_mean=vae.mean, vae_std=vae.std).items():
+                    tensors[name] = torch.tensor(value).half()[None, :, None, None]
+            save_model(whole, tensors, settings)
+        else:
+            configs = dict(transformer=dataclasses.asdict(config), vae=vae and vae.diffusers_config())
+            for part, tensors in parts.items():
+                (whole / part).mkdir(parents=True)
+                save_model(whole / part / "diffusion_pytorch_model.safetensors", tensors, settings)
+                (whole / part / "config.json").write_text(json.dumps(configs[part]), encoding="utf-8")
+            if encoder.is_dir():                             # else a hub id, which the header names
+                tokenizer = encoder if any(encoder.glob("tokenizer*")) else encoder.with_name("tokenizer")
+                shutil.copytree(encoder, whole / "text_encoder")
+                shutil.copytree(tokenizer, whole / "tokenizer",
+                                ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+        os.rename(whole, path)
 
 
 def check_size(height, width, config, vae):
