@@ -640,7 +640,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)                             # (B, h*w, width)
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        q, k, v = self.to_q(y)[:, None], self.to_k(y)[:, None], self.to_v(y)[:, None]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]    # without that one head it would make h*w x h*w
         return x + self.to_out[0](y).transpose(1, 2).reshape(x.shape)
 
 
@@ -1212,7 +1213,7 @@ def export(path, model, vae, settings, force=False):
     The settings (as from load_model) go into the header, for load_model; other programs do not look there,
     and would draw noise with options that are not the published ones: those need force.
     """
-    path, config, single = Path(path), model.config, Path(path).suffix == ".safetensors"
+    path, config = Path(path), model.config
     odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
            if getattr(config, name) != getattr(XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
     if odd and not force:
@@ -1220,32 +1221,30 @@ def export(path, model, vae, settings, force=False):
                         f"with its settings in the header, for sample.py alone")
     if path.exists():
         raise UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
-    parts = dict(transformer={f"model.{name}": value.half() for name, value in model.state_dict().items()})
-    settings = dict(settings, vae="")
-    if vae is not None:
-        settings["vae"] = "vae"                              # its place in the folder; a file finds its own
-        parts["vae"] = {name: value.half() for name, value in vae.state_dict().items()}
-    large = [name for part in parts.values() for name, value in part.items() if not is_finite(value)]
+    modules = dict(transformer=model) | ({} if vae is None else dict(vae=vae))
+    parts = {part: {"model." * (part == "transformer") + name: value.half()
+                    for name, value in module.state_dict().items()} for part, module in modules.items()}
+    large = [name for tensors in parts.values() for name, value in tensors.items() if not is_finite(value)]
     if large:
         raise UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
-    encoder = Path(settings["text_encoder"])
+    settings = dict(settings, vae="" if vae is None else "vae")           # load_model finds it where it lies
     with (naming(path, "cannot be written"),
           tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
         whole = Path(partial, path.name)                     # gets its place when it is complete
-        if single:
-            tensors = {f"unet.{name}": value for name, value in parts["transformer"].items()}
-            for name, value in parts.get("vae", {}).items():
-                tensors[f"vae.{name}"] = value
+        if path.suffix == ".safetensors":
+            tensors = {dict(transformer="unet.", vae="vae.")[part] + name: value
+                       for part in parts for name, value in parts[part].items()}
             if vae is not None:
                 for name, value in dict(vae_mean=vae.mean, vae_std=vae.std).items():
                     tensors[name] = torch.tensor(value).half()[None, :, None, None]
             save_model(whole, tensors, settings)
         else:
-            configs = dict(transformer=dataclasses.asdict(config), vae=vae and vae.diffusers_config())
             for part, tensors in parts.items():
                 (whole / part).mkdir(parents=True)
                 save_model(whole / part / "diffusion_pytorch_model.safetensors", tensors, settings)
-                (whole / part / "config.json").write_text(json.dumps(configs[part]), encoding="utf-8")
+                own = dataclasses.asdict(config) if part == "transformer" else vae.diffusers_config()
+                (whole / part / "config.json").write_text(json.dumps(own), encoding="utf-8")
+            encoder = Path(settings["text_encoder"])
             if encoder.is_dir():                             # else a hub id, which the header names
                 tokenizer = encoder if any(encoder.glob("tokenizer*")) else encoder.with_name("tokenizer")
                 shutil.copytree(encoder, whole / "text_encoder")
