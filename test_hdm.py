@@ -3351,7 +3351,8 @@ def test_an_export_is_the_published_layout_and_holds_the_same_model(name, publis
     assert (its_vae.mean, its_vae.std) == (vae.mean, vae.std)
     own = dict(vae="", text_encoder="")
     assert its | own == settings | own
-    drawn, expected = (sample.generate(m, v, hdm.load_text_encoder(s), ["red circle"], [3], s, width=16, height=16)
+    drawn, expected = (sample.generate(m, v, hdm.load_text_encoder(s), ["red circle"], [3], s, width=16,
+                                       height=16)
                        for m, v, s in ((loaded, its_vae, its), (model, vae, settings)))
     assert np.array_equal(drawn, expected)
 
