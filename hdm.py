@@ -27,13 +27,16 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import typing
 import warnings
@@ -636,14 +639,37 @@ def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance)
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that can take a whole picture's statistics from a thumbnail of it, and use them on tiles.
+
+    While shares is set the first input is the thumbnail: shares are (rows,), (columns,), how many of the
+    picture's each of its rows and columns stands for. What it gives, kept, holds for all inputs after it.
+    """
+    shares = kept = None
+
+    def forward(self, x):                                    # (B, C, h, w)
+        if self.shares is None:
+            return super().forward(x)
+        if self.kept is None:
+            rows, columns = (share.repeat_interleave(n // len(share)) / (share.sum() * (n // len(share)))
+                             for share, n in zip(self.shares, x.shape[2:]))
+            def average(y):                                  # over each group and the picture -> (B, C, 1, 1)
+                y = (y @ columns @ rows).unflatten(1, (self.num_groups, -1))
+                return y.mean(2, keepdim=True).expand_as(y).flatten(1)[..., None, None]
+            mean = average(x.float())
+            scale = self.weight[:, None, None] / (average((x - mean).square()) + self.eps).sqrt()
+            self.kept = scale, self.bias[:, None, None] - mean * scale
+        return torch.addcmul(self.kept[1], x, self.kept[0]).to(x.dtype)
+
+
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input (by a 1x1 conv only where the widths differ)."""
 
     def __init__(self, width_in, width_out, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, width_in, eps=1e-6)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, width_out, eps=1e-6)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
 
@@ -666,7 +692,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)                             # (B, h*w, width)
-        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        q, k, v = self.to_q(y)[:, None], self.to_k(y)[:, None], self.to_v(y)[:, None]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]    # without that one head it would make h*w x h*w
         return x + self.to_out[0](y).transpose(1, 2).reshape(x.shape)
 
 
@@ -744,14 +771,69 @@ class VAEDecoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             VAELevel(widths[max(i - 1, 0)], width, layers + 1, groups, upsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
+        return self.finish(self.start(z))
+
+    def start(self, z):                                      # little memory, and the attention needs it whole
+        return self.up_blocks[0](self.mid_block(self.conv_in(z)))
+
+    def finish(self, x):
+        for level in self.up_blocks[1:]:
             x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def in_tiles(self, z, tile):
+        """forward, with the memory of one tile of tile x tile latent cells for what follows the first level.
+
+        Tiles overlap by all that a tile's own border can spoil, which is cut off, and are normalised alike,
+        by the statistics of a thumbnail: they agree where they meet, with nothing left to blend. Exact on a
+        constant latent; elsewhere tones are off by as much as the thumbnail's statistics are.
+        """
+        x = self.start(z)
+        # How far the 3x3 convolutions reach, in cells of x: two of a ResNet, in finish with half the reach on
+        # each level, one of an upsampling; in start, whose cells are twice as large, five more before them.
+        convs = 2 * len(self.up_blocks[0].resnets)
+        halo = 2 * convs + 1
+        rim, core = halo + 2 * (convs + 5) + 1, 2 * (tile - halo)
+        (rows, row_shares), (columns, column_shares) = (thin_out(n, rim, 2 * tile) for n in x.shape[2:])
+        norms = [module for part in (*self.up_blocks[1:], self.conv_norm_out) for module in part.modules()
+                 if isinstance(module, GroupNorm)]
+        try:
+            for norm in norms:
+                norm.shares = row_shares.to(x.device), column_shares.to(x.device)
+            thumbnail = x[:, :, rows.to(x.device)][..., columns.to(x.device)]
+            scale, strips = self.finish(thumbnail).shape[2] // len(rows), []
+            for top in range(0, x.shape[2], core):
+                y, parts = max(0, top - halo), []
+                for left in range(0, x.shape[3], core):
+                    start = max(0, left - halo)
+                    part = self.finish(x[:, :, y:top + core + halo, start:left + core + halo])
+                    part = part[..., scale * (top - y):, scale * (left - start):]
+                    parts.append(part[..., :scale * core, :scale * core].clone())
+                strips.append(torch.cat(parts, dim=3))
+            return torch.cat(strips, dim=2)
+        finally:
+            for norm in norms:
+                norm.shares = norm.kept = None
+
+
+def thin_out(n, rim, most):
+    """Rows that stand for all of n, about `most` of them: which, and how many rows each stands for.
+
+    Both rims, where a picture's border shows, stay; what is between is thinned to strips of 8, evenly spaced.
+    """
+    strips, inner = max(4, (most - 2 * rim) // 8), n - 2 * rim
+    if inner <= 8 * strips:
+        return torch.arange(n), torch.ones(n)
+    starts = torch.linspace(rim, rim + inner - 8, strips).long()
+    rows = torch.cat([torch.arange(rim), (starts[:, None] + torch.arange(8)).flatten(),
+                      torch.arange(n - rim, n)])
+    shares = torch.ones(len(rows))
+    shares[rim:-rim] = inner / (8 * strips)
+    return rows, shares
 
 
 class VAE(nn.Module):
@@ -783,6 +865,17 @@ class VAE(nn.Module):
             raise UserError(f"VAE: latents_mean and latents_std must be {latent_channels} numbers each")
         self.eval().requires_grad_(False)
 
+    def diffusers_config(self):
+        """The settings by which diffusers' AutoencoderKL, and load_vae, read these weights."""
+        levels = self.encoder.down_blocks
+        return dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu",
+                    down_block_types=["DownEncoderBlock2D"] * len(levels),
+                    up_block_types=["UpDecoderBlock2D"] * len(levels),
+                    block_out_channels=[level.resnets[0].conv2.out_channels for level in levels],
+                    layers_per_block=len(levels[0].resnets), latent_channels=self.latent_channels,
+                    norm_num_groups=self.encoder.conv_norm_out.num_groups, latents_mean=self.mean,
+                    latents_std=self.std)
+
     def statistics(self, z):
         return z.new_tensor(self.mean).view(1, -1, 1, 1), z.new_tensor(self.std).view(1, -1, 1, 1)
 
@@ -813,12 +906,27 @@ class VAE(nn.Module):
         return (z - mean) / std
 
     @torch.no_grad()
-    def decode(self, latents):
-        """Normalised latents -> images, float32, not clamped."""
+    def decode(self, latents, tile=None):
+        """Normalised latents -> images, float32, not clamped; in tiles where a side is over `tile` cells."""
         mean, std = self.statistics(latents)
         weight = self.post_quant_conv.weight
         with torch.autocast(weight.device.type, enabled=False):
-            return self.decoder(self.post_quant_conv((latents * std + mean).to(weight.dtype))).float()
+            z = self.post_quant_conv((latents * std + mean).to(weight.dtype))
+            whole = tile is None or max(z.shape[2:]) <= tile
+            return (self.decoder(z) if whole else self.decoder.in_tiles(z, tile)).float()
+
+    def decode_each(self, latents, tile=128):
+        """decode for little memory: image by image, in tiles past a size, again in float32 if not finite."""
+        images, dtype = [], self.post_quant_conv.weight.dtype
+        for z in latents.split(1):
+            images.append(self.decode(z, tile))
+            if dtype != torch.float32 and z.isfinite().all() and not images[-1].isfinite().all():
+                print(f"the VAE's picture is not finite in {dtype}: decoded again in float32")
+                try:
+                    images[-1] = self.float().decode(z, tile)
+                finally:
+                    self.to(dtype)                           # to the very weights that it had
+        return torch.cat(images)
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------
@@ -1003,7 +1111,10 @@ class InertUnpickler(pickle._Unpickler):
 
 
 def read_tensors(path):
-    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, an old pickle."""
+    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, an old pickle.
+
+    All but old pickles are mapped, not read: they take no memory of the process's own.
+    """
     import safetensors
     path = Path(path)
     with naming(path, "not a complete file of weights"):
@@ -1017,8 +1128,9 @@ def read_tensors(path):
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         # weights_only alone would refuse unknown classes; with it torch runs no TorchScript, unpacks no tar
+        mapped = head[:2] == b"PK" and path.suffix != ".safetensors"                  # torch would go by it
         with open(path, "rb") as file, mock.patch("torch._weights_only_unpickler.Unpickler", InertUnpickler):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
         content = content.get("state_dict", content)         # Lightning's
         tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
         assert tensors, "no tensors by name, neither under state_dict nor directly"
@@ -1029,9 +1141,16 @@ def part_of(tensors, prefix):
     return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def is_finite(value):
+    """True of finite floats; isfinite would make copies, and loading has no memory for them."""
+    return value.is_floating_point() and (not value.numel() or all(map(math.isfinite, value.aminmax())))
+
+
 def load_strict(build, tensors, path, device, dtype):
     """build() filled with exactly these tensors; a file that does not fit is refused, naming why."""
-    with torch.device("meta"):                               # no memory, no random numbers: weights will come
+    # No memory, no random numbers: weights will come. Any arithmetic on "meta" would import 67 MB of torch.
+    with (torch.device("meta"), mock.patch.object(XUT, "init_weights"),
+          mock.patch(f"{__name__}.time_frequencies", lambda dim: torch.empty(1, dim // 2))):
         module = build()
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -1039,8 +1158,7 @@ def load_strict(build, tensors, path, device, dtype):
              "unexpected": [name for name in have if name not in want],
              "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in want
                                   if name in have and have[name] != want[name]],
-             "not of finite floats": [name for name, value in tensors.items()
-                                      if not (value.is_floating_point() and value.isfinite().all())]}
+             "not of finite floats": [name for name, value in tensors.items() if not is_finite(value)]}
     if any(wrong.values()):
         raise UserError(f"{path} does not fit {type(module).__name__}: " + "; ".join(
             f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -1145,7 +1263,13 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     for sampling steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
     """
     path = find_weights(path_or_hub_id, ema)
-    (tensors, metadata), own = read_tensors(path), None
+    tensors, metadata = read_tensors(path)
+    own = tensors if part_of(tensors, "vae.") else None      # a VAE in the same file
+    prefixes = [start for start in ("unet.model.", "model.", "") if f"{start}ctx_proj.weight" in tensors]
+    if not prefixes:
+        raise UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and no "
+                        f"ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
+    tensors = part_of(tensors, prefixes[0])
     folder = path.parents[path.parent.name == "transformer"]
     def beside(part, recorded):                              # small encoders move with their checkpoint
         known = "hdm" in metadata or path.parent.name == "transformer"
@@ -1156,14 +1280,9 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
             settings["config"] = XUTConfig(**settings["config"])
         settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
     else:                                                    # a published file, Lightning's, diffusers', bare
-        own = tensors if part_of(tensors, "vae.") else None  # a VAE in the same file
-        prefixes = [start for start in ("unet.model.", "model.", "") if f"{start}ctx_proj.weight" in tensors]
-        if not prefixes:
-            raise UserError(f"{path}: neither a checkpoint of ours (no settings in its header) nor a "
-                            f"published one (no unet.model.*); it holds {', '.join(list(tensors)[:3])}, ...")
-        tensors = part_of(tensors, prefixes[0])
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=TEXT_ENCODER, text_length=512,
-                        vae=str(path) if own else beside("vae", ""), step=0, images=0, **SAMPLING)
+                        vae=beside("vae", ""), step=0, images=0, **SAMPLING)
+    settings["vae"] = str(path) if own else settings["vae"]
     settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
     vae = load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
     return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
@@ -1184,6 +1303,52 @@ def save_model(path, tensors, settings):
     settings = dict(settings, config=dataclasses.asdict(settings["config"]))
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
               metadata={"format": "pt", "hdm": json.dumps(settings)})
+
+
+def export(path, model, vae, settings, force=False):
+    """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
+
+    The settings (as from load_model) go into the header, for load_model; other programs do not look there,
+    and would draw noise with options that are not the published ones: those need force.
+    """
+    path, config = Path(path), model.config
+    odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
+           if getattr(config, name) != getattr(XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
+    if odd and not force:
+        raise UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes it, "
+                        f"with its settings in the header, for sample.py alone")
+    if path.exists():
+        raise UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
+    modules = dict(transformer=model) | ({} if vae is None else dict(vae=vae))
+    parts = {part: {"model." * (part == "transformer") + name: value.half()
+                    for name, value in module.state_dict().items()} for part, module in modules.items()}
+    large = [name for tensors in parts.values() for name, value in tensors.items() if not is_finite(value)]
+    if large:
+        raise UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
+    settings = dict(settings, vae="" if vae is None else "vae")           # load_model finds it where it lies
+    with (naming(path, "cannot be written"),
+          tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
+        whole = Path(partial, path.name)                     # gets its place when it is complete
+        if path.suffix == ".safetensors":
+            tensors = {dict(transformer="unet.", vae="vae.")[part] + name: value
+                       for part in parts for name, value in parts[part].items()}
+            if vae is not None:
+                for name, value in dict(vae_mean=vae.mean, vae_std=vae.std).items():
+                    tensors[name] = torch.tensor(value).half()[None, :, None, None]
+            save_model(whole, tensors, settings)
+        else:
+            for part, tensors in parts.items():
+                (whole / part).mkdir(parents=True)
+                save_model(whole / part / "diffusion_pytorch_model.safetensors", tensors, settings)
+                own = dataclasses.asdict(config) if part == "transformer" else vae.diffusers_config()
+                (whole / part / "config.json").write_text(json.dumps(own), encoding="utf-8")
+            encoder = Path(settings["text_encoder"])
+            if encoder.is_dir():                             # else a hub id, which the header names
+                tokenizer = encoder if any(encoder.glob("tokenizer*")) else encoder.with_name("tokenizer")
+                shutil.copytree(encoder, whole / "text_encoder")
+                shutil.copytree(tokenizer, whole / "tokenizer",
+                                ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+        os.rename(whole, path)
 
 
 def check_size(height, width, config, vae):

@@ -669,6 +669,52 @@ def test_half_precision_rounds_no_statistics():
     assert close(vae.encode(images), (mean + 3.865960634760459) / 10.036514488374861, 1e-6)
 
 
+@pytest.fixture(scope="module")
+def tiled():
+    """Latents -> their whole decode, the one in tiles, and the whole one again."""
+    vae = hdm.VAE((32, 32), layers_per_block=1)
+    for module in vae.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight += 0.3 * torch.randn_like(module.weight)
+            module.bias += 0.3 * torch.randn_like(module.bias)
+    return lambda z, tile=24: (vae.decode(z), vae.decode(z, tile), vae.decode(z))
+
+
+def jumps(images):
+    """The largest difference of neighbours across each line between two columns, (width - 1,)."""
+    return images.diff(dim=3).abs().amax(dim=(0, 1, 2))
+
+
+@pytest.mark.parametrize("height, width", [(50, 64), (9, 64), (64, 24)])
+def test_tiles_of_a_constant_latent_are_the_whole(height, width, tiled):
+    whole, tiles, again = tiled(torch.randn(1, 4, 1, 1).expand(-1, -1, height, width))
+    assert close(tiles, whole, 2e-5) and torch.equal(again, whole)
+
+
+def test_no_border_of_a_tile_shows_on_a_smooth_latent(tiled):
+    y, x = torch.linspace(0, 3, 48)[:, None], torch.linspace(0, 4, 64)[None]
+    z = torch.stack([torch.sin(x + y), x * torch.cos(y) / 4, torch.sin(x * y), x + 0 * y])[None]
+    _, tiles, _ = tiled(z)
+    assert close(tiled(z, 30)[1], tiles, 2e-5)               # with the same thumbnail: it shows nowhere
+    for jump in jumps(tiles), jumps(tiles.mT):
+        border = torch.arange(1, len(jump) + 1) % 30 == 0    # what is drawn of a tile: 2 (24 - 9) pixels
+        assert border.any() and jump[border].max() <= jump[~border].max() + 2 / 255
+
+
+def test_an_overflowing_decode_is_done_again_in_float32(capsys):
+    vae = tiny_vae()
+    vae.decoder.conv_in.weight.fill_(3e4)
+    vae.post_quant_conv.bias.zero_()
+    vae, z = vae.half(), torch.randn(2, 4, 4, 6) * torch.tensor([1e-3, 1.0])[:, None, None, None]
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    with torch.inference_mode():
+        images = vae.decode_each(z)
+    assert capsys.readouterr().out.count("again in float32") == 1 and images.isfinite().all()
+    assert not vae.decode(z)[1].isfinite().all() and torch.equal(vae.decode(z[:1]), images[:1])
+    assert same(dict(vae.state_dict()), weights)
+    assert torch.equal(vae.float().decode(z[1:]), images[1:])
+
+
 # ---- Text encoder and captions ---------------------------------------------------------------------------
 
 def test_states_are_the_language_models_last_ones(te, te_folder):
@@ -930,6 +976,43 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     weights = loaded.state_dict()
     assert list(weights) == list(model.state_dict())
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_model_is_loaded_without_a_second_copy(tmp_path):
+    """Private memory, polled while a process loads an fp16 file, is the model's bytes in the target type."""
+    with torch.device("meta"):
+        model = hdm.XUT(hdm.XUTConfig(depth=1, dec_blocks=1, pre_blocks=0, post_blocks=2))
+    weights = {f"unet.model.{name}": torch.rand(value.shape).half()
+               for name, value in model.state_dict().items()}
+    save_file(weights, tmp_path / "file")
+    torch.save(dict(state_dict=weights), tmp_path / "pickle")
+    assert (tmp_path / "file").stat().st_size > 200e6
+    (tmp_path / "load.py").write_text(f"""
+import os, re, sys, threading
+import torch
+sys.path.insert(0, {str(HERE)!r})
+def private():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+for file, dtype in ("file", "float16"), ("file", "bfloat16"), ("file", "float32"), ("pickle", "bfloat16"):
+    if os.fork() == 0:                                       # each in a process of its own
+        before, peak, done = private(), 0, threading.Event()
+        def poll():
+            global peak
+            while not done.wait(0.001):
+                peak = max(peak, private())
+        polling = threading.Thread(target=poll)
+        polling.start()
+        import hdm
+        model, _, _ = hdm.load_model(file, dtype=getattr(torch, dtype))
+        done.set()
+        polling.join()
+        print((max(peak, private()) - before) / sum(value.nbytes for value in model.state_dict().values()))
+        break
+    os.wait()
+""")
+    shares = list(map(float, command(tmp_path / "load.py", cwd=tmp_path).stdout.split()))
+    assert len(shares) == 4 and max(shares) < 1.05 and min(shares[1:]) > 0.95         # and it was measured
 
 
 # ---- Settings: flags and config files --------------------------------------------------------------------
@@ -3792,6 +3875,76 @@ def test_a_text_encoder_without_its_tokenizer_is_refused(te_folder, tmp_path):
     """transformers makes an empty one, to which all prompts are the same."""
     shutil.copytree(te_folder, tmp_path / "te", ignore=shutil.ignore_patterns("tokenizer*"))
     assert str(tmp_path / "te") in one_line(hdm.TextEncoder, tmp_path / "te")
+
+
+def halves(module):
+    return {name: value.half() for name, value in module.state_dict().items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["a.safetensors", "folder"])
+def test_an_export_is_the_published_layout_and_holds_the_same_model(name, published, te_folder, tmp_path):
+    model, vae, settings = hdm.load_model(published)
+    settings |= dict(text_encoder=str(te_folder), steps=7, t_shift=2.0)
+    path = tmp_path / name
+    hdm.export(path, model, vae, settings)
+    if path.is_file():
+        assert same(load_file(path), WHOLE)
+    else:
+        assert same(load_file(path / "transformer" / f"{STEM}.safetensors"), XUT_ALONE)
+        assert same(load_file(path / "vae" / f"{STEM}.safetensors"), VAE_ALONE)
+        assert sorted(map(str, os.listdir(path))) == ["text_encoder", "tokenizer", "transformer", "vae"]
+        assert json.loads((path / "transformer" / "config.json").read_text()) == vars(model.config)
+        assert hdm.load_vae(path).mean == vae.mean
+    shutil.move(path, tmp_path / "elsewhere")                # nothing in it tells where it was
+    loaded, its_vae, its = hdm.load_model(tmp_path / "elsewhere")
+    assert same(halves(loaded), halves(model)) and same(halves(its_vae), halves(vae))
+    assert (its_vae.mean, its_vae.std) == (vae.mean, vae.std)
+    own = dict(vae="", text_encoder="")
+    assert its | own == settings | own
+    drawn, expected = (sample.generate(m, v, hdm.load_text_encoder(s), ["red circle"], [3], s, width=16,
+                                       height=16)
+                       for m, v, s in ((loaded, its_vae, its), (model, vae, settings)))
+    assert np.array_equal(drawn, expected)
+
+
+def test_an_export_names_a_text_encoder_of_the_hub(published, tmp_path):
+    hdm.export(tmp_path / "folder", *hdm.load_model(published))
+    assert hdm.load_model(tmp_path / "folder")[2]["text_encoder"] == "Qwen/Qwen3-0.6B"
+    assert sorted(os.listdir(tmp_path / "folder")) == ["transformer", "vae"]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "folder"])
+def test_what_others_would_misread_is_exported_by_force_alone(name, tmp_path):
+    model = tiny_xut(skips="mirror", residual="raw", pos="unit_area", aspect_cond=False)
+    settings = dict(config=model.config, text_encoder="a/b", text_length=7, vae="", image_size=48, step=3,
+                    images=96, steps=5, cfg=2.0, t_shift=4.0)
+    message = one_line(hdm.export, tmp_path / name, model, None, settings)
+    for words in ("skips=mirror", "residual=raw", "pos=unit_area", "aspect_cond=False", "pixels"):
+        assert words in message
+    hdm.export(tmp_path / name, model, None, settings, True)
+    loaded, vae, its = hdm.load_model(tmp_path / name)
+    assert vae is None and its == settings and same(halves(loaded), halves(model))
+
+
+def test_an_export_is_whole_or_not_there(published, tmp_path, monkeypatch):
+    model, vae, settings = hdm.load_model(published)
+    for name in ("a.safetensors", "folder"):
+        (tmp_path / name).write_text("mine")
+        assert name in one_line(hdm.export, tmp_path / name, model, vae, settings)
+        assert (tmp_path / name).read_text() == "mine"
+        assert "No such" in one_line(hdm.export, tmp_path / "nowhere" / name, model, vae, settings)
+    model.ctx_proj.weight.data[0, 0] = 1e5
+    assert "model.ctx_proj.weight" in one_line(hdm.export, tmp_path / "b", model, vae, settings)
+    model.ctx_proj.weight.data[0, 0] = 1
+    written = []
+    def full(path, *how):
+        written.append(path.write_text("half"))
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(hdm, "save_model", full)
+    for name in ("b.safetensors", "b"):
+        assert "No space left" in one_line(hdm.export, tmp_path / name, model, vae, settings)
+    assert len(written) == 2 and sorted(os.listdir(tmp_path)) == ["a.safetensors", "folder"]
 
 
 # ---- Bad input: one line that names the value, exit code 2, and nothing is written -----------------------
