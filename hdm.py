@@ -27,7 +27,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import itertools
 import json
 import math
 import os

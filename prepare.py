@@ -46,6 +46,7 @@ class DemoSettings:
     out: str = "data/demo"  # folder of pictures and captions; OUT_unseen.txt and OUT_te are written beside it
     count: int = 12000      # pictures; 12,000 take about 10 s on one core and 95 MB in blocks of 4 KB
     seed: int = 0           # picture i depends on (seed, i) alone; also of the text encoder's weights
+    centred: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
 
 
 @dataclass
@@ -85,11 +86,14 @@ class JudgeSettings:
     seeds: int = 8                        # pictures per caption, drawn from seeds 0, 1, ...
     unseen: str = "data/demo_unseen.txt"  # captions to draw, one a line
     grid: str = ""                        # a PNG of all pictures: a row per caption, a column per seed
+    camera: bool = False                  # measure instead how far shifts and zooms move the shape
 
 
 # ---- what the demo shows ----------------------------------------------------------------------------------
 CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the pictures
 RADIUS = {"small": 0.30, "large": 0.42}  # in short sides
+CENTRED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
+CENTRED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
            "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (245,) * 3, "black": (20,) * 3}
 # In radii from the centre: the reach up, down and to either side; whether (y, x), y downwards, is inside.
@@ -122,18 +126,18 @@ def random_centre(rng, size, shape, height, width):
     return [low + (high - low) * rng.uniform(0.25, 0.75) for low, high in ranges]
 
 
-def coverage(size, shape, height, width, cy, cx):
+def coverage(size, shape, height, width, cy, cx, r=None):
     """(height, width) share of each pixel inside the shape: drawn at four times the size, then averaged."""
-    r = RADIUS[size] * min(height, width)
+    r = RADIUS[size] * min(height, width) if r is None else r                         # pixels
     y = ((np.arange(4 * height) + 0.5) / 4 - cy) / r
     x = ((np.arange(4 * width) + 0.5) / 4 - cx) / r
     return SHAPES[shape][3](y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
 
 
-def draw(size, colour, shape, background, height, width, cy, cx):
+def draw(size, colour, shape, background, height, width, cy, cx, r=None):
     """(height, width, 3) uint8: the shape with its centre at (cy, cx), in pixels from the top left corner."""
     ground = np.array(BACKGROUNDS[background])
-    share = coverage(size, shape, height, width, cy, cx)[..., None]
+    share = coverage(size, shape, height, width, cy, cx, r)[..., None]
     return np.rint(ground + share * (COLOURS[colour] - ground)).astype(np.uint8)
 
 
@@ -163,15 +167,18 @@ def make_demo(settings):
     seen = [words for words in COMBINATIONS if words not in UNSEEN]
     # Each run of 352 pictures shows each combination once, in one shuffled order.
     order = np.random.default_rng(settings.seed).permutation(len(seen))
+    canvases = CENTRED_CANVASES if settings.centred else CANVASES
     with whole_folder(out) as pictures, whole_folder(out + "_te") as encoder:
         # From all 352 captions, not from those drawn: a demo of 20 pictures, too, has one token per word.
         hdm.make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
         for i in range(settings.count):
             rng = np.random.default_rng((settings.seed, i))
             words = seen[order[i % len(seen)]]
-            height, width = rng.choice(list(CANVASES), p=list(CANVASES.values()))
-            cy, cx = random_centre(rng, words[0], words[2], height, width)
-            Image.fromarray(draw(*words, height, width, cy, cx)).save(pictures / f"{i:05d}.png")
+            height, width = rng.choice(list(canvases), p=list(canvases.values()))
+            place = random_centre(rng, words[0], words[2], height, width)
+            if settings.centred:
+                place = height / 2, width / 2, CENTRED_RADIUS[words[0]] * max(height, width)
+            Image.fromarray(draw(*words, height, width, *place)).save(pictures / f"{i:05d}.png")
             (pictures / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
         partial = encoder.with_name("unseen.txt")
         partial.write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
@@ -675,9 +682,8 @@ def nearest(colour, palette):
     return min(palette, key=lambda name: sum((colour - palette[name]) ** 2))
 
 
-def judge(image):
-    """What a (height, width, 3) uint8 picture shows, from its pixels alone. Medians, and least squares on the
-    soft coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets a guess."""
+def look(image):
+    """(height, width, 3) uint8 -> the ground's colour, the shape's, (height, width) 0: ground .. 1: shape."""
     pixels = image.astype(np.float32)
     ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     # Edge pixels are mixtures, so nearer to the ground than those inside. The smallest inside, a small
@@ -685,10 +691,40 @@ def judge(image):
     distance = np.linalg.norm(pixels - ground, axis=-1)
     ink = np.median(pixels[distance >= 0.8 * np.quantile(distance, 0.95)], axis=0)
     axis = ink - ground
-    share = np.clip((pixels - ground) @ axis / max(axis @ axis, 1), 0, 1).ravel()  # 0: ground, 1: inside
-    places, masks, lengths = templates(*distance.shape)
-    size, shape, _, _ = places[np.argmin(lengths - 2 * (masks @ share))]  # |mask - share|^2 less a constant
+    return ground, ink, np.clip((pixels - ground) @ axis / max(axis @ axis, 1), 0, 1)
+
+
+def judge(image):
+    """What a (height, width, 3) uint8 picture shows, from its pixels alone. Medians, and least squares on the
+    soft coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets a guess."""
+    ground, ink, share = look(image)
+    places, masks, lengths = templates(*share.shape)
+    fits = lengths - 2 * (masks @ share.ravel())             # |mask - share|^2 less a constant
+    size, shape, _, _ = places[np.argmin(fits)]
     return dict(size=size, colour=nearest(ink, COLOURS), shape=shape, background=nearest(ground, BACKGROUNDS))
+
+
+def place_and_size(image):
+    """The shape's centre of mass (y, x), in pixels, and the square root of its area."""
+    inside = look(image)[2] > 0.5
+    return np.array([*(axis.mean() for axis in np.nonzero(inside)), inside.sum() ** 0.5])
+
+
+def judge_camera(draw, side):
+    """How draw(zoom=, x_shift=, y_shift=), pictures whose longer side is `side` pixels, moves and sizes the
+    shapes, against what the camera promises."""
+    plain = np.array([place_and_size(image) for image in draw()])
+    print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
+    for name, value in itertools.product(("x_shift", "y_shift", "zoom"), (0.25, -0.25)):
+        value = {0.25: 1.33, -0.25: 0.75}[value] if name == "zoom" else value
+        seen = np.array([place_and_size(image) for image in draw(**{name: value})])
+        zoom = value if name == "zoom" else 1
+        size = (seen[:, 2] / plain[:, 2] / zoom).mean()
+        moved, right = "", ""
+        if name != "zoom":
+            steps = (seen - plain)[:, "yx".index(name[0])] / (-value * side / 2)
+            moved, right = f"{steps.mean():.2f}", f"{100 * (steps > 0).mean():.1f}"
+        print(f"{name + '=' + str(value):<16}{moved:>18}{right:>12}{size:>17.2f}")
 
 
 def judge_checkpoint(settings):
@@ -700,7 +736,10 @@ def judge_checkpoint(settings):
     model, vae, defaults = hdm.load_model(settings.ckpt)
     prompts = [line for line in captions for _ in range(settings.seeds)]
     seeds = list(range(settings.seeds)) * len(captions)
-    images = generate(model, vae, hdm.load_text_encoder(defaults), prompts, seeds, defaults)
+    draw = functools.partial(generate, model, vae, hdm.load_text_encoder(defaults), prompts, seeds, defaults)
+    if settings.camera:
+        return judge_camera(draw, defaults["image_size"])
+    images = draw()
     right = np.array([[seen[name] == meaning[line][name] for name in ATTRIBUTES]
                       for line, seen in zip(prompts, map(judge, images))])
     right = np.column_stack([right, right.all(1)]).sum(0)

@@ -431,7 +431,7 @@ def pictures(model, vae, texts, jobs, batch_size, watch=lambda t, x0: None):
             seeds = [own.seed for _, _, own in batch]
             latents = draw(model, vae, states, [texts[p.negative_prompt]] * len(batch), p, seeds, watch)
             for job, latent in zip(batch, latents):          # the VAE takes one at a time: less memory
-                image = to_uint8(latent[None] if vae is None else vae.decode(latent[None]))[0]
+                image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None]))[0]
                 if p.mask:
                     source, anew = read_source(p)
                     image = np.where(anew[..., None], image, source)
@@ -573,9 +573,11 @@ def main(argv):
         name, digest = Path(ckpt).name.removesuffix(".safetensors"), file_hash(file)
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
-        model, vae, settings = hdm.load_model(file, device, dtype)
+        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
         if vae is None and model.config.in_channels != 3:
             raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
+        if s.export:
+            return hdm.export(s.export, model, vae, settings, s.force)
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
         todo = [(i, prompt, resolved(p, settings, model, vae)) for i, (prompt, p) in enumerate(jobs)
                 if p.ckpt == ckpt]
