@@ -3184,6 +3184,7 @@ def test_the_page_reads_no_file_and_asks_no_other_host(published, te_folder, tmp
         styles = [web.get(link).text for link in ("theme.css", *links) if link.endswith(".css")]
         assert len(styles) > 1 and not [link for link in links if re.match("(https?:)?//", link)]
         assert not re.search(r"(@import|url\()\W*(https?:)?//", "".join(styles))
+        assert not [link for link in web.get("/config").json()["stylesheets"] if "//" in link]       # fonts
     assert set(asked) == {"127.0.0.1"} and not Path(copies).exists()
 
 
