@@ -13,17 +13,23 @@ In this file, in order: the settings; prompts; the text in a picture's file; dra
 """
 import contextlib
 import hashlib
+import html
 import io
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -67,9 +73,9 @@ class Sampling:
     prompt: list[str] = field(default_factory=list)  # may be given several times
     prompts: str = ""              # file with one prompt a line, or - for standard input; # begins a comment
     slots: str = ""                # the prompt in parts, '{"artist": "..."}' or a json file of them,
-    # ... which are put in here:
-    format: str = ("<|special|>, <|characters|>, <|series|>, <|artist|>, <|general|>, "
-                   "<|natural language|>. <|quality|>, <|rating|>, <|meta|>")
+    format: str = (                # ... which are put in here
+        "<|special|>, <|characters|>, <|series|>, <|artist|>, <|general|>, "
+        "<|natural language|>. <|quality|>, <|rating|>, <|meta|>")
     tipo: bool | str = False       # expand short prompts by TIPO; a folder or hub id of another one
     from_image: str = ""           # take prompt and settings from a picture that was drawn here
     sheet: str = ""                # "steps=8,16;cfg=1,2": one PNG, rows and columns, of the first prompt
@@ -290,6 +296,20 @@ def write_new(path, content):
         except BaseException:                                # a full disk, Ctrl-C
             path.unlink()
             raise
+
+
+def save_picture(s, common, job, image, latent):
+    """Writes the picture of a job, (number, prompt, Picture as resolved), as a new file of s.out, with its
+    settings in it and common, those of the whole program. -> its path."""
+    number, prompt, p = job
+    path = Path(s.out, f"{number:05d}-{p.seed}.{s.file_type}")
+    about = json.dumps(dict(asdict(p), prompt=prompt, **common))
+    name = Path(p.ckpt).name.removesuffix(".safetensors")
+    text = "" if s.no_metadata else parameters(prompt, p, name, common["model_hash"])
+    write_new(path, encode_file(image, s.file_type, text, about))
+    if s.latents_out:
+        write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
+    return path
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -516,6 +536,163 @@ def tracker(name, folder, settings):
     return lambda values, step: None
 
 
+# ---- the page ----------------------------------------------------------------------------------------------
+ROWS = ("width height steps num_images", "seed sampler cfg shift", "zoom x_shift y_shift",
+        "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale")
+SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
+RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
+
+
+def sides(ratio, size, step):
+    """'3:2' -> width and height, multiples of step, that a model trained at this size is good at: advise."""
+    w, h = map(int, ratio.split(":"))
+    width = size * max(1, w / h) ** 0.5
+    return [math.ceil(side / step) * step for side in (width, width * h / w)]
+
+
+def enlarged(images):
+    """Pictures (height, width, 3) uint8 of one size -> all in one, the small ones large enough to be seen."""
+    columns = math.ceil(len(images) ** 0.5)
+    return image_grid(images, columns, max(1, 512 // columns // max(images[0].shape)), gap=0)
+
+
+def preview(vae, latents):
+    """What latents look like, at little cost: a shrunk latent is nearly the latent of the shrunk picture, to
+    which the published VAE was trained down to a quarter (arXiv 2502.09509)."""
+    if vae is not None:
+        shrink = min(1, 32 / max(latents.shape[2:]))
+        size = [math.ceil(side * shrink) for side in latents.shape[2:]]
+        latents = vae.decode(torch.nn.functional.interpolate(latents, size, mode="area"))
+    return enlarged(to_uint8(latents))
+
+
+def draw_live(model, vae, te, settings, s, p, prompt, common, stopping):
+    """Draws and writes pictures in a thread, and yields meanwhile the share that is done, a picture of what
+    is being drawn, and the path of one that has been written or None; until stopping is set."""
+    jobs, first = read_jobs(replace(s, prompt=[prompt], prompts=""), p), first_free_number(Path(s.out))
+    todo = [(first + i, prompt, resolved(p, settings, model, vae)) for i, (prompt, p) in enumerate(jobs)]
+    texts, news, done, share = encode_texts(te, todo), queue.SimpleQueue(), 0, 0
+
+    def watch(t, x0):
+        if stopping.is_set():
+            raise InterruptedError
+        if news.empty():                                     # else the page is still busy with the last one
+            news.put((done + len(x0) * (1 - t), preview(vae, x0), None))
+
+    def work():
+        nonlocal done
+        for job, image, latent in pictures(model, vae, texts, todo, s.batch_size, watch):
+            path = save_picture(s, common, job, image, latent)
+            done += 1
+            news.put((done, enlarged([image]), path))
+    with ThreadPoolExecutor(1) as worker:
+        end = worker.submit(work)
+        end.add_done_callback(news.put)
+        while (new := news.get()) is not end:
+            share = max(share, new[0] / len(todo))           # all steps of a batch come before its pictures
+            yield share, *new[1:]
+        with contextlib.suppress(InterruptedError):
+            end.result()
+
+
+def page(model, vae, te, settings, s, p, common):
+    """Serves a web page at s.ui that draws with this model, until Ctrl-C; its controls begin with p.
+
+    It fetches nothing from elsewhere, and the files that can be read through it are copies of what was drawn
+    or uploaded on it.
+    """
+    address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
+    if not address or not 0 < int(address[2]) < 2 ** 16:
+        raise hdm.UserError(f"--ui={s.ui}: HOST:PORT is needed, such as 127.0.0.1:7860")
+    copies = tempfile.TemporaryDirectory(prefix="hdm-")      # for gradio, which is to see nothing else
+    os.environ.update(GRADIO_TEMP_DIR=copies.name, GRADIO_ANALYTICS_ENABLED="False")
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
+    types, step = hdm.setting_types([Picture]), model.config.patch_size * (1 if vae is None else vae.factor)
+    controls, drawn, stopping = {}, [], threading.Event()
+
+    @contextlib.contextmanager
+    def told():                                              # a UserError's line, where gradio shows errors
+        try:
+            yield
+        except hdm.UserError as error:
+            line = re.sub(f"--from_image={copies.name}/.*/", "", str(error))          # of an uploaded file
+            raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
+
+    def draw_all(*values):
+        stopping.clear()
+        with told():
+            given = {name: hdm.setting_value(f"--{name}={value}", value, types.get(name, str))
+                     for name, value in zip(controls, values)}
+            how = replace(p, **{name: value for name, value in given.items() if name != "prompt"})
+            for share, image, path in draw_live(model, vae, te, settings, s, how, given["prompt"], common,
+                                                stopping):
+                if path:
+                    drawn.insert(0, (shutil.copy(path, copies.name), path.name))
+                bar = f'<progress value={share} style="width: 100%"></progress>'
+                yield bar, image, list(drawn) if path else gr.skip()
+
+    def take_settings(file):
+        with told():
+            kept, digest = read_settings(file)
+        if digest != common["model_hash"]:
+            gr.Warning(f"drawn by the model {digest[:10]}; this is {common['model_hash'][:10]}")
+        if kept["init_image"] != p.init_image:
+            gr.Warning("drawn from an --init_image, which this page does not take along")
+        return [kept["prompt"][0], *(kept[name] for name in controls if name != "prompt")]
+
+    def control(name):
+        how = dict(value=getattr(p, name), label=name.replace("_", " "), min_width=100)
+        if name in SLIDERS:
+            return gr.Slider(*SLIDERS[name], step=0.01, **how)
+        if types[name] is str:
+            return gr.Dropdown(list(hdm.SAMPLERS), **how) if name == "sampler" else gr.Textbox(**how)
+        return gr.Number(precision=0 if types[name] is int else None, **how)
+
+    async def ask_nobody_else(request, call_next):           # is what this tells the browser
+        response = await call_next(request)
+        own = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+        response.headers["Content-Security-Policy"] = own
+        return response
+
+    async def fetch_nothing(url, *request):                  # as gradio would for whoever names it a URL
+        raise gr.routes.HTTPException(403, "no URL is fetched here")
+    gr.routes.secure_url_stream_response = gr.processing_utils.async_ssrf_protected_get = fetch_nothing
+
+    with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
+        with gr.Column():
+            controls["prompt"] = gr.Textbox("".join(s.prompt[:1]), label="prompt", lines=3)
+            controls["negative_prompt"] = control("negative_prompt")
+            ratio = gr.Radio(RATIOS, label="ratio")
+            for names in ROWS:
+                with gr.Row():
+                    controls |= {name: control(name) for name in names.split()}
+            upload = gr.UploadButton("take the settings of a picture", file_types=["image"])
+        with gr.Column():
+            with gr.Row():
+                draw_button, stop_button = gr.Button("draw", variant="primary"), gr.Button("stop")
+            bar = gr.HTML()
+            image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
+            gallery = gr.Gallery(lambda: list(drawn), show_label=False, columns=4)
+        inputs, quiet = list(controls.values()), dict(show_progress="hidden")
+        gr.on([draw_button.click, controls["prompt"].submit], draw_all, inputs, [bar, image, gallery],
+              api_name="draw", **quiet)
+        stop_button.click(stopping.set, queue=False, api_name="stop")
+        upload.upload(take_settings, upload, inputs, api_name="settings", **quiet)
+        ratio.input(lambda ratio: sides(ratio, settings["image_size"], step), ratio,
+                    [controls["width"], controls["height"]], api_name="sides", **quiet)
+    with hdm.naming(f"--ui={address[0]}", "cannot be served at, or something else is"):
+        blocks.launch(server_name=address[1], server_port=int(address[2]), share=False, quiet=True,
+                      prevent_thread_lock=True, show_error=True, footer_links=[], run_history=False,
+                      theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                      app_kwargs=dict(middleware=[Middleware(BaseHTTPMiddleware, dispatch=ask_nobody_else)]))
+    print(f"page: http://{address[0]} until Ctrl-C", flush=True)
+    blocks.block_thread()
+    stopping.set()
+    copies.cleanup()
+
+
 # ---- commands ----------------------------------------------------------------------------------------------
 def read_sheet(text, jobs):
     """'steps=8,16;cfg=1,2' -> a job for each cell, row by row; the columns; labels above and to the left."""
@@ -570,7 +747,7 @@ def main(argv):
     files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(p.ckpt for _, p in jobs)}
     first = gather(first_free_number(out))[0]
     for ckpt, file in files.items():
-        name, digest = Path(ckpt).name.removesuffix(".safetensors"), file_hash(file)
+        digest = file_hash(file)
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
         model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
@@ -589,24 +766,21 @@ def main(argv):
             print("\n".join(f"prompt: {prompt}" for _, prompt, _ in todo))
             del expand
         te = hdm.load_text_encoder(settings, device, dtype)
+        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
+        if s.ui:
+            return page(model, vae, te, settings, s, todo[0][2], common)
         texts = encode_texts(te, todo)
         for text in texts:
             if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
                 print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
         del te                                               # its memory goes to the pictures
         mine, done = todo[rank::ranks], 0
-        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         with tqdm(total=len(mine), disable=rank > 0 or not sys.stderr.isatty()) as bar:
             def watch(t, x0):
                 bar.n = round(done + len(x0) * (1 - t), 1)
                 bar.refresh()
             for (i, prompt, p), image, latent in pictures(model, vae, texts, mine, s.batch_size, watch):
-                path = out / f"{first + i:05d}-{p.seed}.{s.file_type}"
-                about = json.dumps(dict(asdict(p), prompt=prompt, **common))
-                text = "" if s.no_metadata else parameters(prompt, p, name, digest)
-                write_new(path, encode_file(image, s.file_type, text, about))
-                if s.latents_out:
-                    write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
+                save_picture(s, common, (first + i, prompt, p), image, latent)
                 done = bar.n = done + 1
                 if s.sheet or i < 100:
                     images[i] = image

@@ -10,6 +10,7 @@ and the names and shapes of the published files, as json bytes. `fill` below mak
 import argparse
 import builtins
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -1092,7 +1094,7 @@ def test_wrong_lines_of_a_config_are_named(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("main, argv, classes", [
-    (train.main, [], train.CLASSES), (sample.main, [], [sample.Sampling]),
+    (train.main, [], train.CLASSES), (sample.main, [], [sample.Picture, sample.Sampling]),
     (prepare.main, ["demo"], [prepare.DemoSettings]), (prepare.main, ["judge"], [prepare.JudgeSettings])])
 def test_help_shows_every_setting_with_its_default_and_comment(main, argv, classes, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -3639,6 +3641,185 @@ def test_tipo_through_the_command_line(llama, trained, tmp_path, capfd, monkeypa
     assert prompt.startswith("red circle, ") and prompt.endswith(". safe") and len(prompt) > 30
     assert f"prompt: {prompt}" in told(capfd)
 
+# ---- The page: --ui ----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def served_page(monkeypatch, *argv):
+    """sample.py --ui as a gradio_client sees it, served by a thread of this process; and its address."""
+    gradio, client = pytest.importorskip("gradio"), pytest.importorskip("gradio_client")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % free.getsockname()[1]
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")                         # so that what the page sets goes with the test
+    up, down = threading.Event(), threading.Event()
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: (up.set(), down.wait(60), self.close()))
+    thread = threading.Thread(target=sample.main, args=[[*argv, f"--ui={address}"]])
+    thread.start()
+    assert up.wait(30)
+    try:
+        yield client.Client(f"http://{address}", verbose=False, download_files=False), address
+    finally:
+        down.set()
+        thread.join()
+
+
+PAGE = ["prompt", "negative_prompt", *" ".join(sample.ROWS).split()]
+PAGE_VALUES = dict(prompt="red circle", negative_prompt="", width=24, height=16, steps=2, num_images=1,
+                   seed=3, sampler="euler", cfg=3, shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
+                   tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0)
+
+
+def on_page(client, values):
+    """Draws by the page's button -> everything that it shows, one after the other."""
+    job = client.submit(*(values[name] for name in PAGE), api_name="/draw")
+    job.result(30)
+    return job.outputs()
+
+
+def share_done(shown):
+    return float(re.search("value=([0-9.]+)", shown[0])[1])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_the_page_needs_gradio(published, te_folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    argv = ["sample.py", f"--ckpt={published}", f"--text_encoder={te_folder}", "--ui"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as caught:
+        hdm.run(sample.main)
+    error = capfd.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and "pip install gradio" in error
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("size, step", [(1024, 16), (512, 16), (768, 32), (32, 4)])
+def test_the_pages_sizes_are_what_the_model_card_advises(size, step, capsys):
+    for ratio in sample.RATIOS:
+        width, height = sample.sides(ratio, size, step)
+        w, h = map(int, ratio.split(":"))
+        assert width % step == height % step == 0
+        assert abs(width * h - height * w) <= step * max(w, h), ratio        # within a step of the ratio
+        sample.advise(SimpleNamespace(width=width, height=height), size)
+    assert capsys.readouterr().out == ""
+
+
+def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder, tmp_path, monkeypatch):
+    """It draws what the command line draws, the settings in the file included, which fill the controls."""
+    argv, out = [f"--ckpt={published}", f"--text_encoder={te_folder}"], tmp_path / "page"
+    other = dict(prompt='a large blue square, "quoted": 1\nand more', negative_prompt="green", width=16,
+                 height=24, steps=3, num_images=2, seed=4, sampler="heun", cfg=2.5, shift=3, zoom=1.5,
+                 x_shift=0.25, y_shift=-0.5, tread_cond=0.5, tread_uncond=0.25, cfg_low=0.1, cfg_high=0.7,
+                 cfg_rescale=0.3)
+    drawn = []
+    with served_page(monkeypatch, *argv, f"--out={out}") as (client, _):
+        upload = importlib.import_module("gradio_client").handle_file
+        for values in (PAGE_VALUES, other):
+            gallery = on_page(client, values)[-1][2]
+            new = sorted(set(out.iterdir()) - set(drawn))
+            drawn += new
+            assert [image["caption"] for image in gallery] == [path.name for path in drawn[::-1]]
+            for image, path in zip(gallery, drawn[::-1]):    # what is shown can be saved, its settings in it
+                assert Path(image["image"]["path"]).read_bytes() == path.read_bytes()
+            taken = dict(zip(PAGE, client.predict(upload(new[-1]), api_name="/settings")))
+            assert taken == values | dict(num_images=1, seed=values["seed"] + len(new) - 1)
+            flags = [f"--{name}={value}" for name, value in values.items()]
+            sample.main([*argv, f"--out={tmp_path}", *flags])
+        assert client.predict("3:2", api_name="/sides") == tuple(sample.sides("3:2", 1024, 4))
+    assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE)
+    for path, same in zip(drawn, sorted(tmp_path.glob("0*.png")), strict=True):
+        assert path.name == same.name and sample.read_settings(path) == sample.read_settings(same)
+        assert abs(pixels(path) - pixels(same)).max() <= 1
+
+
+def test_the_page_shows_pictures_as_they_form(published, te_folder, tmp_path, monkeypatch):
+    argv = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--out={tmp_path}"]
+    with served_page(monkeypatch, *argv, "--batch_size=2") as (client, _):
+        shown = on_page(client, PAGE_VALUES | dict(steps=12, num_images=3))
+        *forming, last = [pixels(image["path"]) for _, image, _ in shown]
+    shares = [share_done(one) for one in shown]
+    assert shares == sorted(shares) and shares[0] < 0.5 and shares[-1] == 1 and len(set(shares)) >= 4
+    assert len({image.tobytes() for image in forming}) >= 4
+    assert np.array_equal(last, pixels(tmp_path / "00002-5.png").repeat(21, 0).repeat(21, 1))     # 512 // 24
+
+
+@pytest.mark.parametrize("height, width", [(8, 12), (32, 24), (64, 256), (2, 300)])
+def test_a_preview_decodes_at_most_32_cells_a_side(height, width):
+    vae, latents = tiny_vae(**STATISTICS), torch.randn(1, 4, height, width)
+    image = sample.preview(vae, latents)
+    if max(height, width) <= 32:
+        assert np.array_equal(image, sample.enlarged(sample.to_uint8(vae.decode(latents))))
+    small = [math.ceil(side * min(1, 32 / max(height, width))) * vae.factor for side in (width, height)]
+    assert image.size == tuple(side * (512 // max(small)) for side in small)
+    x0 = torch.randn(3, 3, height, width)
+    assert np.array_equal(sample.preview(None, x0), sample.enlarged(sample.to_uint8(x0)))
+
+
+def test_bad_input_and_stop_leave_the_page_alive(published, te_folder, tmp_path, monkeypatch):
+    argv = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--out={tmp_path}"]
+    with served_page(monkeypatch, *argv) as (client, address):
+        for name, value, words in (("steps", 0, "--steps=0: from 1"), ("width", 18, "multiples of 4"),
+                                   ("steps", None, "--steps=None: a whole number"), ("seed", -2, "--seed=-2"),
+                                   ("cfg", "nan", "nan"), ("tread_cond", 2, "2"), ("sampler", "x", "x")):
+            with pytest.raises(Exception, match=words):
+                on_page(client, PAGE_VALUES | {name: value})
+        Image.new("RGB", (8, 8)).save(tmp_path / "stranger.png")
+        stranger = importlib.import_module("gradio_client").handle_file(tmp_path / "stranger.png")
+        with pytest.raises(Exception, match="^stranger.png: no settings of sample.py in it"):
+            client.predict(stranger, api_name="/settings")
+        assert address in one_line(sample.main, [*argv, f"--ui={address}"])           # where one is already
+        values = [*(PAGE_VALUES | dict(steps=10_000)).values()]
+        stopped = client.submit(*values, api_name="/draw")
+        while not stopped.outputs():
+            time.sleep(0.01)
+        waiting = client.submit(*(PAGE_VALUES | dict(seed=-1)).values(), api_name="/draw")
+        time.sleep(0.3)
+        assert not list(tmp_path.glob("0*.png"))             # nothing yet: one drawing at a time
+        client.predict(api_name="/stop")
+        stopped.result(10)
+        assert share_done(stopped.outputs()[-1]) < 1
+        waiting.result(10)
+        path, = tmp_path.glob("00000-*.png")
+        assert on_page(client, PAGE_VALUES | dict(seed=-1))
+    assert path.stem[6:] == str(sample.read_settings(path)[0]["seed"]) and len(list(tmp_path.glob("0*"))) == 2
+
+
+def test_the_page_reads_no_file_and_asks_no_other_host(published, te_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked, connect, look_up = [], socket.socket.connect, socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: asked.append(to[0]) or connect(self, to))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *to, **how: asked.append(to[0]) or look_up(*to, **how))
+    argv, secret = [f"--ckpt={published}", f"--text_encoder={te_folder}", "--out=out"], Path("secret.txt")
+    secret.write_text("here")
+    with served_page(monkeypatch, *argv) as (client, address):
+        on_page(client, PAGE_VALUES)
+        picture, copies = tmp_path / "out" / "00000-3.png", os.environ["GRADIO_TEMP_DIR"]
+        web = importlib.import_module("httpx").Client(base_url=f"http://{address}")
+        assert web.get(f"/gradio_api/file={copies}/{picture.name}").content == picture.read_bytes()
+        for path in ("/etc/passwd", HERE / "hdm.py", published, secret, secret.resolve(), picture, tmp_path,
+                     "https://example.com/a.png", picture.as_uri(), f"{copies}/../../etc/passwd"):
+            for route in ("/gradio_api/file=", "/gradio_api/proxy=", "/file=", "/static/"):
+                assert web.get(f"{route}{path}").status_code in (400, 403, 404, 405), (route, path)
+            plain, meta = dict(path=str(path)), {"meta": {"_type": "gradio.FileData"}}
+            for file in (plain, plain | meta, meta | dict(path="a", url=str(path))):
+                event = web.post("/gradio_api/call/settings", json={"data": [file]}).json()["event_id"]
+                answer = web.get(f"/gradio_api/call/settings/{event}").text
+                assert answer.startswith("event: error") and "--from_image" not in answer, (file, answer)
+        page = web.get("/")
+        assert page.headers["content-security-policy"].startswith("default-src 'self' ")
+        links = re.findall(r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"(.*?)\"", page.text)
+        styles = [web.get(link).text for link in ("theme.css", *links) if link.endswith(".css")]
+        assert len(styles) > 1 and not [link for link in links if re.match("(https?:)?//", link)]
+        assert not re.search(r"(@import|url\()\W*(https?:)?//", "".join(styles))
+        assert not [link for link in web.get("/config").json()["stylesheets"] if "//" in link]       # fonts
+    assert set(asked) == {"127.0.0.1"} and not Path(copies).exists()
+
 
 # ---- Every file people have ------------------------------------------------------------------------------
 
@@ -4111,6 +4292,8 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@run --device=cuda", "--device=cuda --device=cpu"),
     ("sample.py --prompt=a --ckpt=@run --dtype=int8", "--dtype=int8"),
     ("sample.py --prompt=a --ckpt=@run --out=@file", "@file"),
+    ("sample.py --ckpt=@run --ui=nowhere", "--ui=nowhere HOST:PORT 127.0.0.1:7860"),
+    ("sample.py --ckpt=@run --ui=127.0.0.1:99999", "--ui=127.0.0.1:99999 HOST:PORT"),
     ("prepare.py", "demo text_encoder judge"),
     ("prepare.py juge", "juge 'judge'"),
     ("prepare.py demo --cuont=3", "--cuont=3 'count'"),
