@@ -60,7 +60,7 @@ class Picture:                     # a line of --prompts may end in any of these
     cfg_rescale: float = 0.0       # 0 .. 1: how far guided contrast goes back to the unguided
     zoom: float = 1.0              # camera: above 1 nearer
     x_shift: float = 0.0           # camera to the right, y_shift down; 1 is half of the longer side
-    y_shift: float = 0.0
+    y_shift: float = 0.0           # likewise
     tread_cond: float = 0.0        # share of the tokens that skip the U, with the prompt: [0, 1)
     tread_uncond: float = 0.0      # with the negative one: a weaker self to move away from (0.25 to 0.5)
     init_image: str = ""           # picture to start from
