@@ -4430,6 +4430,51 @@ def true_pictures(seed):
             for words in prepare.COMBINATIONS]
 
 
+def test_the_centred_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["demo", "--centred", "--count=200", "--out=c"])
+    canvases = collections.Counter()
+    for path in sorted(Path("c").glob("*.png")):
+        size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
+        image = np.asarray(Image.open(path))
+        height, width, _ = image.shape
+        y, x, root = prepare.place_and_size(image)
+        canvases[height, width] += 1
+        assert abs(x - (width - 1) / 2) < 0.3
+        assert shape == "triangle" or abs(y - (height - 1) / 2) < 0.3
+        if shape in ("circle", "square"):
+            root_of_area = dict(circle=math.sqrt(math.pi), square=1.72)[shape]
+            expected = dict(small=0.20, large=0.32)[size] * max(height, width) * root_of_area
+            assert root == pytest.approx(expected, abs=1.1)
+    assert 0.35 < canvases[32, 32] / 200 < 0.65 and canvases[32, 48] > 30 and canvases[48, 32] > 30
+    assert len(Path("c_unseen.txt").read_text().splitlines()) == 32
+
+
+def camera_rows(capsys):
+    """{camera: (moved / predicted, direction %, size / predicted)} as printed; a zoom has the last alone."""
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    return {name: tuple(map(float, values)) for name, *values in lines}
+
+
+def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
+    def draw(zoom=1, x_shift=0, y_shift=0):                  # as the camera promises
+        return [prepare.draw("small", colour, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
+                             16 - 16 * x_shift / zoom, 6 * zoom) for colour in ("red", "blue", "white")]
+    prepare.judge_camera(draw, 32)
+    rows = camera_rows(capsys)
+    assert list(rows) == ["x_shift=0.25", "x_shift=-0.25", "y_shift=0.25", "y_shift=-0.25", "zoom=1.33",
+                          "zoom=0.75"]
+    for name, row in rows.items():
+        expected = (1,) if "zoom" in name else (1, 100, 1)
+        assert row == pytest.approx(expected, rel=0.06), name
+    prepare.judge_camera(lambda **camera: draw(), 32)        # a camera that does nothing
+    rows = camera_rows(capsys)
+    assert rows["x_shift=0.25"] == rows["y_shift=-0.25"] == (0, 0, 1)
+    assert rows["zoom=1.33"][0] == pytest.approx(1 / 1.33, abs=0.01)
+    prepare.judge_camera(lambda **camera: draw(**{k: v if k == "zoom" else -v for k, v in camera.items()}), 32)
+    assert camera_rows(capsys)["x_shift=0.25"] == pytest.approx((-1, 0, 1), abs=0.05)
+
+
 def share_right(verdicts, combinations):
     """(4,) share of pictures with the size, colour, shape, background that was asked for."""
     return np.mean([[verdict[name] == word for name, word in zip(prepare.ATTRIBUTES, words)]
