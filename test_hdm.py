@@ -4269,7 +4269,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@file", "@file"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@other.png", "@other.png 8x9 20x24"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0", "--strength=0"),
-    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 24"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 2"),
     ("sample.py --prompt=a --ckpt=@run --file_type=gif", "--file_type=gif png"),
     ("sample.py --from_image=nowhere.png", "nowhere.png"),
     ("sample.py --from_image=@file", "@file"),
