@@ -3511,6 +3511,44 @@ def test_prompts_are_dealt_over_processes(trained, tmp_path, ranks):
     assert abs(grids[0] - grids[1]).max() <= 1
 
 
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory):
+    """The published file's layout and sizes, XUT-base with the SDXL VAE, and a Qwen3-0.6B; random weights."""
+    from transformers import Qwen3Config, Qwen3Model
+    folder = tmp_path_factory.mktemp("base")
+    model, vae = hdm.XUT(hdm.PRESETS["base"]), hdm.VAE(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    tensors = {f"unet.model.{name}": value.half() for name, value in model.state_dict().items()}
+    tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
+    save_file(tensors, folder / "base.safetensors")
+    hdm.make_text_encoder(WORDS, folder / "qwen")            # for its tokenizer
+    qwen = Qwen3Model(Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, head_dim=128,
+                                  num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8))
+    qwen.to(torch.bfloat16).save_pretrained(folder / "qwen")
+    return folder
+
+
+@slow
+@pytest.mark.parametrize("dtype, most", [("bfloat16", 3.0)])
+def test_the_base_model_draws_in_little_memory(dtype, most, base_model):
+    """At 512 px: seconds of a step with guidance and of the rest, the peak of resident memory in GB."""
+    seconds, peak = {}, 0.0
+    for steps in (1, 2):
+        clock = time.perf_counter()
+        argv = ["--ckpt=base.safetensors", "--text_encoder=qwen", "--prompt=a red circle", "--width=512",
+                "--height=512", f"--steps={steps}", f"--dtype={dtype}", "--out=out"]
+        program = subprocess.Popen([sys.executable, str(HERE / "sample.py"), *argv], cwd=base_model)
+        while program.poll() is None:
+            with contextlib.suppress(OSError, TypeError):    # it ends meanwhile
+                status = Path(f"/proc/{program.pid}/status").read_text()
+                peak = max(peak, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9)
+            time.sleep(0.05)
+        assert program.returncode == 0
+        seconds[steps] = time.perf_counter() - clock
+    step = seconds[2] - seconds[1]
+    print(f"{dtype}: {step:.1f} s a step, {seconds[1] - step:.1f} s the rest, {peak:.2f} GB")
+    assert 1.5 < peak < most
+
+
 # ---- TIPO ------------------------------------------------------------------------------------------------
 
 def make_llama(folder, kind, longest=1024):
