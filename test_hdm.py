@@ -3496,6 +3496,14 @@ def test_a_sheet_of_checkpoints_and_seeds(trained, tmp_path):
     assert not np.array_equal(files["00002-5.png"], files["00003-5.png"])
 
 
+@pytest.mark.parametrize("text, words", [("steps=1,2;steps=3", "'steps'"), ("seed=4,-1", "-1"),
+                                         ("num_images=1,2", "one picture"), ("steps=1;cfg=1;seed=1", "two")])
+def test_a_sheet_that_would_lie_about_its_cells_is_refused(text, words, trained, tmp_path):
+    argv = [f"--ckpt={trained}", f"--out={tmp_path}", "--prompt=a", "--steps=1", f"--sheet={text}"]
+    error = one_line(sample.main, argv)
+    assert error.startswith(f"--sheet={text}: ") and words in error and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("ranks", [2])
 def test_prompts_are_dealt_over_processes(trained, tmp_path, ranks):
     words = [word for prompt in ("red circle", "blue square", "green") for word in ("--prompt", prompt)]
@@ -3667,7 +3675,7 @@ def served_page(monkeypatch, *argv):
 PAGE = ["prompt", "negative_prompt", *" ".join(sample.ROWS).split()]
 PAGE_VALUES = dict(prompt="red circle", negative_prompt="", width=24, height=16, steps=2, num_images=1,
                    seed=3, sampler="euler", cfg=3, shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
-                   tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0)
+                   tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0, tipo=False)
 
 
 def on_page(client, values):
@@ -3716,7 +3724,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
     other = dict(prompt='a large blue square, "quoted": 1\nand more', negative_prompt="green", width=16,
                  height=24, steps=3, num_images=2, seed=4, sampler="heun", cfg=2.5, shift=3, zoom=1.5,
                  x_shift=0.25, y_shift=-0.5, tread_cond=0.5, tread_uncond=0.25, cfg_low=0.1, cfg_high=0.7,
-                 cfg_rescale=0.3)
+                 cfg_rescale=0.3, tipo=False)                # TIPO has a test of its own
     drawn = []
     with served_page(monkeypatch, *argv, f"--out={out}") as (client, _):
         upload = importlib.import_module("gradio_client").handle_file
@@ -3732,10 +3740,30 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
             flags = [f"--{name}={value}" for name, value in values.items()]
             sample.main([*argv, f"--out={tmp_path}", *flags])
         assert client.predict("3:2", api_name="/sides") == tuple(sample.sides("3:2", 1024, 4))
-    assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE)
+    assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE if name != "tipo")
     for path, same in zip(drawn, sorted(tmp_path.glob("0*.png")), strict=True):
         assert path.name == same.name and sample.read_settings(path) == sample.read_settings(same)
         assert abs(pixels(path) - pixels(same)).max() <= 1
+
+
+def test_tipo_on_the_page(llama, published, te_folder, tmp_path, monkeypatch):
+    """It adds what --tipo adds, and is loaded once, when first switched on; a picture taken has its words."""
+    monkeypatch.setattr(sample, "TIPO_TOKENS", 24)
+    load, loaded = sample.load_tipo, []
+    monkeypatch.setattr(sample, "load_tipo", lambda name: loaded.append(name) or load(name))
+    argv, out = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--tipo={llama}"], tmp_path / "page"
+    slots = '--slots={"artist": "red"}'                      # words of the box in the beginning, and of TIPO
+    with served_page(monkeypatch, *argv, slots, f"--out={out}") as (client, _):
+        on_page(client, PAGE_VALUES)
+        assert loaded == [] and about(out / "00000-3.png")["prompt"] == "red circle"
+        for _ in range(2):
+            on_page(client, PAGE_VALUES | dict(prompt="red, large", tipo=True))
+        upload = importlib.import_module("gradio_client").handle_file(out / "00002-3.png")
+        taken = dict(zip(PAGE, client.predict(upload, api_name="/settings")))
+    assert loaded == [str(llama)] and len(list(out.glob("0*"))) == 3
+    text = load(str(llama))("red, large", sample.Picture(width=24, height=16, seed=3), {"artist": "red"})
+    assert taken == PAGE_VALUES | dict(prompt=text) and len(text) > 30
+    assert [about(out / f"0000{i}-3.png")["prompt"] for i in (1, 2)] == [text, text]
 
 
 def test_the_page_shows_pictures_as_they_form(published, te_folder, tmp_path, monkeypatch):
@@ -4269,7 +4297,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@file", "@file"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@other.png", "@other.png 8x9 20x24"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0", "--strength=0"),
-    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 24"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 of 2 steps"),
     ("sample.py --prompt=a --ckpt=@run --file_type=gif", "--file_type=gif png"),
     ("sample.py --from_image=nowhere.png", "nowhere.png"),
     ("sample.py --from_image=@file", "@file"),
