@@ -12,7 +12,6 @@ than one, a grid of them. Image i of a prompt has the seed SEED + i and depends 
 In this file, in order: the settings; prompts; the text in a picture's file; drawing; the page; commands.
 """
 import contextlib
-import functools
 import hashlib
 import html
 import io
@@ -32,6 +31,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -605,7 +605,7 @@ def page(model, vae, get_te, settings, s, p, common):
     types = hdm.setting_types([Picture]) | dict(prompt=str, tipo=bool)
     p, prompt = resolved(p, settings, model, vae), [*s.prompt, fill_slots(s.format, read_slots(s.slots))][0]
     start = asdict(p) | dict(prompt=prompt, tipo=bool(s.tipo))
-    get_te, get_tipo = functools.cache(get_te), functools.cache(lambda: load_tipo(s.tipo or True))
+    get_te, get_tipo = cache(get_te), cache(lambda: load_tipo(s.tipo or True))
     get_te()                                                 # now; TIPO when it is first switched on
     controls, drawn, stopping = {}, [], threading.Event()
 
@@ -628,15 +628,14 @@ def page(model, vae, get_te, settings, s, p, common):
                 news.put((done, preview(vae, x0), None))
 
         def work():
-            drawing = draw_files(model, vae, get_te, get_tipo if expand else None, jobs, settings, s, common,
-                                 watch)
+            drawing = draw_files(model, vae, get_te, tipo, jobs, settings, s, common, watch)
             with contextlib.suppress(InterruptedError):
                 for done, (_, image, path) in enumerate(drawing, 1):
                     news.put((done, enlarged([image]), path))
         with told(), ThreadPoolExecutor(1) as worker:
             given = {name: hdm.setting_value(f"--{name}={value}", value, types[name])
                      for name, value in zip(controls, values)}
-            prompt, expand = given.pop("prompt"), given.pop("tipo")
+            prompt, tipo = given.pop("prompt"), get_tipo if given.pop("tipo") else None
             jobs = read_jobs(replace(s, prompt=[prompt], prompts="", slots=""), replace(p, **given))
             jobs = [(i, *job) for i, job in enumerate(jobs, first_free_number(Path(s.out)))]
             end = worker.submit(work)
@@ -659,17 +658,13 @@ def page(model, vae, get_te, settings, s, p, common):
         kept |= dict(prompt=kept["prompt"][0], tipo=False)   # its words are in the prompt
         return [kept[name] for name in controls]
 
+    makers = {str: gr.Textbox, bool: gr.Checkbox, float: gr.Number, int: partial(gr.Number, precision=0),
+              "prompt": partial(gr.Textbox, lines=3), "sampler": partial(gr.Dropdown, list(hdm.SAMPLERS)),
+              **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()}}
+
     def control(name):
-        how = dict(value=start[name], label=name.replace("_", " "), min_width=100)
-        if name in SLIDERS:
-            return gr.Slider(*SLIDERS[name], step=0.01, **how)
-        if name == "sampler":
-            return gr.Dropdown(list(hdm.SAMPLERS), **how)
-        if types[name] in (int, float):
-            return gr.Number(precision=0 if types[name] is int else None, **how)
-        if types[name] is bool:
-            return gr.Checkbox(**how)
-        return gr.Textbox(lines=3 if name == "prompt" else 1, **how)
+        maker = makers.get(name, makers[types[name]])
+        return maker(value=start[name], label=name.replace("_", " "), min_width=100)
 
     async def ask_nobody_else(request, call_next):           # is what this tells the browser
         response = await call_next(request)
@@ -757,20 +752,21 @@ def main(argv):
     files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(p.ckpt for _, p in jobs)}
     first = gather(first_free_number(out))[0]
     for ckpt, file in files.items():
-        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
-        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
+        with hdm.naming(file, "no weights that can be read"):
+            digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()       # RAM only for a while
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
+        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
         if vae is None and model.config.in_channels != 3:
             raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
         if s.export:
             return hdm.export(s.export, model, vae, settings, s.force)
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
         common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
-        get_te = functools.partial(hdm.load_text_encoder, settings, device, dtype)
+        get_te = partial(hdm.load_text_encoder, settings, device, dtype)
         if s.ui:
             return page(model, vae, get_te, settings, s, p, common)
-        get_tipo = functools.partial(load_tipo, s.tipo) if s.tipo else None
+        get_tipo = partial(load_tipo, s.tipo) if s.tipo else None
         todo = [(i, *job) for i, job in enumerate(jobs, first) if job[1].ckpt == ckpt]
         mine = slice(rank, None, ranks)
         with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or not sys.stderr.isatty()) as bar:
@@ -779,6 +775,7 @@ def main(argv):
             for i, image, _ in drawn:
                 if s.sheet or i < first + 100:
                     images[i] = image
+        del model, vae                                       # room for the next checkpoint's
     parts = gather(images)
     if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
         images = [image for _, image in sorted(item for part in parts for item in part.items())]

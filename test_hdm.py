@@ -14,6 +14,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -35,6 +36,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -3368,6 +3370,36 @@ def test_latents_are_saved(trained, published, te_folder, tmp_path):
     assert latent.shape == (4, 8, 12)
     decoded = sample.to_uint8(hdm.load_model(published)[1].decode(latent[None]))[0]
     assert abs(decoded.astype(int) - drawn).max() <= 1
+
+
+def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
+    """Neither TIPO nor the text encoder is in memory while pictures form, nor a checkpoint as the next loads."""
+    alive, whole = [], sample.draw
+    def watched(load):
+        def loading(*how):
+            gc.collect()
+            assert load.__name__ != "load_model" or not [one for one in alive if one() is not None]
+            thing = load(*how)
+            alive.append(weakref.ref(thing[0] if isinstance(thing, tuple) else thing))
+            return thing
+        return loading
+    def draw_alone(model, *how):
+        gc.collect()
+        assert [one() for one in alive if one() is not None] == [model]
+        return whole(model, *how)
+    for module, name in ((hdm, "load_model"), (sample, "load_tipo"), (hdm, "load_text_encoder")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    monkeypatch.setattr(sample, "TIPO_TOKENS", 2)
+    monkeypatch.setattr(sample, "draw", draw_alone)
+    runs = ",".join(str(path) for path in hdm.list_checkpoints(trained)[-2:])
+    draw(trained, tmp_path, "--prompt=red circle", f"--sheet=ckpt={runs}", "--steps=1", f"--tipo={llama}")
+    assert len(alive) == 6
+
+
+def test_weights_without_a_byte_are_one_line(tmp_path):
+    (tmp_path / "none.safetensors").touch()
+    file = str(tmp_path / "none.safetensors")
+    assert file in one_line(sample.main, ["--prompt=a", f"--ckpt={file}", f"--out={tmp_path / 'out'}"])
 
 
 def test_the_camera_moves_the_positions(trained, tmp_path, monkeypatch):
