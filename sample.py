@@ -753,7 +753,7 @@ def main(argv):
     first = gather(first_free_number(out))[0]
     for ckpt, file in files.items():
         with hdm.naming(file, "no weights that can be read"):
-            digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()       # RAM only for a while
+            digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()       # mapped: no copy of it
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
         model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
