@@ -31,6 +31,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +123,9 @@ def check(p):
 def prompt_line(line, p):
     """'PROMPT --key=value ...' -> the prompt, the Picture p with these values."""
     text, overrides = re.fullmatch(r'(.*?)((?:(?:^|\s+)--\w+=(?:"[^"]*"|\S*))*)\s*', line).groups()
-    types, values = hdm.setting_types([Picture]), {}
-    for name, value in re.findall(r'--(\w+)=("[^"]*"|\S*)', overrides):
-        name = ALIASES.get("--" + name, name)
-        hdm.check_name(f"--prompts, {line!r}", name, types)
-        values[name] = hdm.setting_value(f"--prompts, --{name}={value}", value.strip('"'), types[name])
-    return text.strip(), replace(p, **values)
+    words = [flag + value.strip('"') for flag, value in re.findall(r'(--\w+=)("[^"]*"|\S*)', overrides)]
+    with hdm.naming(f"--prompts, {line!r}", "settings in it that will not do"):
+        return text.strip(), replace(p, **hdm.parse_args(words, [Picture], aliases=ALIASES)[1])
 
 
 def fill_slots(template, slots):
@@ -280,14 +278,6 @@ def read_settings(path):
                 if name in types}, about["model_hash"]
 
 
-def file_hash(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2 ** 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_new(path, content):
     """Writes path, which must not be there yet, whole or not at all."""
     with open(path, "xb") as file:
@@ -296,20 +286,6 @@ def write_new(path, content):
         except BaseException:                                # a full disk, Ctrl-C
             path.unlink()
             raise
-
-
-def save_picture(s, common, job, image, latent):
-    """Writes the picture of a job, (number, prompt, Picture as resolved), as a new file of s.out, with its
-    settings in it and common, those of the whole program. -> its path."""
-    number, prompt, p = job
-    path = Path(s.out, f"{number:05d}-{p.seed}.{s.file_type}")
-    about = json.dumps(dict(asdict(p), prompt=prompt, **common))
-    name = Path(p.ckpt).name.removesuffix(".safetensors")
-    text = "" if s.no_metadata else parameters(prompt, p, name, common["model_hash"])
-    write_new(path, encode_file(image, s.file_type, text, about))
-    if s.latents_out:
-        write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
-    return path
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -322,19 +298,17 @@ def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
     """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
     of the columns above and of the rows to the left, where they are given."""
     height = max(image.shape[0] for image in images) * scale + gap
-    width = max(*(image.shape[1] * scale + gap for image in images), *(7 * len(label) for label in tops), 0)
-    left, top = 7 * max(map(len, sides), default=0), 14 * bool(tops)                  # pixels of a letter
-    size = left + columns * width + gap, top + -(-len(images) // columns) * height + gap
+    width = max([image.shape[1] * scale + gap for image in images] + [7 * len(label) for label in tops])
+    left, top = 7 * max(map(len, sides), default=0) + gap, 14 * bool(tops) + gap      # pixels of a letter
+    size = left + columns * width, top + -(-len(images) // columns) * height
     sheet = Image.new("RGB", size, "white")
-    canvas = ImageDraw.Draw(sheet)
-    for i, label in enumerate(tops):
-        canvas.text((left + gap + i * width, 1), label, "black")
-    for i, label in enumerate(sides):
-        canvas.text((gap, top + gap + i * height), label, "black")
     for i, image in enumerate(images):
-        picture = Image.fromarray(image)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-        sheet.paste(picture, (left + gap + i % columns * width, top + gap + i // columns * height))
+        tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
+        sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
+    for i, label in enumerate(tops):
+        ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
+    for i, label in enumerate(sides):
+        ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
     return sheet
 
 
@@ -401,24 +375,26 @@ def stacked(states, device):
 
 
 @torch.inference_mode()
-def draw(model, vae, prompts, negatives, p, seeds, watch=lambda t, x0: None):
-    """Clean latents (B, C, h, w) for states of prompts and negative prompts, [(T, ctx_dim)]; p as resolved.
+def draw(model, vae, texts, jobs, watch):
+    """Clean latents (B, C, h, w) of jobs, [(number, prompt, Picture as resolved)] with other prompts and
+    seeds but else alike; texts as from encode_texts.
 
     All that is random comes from a picture's own seed, on the CPU: the same in any batch, on any device.
-    watch is called at each time t with what x0 (B, C, h, w) looks like by then.
+    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then.
     """
-    config, device = model.config, model.in_patch.proj.weight.device
+    p, config, device = jobs[0][2], model.config, model.in_patch.proj.weight.device
     factor = 1 if vae is None else vae.factor
     rows, cols = (side // factor // config.patch_size for side in (p.height, p.width))
     pos = (hdm.grid_positions(rows, cols, config.pos) + torch.tensor([p.y_shift, p.x_shift])) / p.zoom
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(own.seed) for _, _, own in jobs]
     shape = config.in_channels, p.height // factor, p.width // factor
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
     def picks():
         return [torch.cat([hdm.pick_tokens(1, rows * cols, rate, generator) for generator in generators]
                           ).to(device) if rate else None for rate in (p.tread_cond, p.tread_uncond)]
-    (ctx, mask), (uncond, uncond_mask) = stacked(prompts, device), stacked(negatives, device)
+    ctx, mask = stacked([texts[prompt] for _, prompt, _ in jobs], device)
+    uncond, uncond_mask = stacked([texts[p.negative_prompt]] * len(jobs), device)
     guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, uncond_mask, pos=pos, picks=picks,
                             aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
                             interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
@@ -439,17 +415,20 @@ def draw(model, vae, prompts, negatives, p, seeds, watch=lambda t, x0: None):
             v = torch.where(anew, v, noise - known)
         watch(t, x - t * v)
         return v
-    return hdm.SAMPLERS[p.sampler](velocity, x, times)
+    x = hdm.SAMPLERS[p.sampler](velocity, x, times)
+    watch(0, x)
+    return x
 
 
-def pictures(model, vae, texts, jobs, batch_size, watch=lambda t, x0: None):
+def pictures(model, vae, texts, jobs, batch_size, watch=lambda done, x0: None):
     """Draws jobs, [(number, prompt, Picture as resolved)], neighbours alike together, and yields each with
-    its picture (height, width, 3) uint8 and its latent (C, h, w)."""
+    its picture (height, width, 3) uint8 and its latent (C, h, w). watch is called at each step with how many
+    are done, in parts of one, and with what x0 (B, C, h, w) looks like."""
+    done = 0
     for p, alike in itertools.groupby(jobs, key=lambda job: replace(job[2], seed=0)):
         while batch := list(itertools.islice(alike, batch_size)):
-            states = [texts[prompt] for _, prompt, _ in batch]
-            seeds = [own.seed for _, _, own in batch]
-            latents = draw(model, vae, states, [texts[p.negative_prompt]] * len(batch), p, seeds, watch)
+            latents = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
+            done += len(batch)
             for job, latent in zip(batch, latents):          # the VAE takes one at a time: less memory
                 image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None]))[0]
                 if p.mask:
@@ -458,12 +437,6 @@ def pictures(model, vae, texts, jobs, batch_size, watch=lambda t, x0: None):
                 yield job, image, latent
 
 
-def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
-    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture."""
-    p = resolved(Picture(**how), settings, model, vae)
-    jobs = [(i, prompt, replace(p, seed=seed)) for i, (prompt, seed) in enumerate(zip(prompts, seeds))]
-    drawn = pictures(model, vae, encode_texts(te, jobs), jobs, batch_size)
-    return np.stack([image for _, image, _ in drawn])
 def gather(thing):
     """What all processes of torchrun bring, in their order; each waits here for the others."""
     things = [thing]
@@ -473,6 +446,14 @@ def gather(thing):
     return things
 
 
+def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
+    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture."""
+    p = resolved(Picture(**how), settings, model, vae)
+    jobs = [(i, prompt, replace(p, seed=seed)) for i, (prompt, seed) in enumerate(zip(prompts, seeds))]
+    drawn = pictures(model, vae, encode_texts(te, jobs), jobs, batch_size)
+    return np.stack([image for _, image, _ in drawn])
+
+
 def generate_dealt(model, vae, te, prompts, seeds, settings, **how):
     """generate, with the prompts dealt over the processes: the list of all pictures, on each of them."""
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -480,6 +461,46 @@ def generate_dealt(model, vae, te, prompts, seeds, settings, **how):
     images = generate(model, vae, te, prompts[mine], seeds[mine], settings, **how) if prompts[mine] else []
     parts = gather(images)
     return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
+
+
+def advise(p, side):
+    """Says where a size lies outside of what a model trained at this side is good at (HDM's model card)."""
+    if not (p.width == side <= p.height or p.width > p.height and p.height <= side
+            and p.width * p.height >= side ** 2):
+        print(f"warning: {p.width}x{p.height}: a model trained at {side} px draws best {side} wide and at "
+              f"least as high, or wider than high, at most {side} high, of {side}x{side} pixels or more")
+
+
+def draw_files(model, vae, get_te, get_tipo, jobs, settings, s, common, watch, share=slice(None)):
+    """Draws jobs, [(number, prompt, Picture)], and writes each as a new file of s.out, in it its settings and
+    common, those of the whole program. Yields each one's number, picture and path.
+
+    get_te() loads the text encoder, get_tipo(), where it is not None, TIPO: when they are needed, and unless
+    others hold them they are gone before the first step. All jobs are looked at, those in share drawn.
+    """
+    jobs = [(i, prompt, resolved(p, settings, model, vae)) for i, prompt, p in jobs]
+    for p in {(p.width, p.height): p for _, _, p in jobs}.values():
+        advise(p, settings["image_size"])
+    if get_tipo:
+        expand, slots = get_tipo(), read_slots(s.slots)
+        jobs = [(i, expand(prompt, p, slots), p) for i, prompt, p in jobs]
+        print("\n".join(f"prompt: {prompt}" for _, prompt, _ in jobs))
+        del expand
+    te = get_te()
+    texts = encode_texts(te, jobs)
+    for text in texts:
+        if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
+            print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
+    del te                                                   # its memory goes to the pictures
+    for (number, prompt, p), image, latent in pictures(model, vae, texts, jobs[share], s.batch_size, watch):
+        path = Path(s.out, f"{number:05d}-{p.seed}.{s.file_type}")
+        about = json.dumps(dict(asdict(p), prompt=prompt, **common))
+        name = Path(p.ckpt).name.removesuffix(".safetensors")
+        text = "" if s.no_metadata else parameters(prompt, p, name, common["model_hash"])
+        write_new(path, encode_file(image, s.file_type, text, about))
+        if s.latents_out:
+            write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
+        yield number, image, path
 
 
 def catch_signals(worker=None):
@@ -538,7 +559,7 @@ def tracker(name, folder, settings):
 
 # ---- the page ----------------------------------------------------------------------------------------------
 ROWS = ("width height steps num_images", "seed sampler cfg shift", "zoom x_shift y_shift",
-        "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale")
+        "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
 SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
 RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
 
@@ -566,36 +587,7 @@ def preview(vae, latents):
     return enlarged(to_uint8(latents))
 
 
-def draw_live(model, vae, te, settings, s, p, prompt, common, stopping):
-    """Draws and writes pictures in a thread, and yields meanwhile the share that is done, a picture of what
-    is being drawn, and the path of one that has been written or None; until stopping is set."""
-    jobs, first = read_jobs(replace(s, prompt=[prompt], prompts=""), p), first_free_number(Path(s.out))
-    todo = [(first + i, prompt, resolved(p, settings, model, vae)) for i, (prompt, p) in enumerate(jobs)]
-    texts, news, done, share = encode_texts(te, todo), queue.SimpleQueue(), 0, 0
-
-    def watch(t, x0):
-        if stopping.is_set():
-            raise InterruptedError
-        if news.empty():                                     # else the page is still busy with the last one
-            news.put((done + len(x0) * (1 - t), preview(vae, x0), None))
-
-    def work():
-        nonlocal done
-        for job, image, latent in pictures(model, vae, texts, todo, s.batch_size, watch):
-            path = save_picture(s, common, job, image, latent)
-            done += 1
-            news.put((done, enlarged([image]), path))
-    with ThreadPoolExecutor(1) as worker:
-        end = worker.submit(work)
-        end.add_done_callback(news.put)
-        while (new := news.get()) is not end:
-            share = max(share, new[0] / len(todo))           # all steps of a batch come before its pictures
-            yield share, *new[1:]
-        with contextlib.suppress(InterruptedError):
-            end.result()
-
-
-def page(model, vae, te, settings, s, p, common):
+def page(model, vae, get_te, settings, s, p, common):
     """Serves a web page at s.ui that draws with this model, until Ctrl-C; its controls begin with p.
 
     It fetches nothing from elsewhere, and the files that can be read through it are copies of what was drawn
@@ -609,7 +601,12 @@ def page(model, vae, te, settings, s, p, common):
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware
-    types, step = hdm.setting_types([Picture]), model.config.patch_size * (1 if vae is None else vae.factor)
+    step = model.config.patch_size * (1 if vae is None else vae.factor)
+    types = hdm.setting_types([Picture]) | dict(prompt=str, tipo=bool)
+    p, prompt = resolved(p, settings, model, vae), [*s.prompt, fill_slots(s.format, read_slots(s.slots))][0]
+    start = asdict(p) | dict(prompt=prompt, tipo=bool(s.tipo))
+    get_te, get_tipo = cache(get_te), cache(lambda: load_tipo(s.tipo or True))
+    get_te()                                                 # now; TIPO when it is first switched on
     controls, drawn, stopping = {}, [], threading.Event()
 
     @contextlib.contextmanager
@@ -622,16 +619,34 @@ def page(model, vae, te, settings, s, p, common):
 
     def draw_all(*values):
         stopping.clear()
-        with told():
-            given = {name: hdm.setting_value(f"--{name}={value}", value, types.get(name, str))
+        news, share = queue.SimpleQueue(), 0
+
+        def watch(done, x0):
+            if stopping.is_set():
+                raise InterruptedError
+            if news.empty():                                 # else the page is still busy with the last one
+                news.put((done, preview(vae, x0), None))
+
+        def work():
+            drawing = draw_files(model, vae, get_te, tipo, jobs, settings, s, common, watch)
+            with contextlib.suppress(InterruptedError):
+                for done, (_, image, path) in enumerate(drawing, 1):
+                    news.put((done, enlarged([image]), path))
+        with told(), ThreadPoolExecutor(1) as worker:
+            given = {name: hdm.setting_value(f"--{name}={value}", value, types[name])
                      for name, value in zip(controls, values)}
-            how = replace(p, **{name: value for name, value in given.items() if name != "prompt"})
-            for share, image, path in draw_live(model, vae, te, settings, s, how, given["prompt"], common,
-                                                stopping):
+            prompt, tipo = given.pop("prompt"), get_tipo if given.pop("tipo") else None
+            jobs = read_jobs(replace(s, prompt=[prompt], prompts="", slots=""), replace(p, **given))
+            jobs = [(i, *job) for i, job in enumerate(jobs, first_free_number(Path(s.out)))]
+            end = worker.submit(work)
+            end.add_done_callback(news.put)
+            for done, image, path in iter(news.get, end):
+                share = max(share, done / len(jobs))         # all steps of a batch come before its pictures
                 if path:
                     drawn.insert(0, (shutil.copy(path, copies.name), path.name))
                 bar = f'<progress value={share} style="width: 100%"></progress>'
                 yield bar, image, list(drawn) if path else gr.skip()
+            end.result()
 
     def take_settings(file):
         with told():
@@ -640,15 +655,16 @@ def page(model, vae, te, settings, s, p, common):
             gr.Warning(f"drawn by the model {digest[:10]}; this is {common['model_hash'][:10]}")
         if kept["init_image"] != p.init_image:
             gr.Warning("drawn from an --init_image, which this page does not take along")
-        return [kept["prompt"][0], *(kept[name] for name in controls if name != "prompt")]
+        kept |= dict(prompt=kept["prompt"][0], tipo=False)   # its words are in the prompt
+        return [kept[name] for name in controls]
+
+    makers = {str: gr.Textbox, bool: gr.Checkbox, float: gr.Number, int: partial(gr.Number, precision=0),
+              "prompt": partial(gr.Textbox, lines=3), "sampler": partial(gr.Dropdown, list(hdm.SAMPLERS)),
+              **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()}}
 
     def control(name):
-        how = dict(value=getattr(p, name), label=name.replace("_", " "), min_width=100)
-        if name in SLIDERS:
-            return gr.Slider(*SLIDERS[name], step=0.01, **how)
-        if types[name] is str:
-            return gr.Dropdown(list(hdm.SAMPLERS), **how) if name == "sampler" else gr.Textbox(**how)
-        return gr.Number(precision=0 if types[name] is int else None, **how)
+        maker = makers.get(name, makers[types[name]])
+        return maker(value=start[name], label=name.replace("_", " "), min_width=100)
 
     async def ask_nobody_else(request, call_next):           # is what this tells the browser
         response = await call_next(request)
@@ -662,8 +678,7 @@ def page(model, vae, te, settings, s, p, common):
 
     with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
         with gr.Column():
-            controls["prompt"] = gr.Textbox("".join(s.prompt[:1]), label="prompt", lines=3)
-            controls["negative_prompt"] = control("negative_prompt")
+            controls |= {name: control(name) for name in ("prompt", "negative_prompt")}
             ratio = gr.Radio(RATIOS, label="ratio")
             for names in ROWS:
                 with gr.Row():
@@ -696,29 +711,19 @@ def page(model, vae, te, settings, s, p, common):
 # ---- commands ----------------------------------------------------------------------------------------------
 def read_sheet(text, jobs):
     """'steps=8,16;cfg=1,2' -> a job for each cell, row by row; the columns; labels above and to the left."""
-    types, axes = hdm.setting_types([Picture]), []
-    for part in text.split(";"):
-        name, _, values = part.strip().partition("=")
-        name = ALIASES.get("--" + name, name)
-        hdm.check_name(f"--sheet={text}", name, types)
-        axes.append([{name: hdm.setting_value(f"--sheet, {name}={value}", value.strip(), types[name])}
-                     for value in values.split(",")])
-    if len(axes) > 2 or len(jobs) > 1:
-        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one picture")
-    rows, columns = axes if len(axes) == 2 else ([{}], axes[0])
-    def labels(axis):
-        return [f"{name}={value}" for choice in axis for name, value in choice.items()]
-    prompt, p = jobs[0]
-    cells = [(prompt, replace(p, **row, **column)) for row in rows for column in columns]
-    return cells, len(columns), labels(columns), labels(rows)
-
-
-def advise(p, side):
-    """Says where a size lies outside of what a model trained at this side is good at (HDM's model card)."""
-    if not (p.width == side <= p.height or p.width > p.height and p.height <= side
-            and p.width * p.height >= side ** 2):
-        print(f"warning: {p.width}x{p.height}: a model trained at {side} px draws best {side} wide and at "
-              f"least as high, or wider than high, at most {side} high, of {side}x{side} pixels or more")
+    axes, (prompt, p) = [{"": {}}], jobs[0]                  # labels and what they set
+    with hdm.naming(f"--sheet={text}", "settings that will not do"):
+        for part in text.split(";"):
+            name, _, values = part.strip().partition("=")
+            words = [f"{name}={value.strip()}" for value in values.split(",")]
+            axes.append({one: hdm.parse_args(["--" + one], [Picture], aliases=ALIASES)[1] for one in words})
+        rows, columns = axes[-2:]
+        pairs = itertools.product(rows.values(), columns.values())
+        cells = [(prompt, replace(p, **row, **column)) for row, column in pairs]
+    if len(axes) > 3 or len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for _, cell in cells):
+        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one picture, whose "
+                            f"seed is not -1")
+    return cells, len(columns), list(columns), list(rows)
 
 
 def main(argv):
@@ -747,7 +752,8 @@ def main(argv):
     files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(p.ckpt for _, p in jobs)}
     first = gather(first_free_number(out))[0]
     for ckpt, file in files.items():
-        digest = file_hash(file)
+        with hdm.naming(file, "no weights that can be read"):
+            digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()       # mapped: no copy of it
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
         model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
@@ -756,34 +762,20 @@ def main(argv):
         if s.export:
             return hdm.export(s.export, model, vae, settings, s.force)
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
-        todo = [(i, prompt, resolved(p, settings, model, vae)) for i, (prompt, p) in enumerate(jobs)
-                if p.ckpt == ckpt]
-        for p in {(p.width, p.height): p for _, _, p in todo}.values():
-            advise(p, settings["image_size"])
-        if s.tipo:
-            expand, slots = load_tipo(s.tipo), read_slots(s.slots)
-            todo = [(i, expand(prompt, p, slots), p) for i, prompt, p in todo]
-            print("\n".join(f"prompt: {prompt}" for _, prompt, _ in todo))
-            del expand
-        te = hdm.load_text_encoder(settings, device, dtype)
         common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
+        get_te = partial(hdm.load_text_encoder, settings, device, dtype)
         if s.ui:
-            return page(model, vae, te, settings, s, todo[0][2], common)
-        texts = encode_texts(te, todo)
-        for text in texts:
-            if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
-                print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
-        del te                                               # its memory goes to the pictures
-        mine, done = todo[rank::ranks], 0
-        with tqdm(total=len(mine), disable=rank > 0 or not sys.stderr.isatty()) as bar:
-            def watch(t, x0):
-                bar.n = round(done + len(x0) * (1 - t), 1)
-                bar.refresh()
-            for (i, prompt, p), image, latent in pictures(model, vae, texts, mine, s.batch_size, watch):
-                save_picture(s, common, (first + i, prompt, p), image, latent)
-                done = bar.n = done + 1
-                if s.sheet or i < 100:
+            return page(model, vae, get_te, settings, s, p, common)
+        get_tipo = partial(load_tipo, s.tipo) if s.tipo else None
+        todo = [(i, *job) for i, job in enumerate(jobs, first) if job[1].ckpt == ckpt]
+        mine = slice(rank, None, ranks)
+        with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+            drawn = draw_files(model, vae, get_te, get_tipo, todo, settings, s, common,
+                               lambda done, x0: bar.update(done - bar.n), mine)
+            for i, image, _ in drawn:
+                if s.sheet or i < first + 100:
                     images[i] = image
+        del model, vae                                       # room for the next checkpoint's
     parts = gather(images)
     if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
         images = [image for _, image in sorted(item for part in parts for item in part.items())]

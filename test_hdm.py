@@ -14,6 +14,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -35,6 +36,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -3370,6 +3372,36 @@ def test_latents_are_saved(trained, published, te_folder, tmp_path):
     assert abs(decoded.astype(int) - drawn).max() <= 1
 
 
+def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
+    """Neither TIPO nor the text encoder is in memory while pictures form, nor a checkpoint as the next loads."""
+    alive, whole = [], sample.draw
+    def watched(load):
+        def loading(*how):
+            gc.collect()
+            assert load.__name__ != "load_model" or not [one for one in alive if one() is not None]
+            thing = load(*how)
+            alive.append(weakref.ref(thing[0] if isinstance(thing, tuple) else thing))
+            return thing
+        return loading
+    def draw_alone(model, *how):
+        gc.collect()
+        assert [one() for one in alive if one() is not None] == [model]
+        return whole(model, *how)
+    for module, name in ((hdm, "load_model"), (sample, "load_tipo"), (hdm, "load_text_encoder")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    monkeypatch.setattr(sample, "TIPO_TOKENS", 2)
+    monkeypatch.setattr(sample, "draw", draw_alone)
+    runs = ",".join(str(path) for path in hdm.list_checkpoints(trained)[-2:])
+    draw(trained, tmp_path, "--prompt=red circle", f"--sheet=ckpt={runs}", "--steps=1", f"--tipo={llama}")
+    assert len(alive) == 6
+
+
+def test_weights_without_a_byte_are_one_line(tmp_path):
+    (tmp_path / "none.safetensors").touch()
+    file = str(tmp_path / "none.safetensors")
+    assert file in one_line(sample.main, ["--prompt=a", f"--ckpt={file}", f"--out={tmp_path / 'out'}"])
+
+
 def test_the_camera_moves_the_positions(trained, tmp_path, monkeypatch):
     asked, whole = [], hdm.XUT.forward
     def forward(self, x, t, ctx, **others):
@@ -3494,6 +3526,14 @@ def test_a_sheet_of_checkpoints_and_seeds(trained, tmp_path):
     alone = draw(runs[1], tmp_path / "alone", "--prompt=red circle", "--seed=5")["00000-5.png"]
     assert np.array_equal(files["00003-5.png"], alone)
     assert not np.array_equal(files["00002-5.png"], files["00003-5.png"])
+
+
+@pytest.mark.parametrize("text, words", [("steps=1,2;steps=3", "'steps'"), ("seed=4,-1", "-1"),
+                                         ("num_images=1,2", "one picture"), ("steps=1;cfg=1;seed=1", "two")])
+def test_a_sheet_that_would_lie_about_its_cells_is_refused(text, words, trained, tmp_path):
+    argv = [f"--ckpt={trained}", f"--out={tmp_path}", "--prompt=a", "--steps=1", f"--sheet={text}"]
+    error = one_line(sample.main, argv)
+    assert error.startswith(f"--sheet={text}: ") and words in error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ranks", [2])
@@ -3705,7 +3745,7 @@ def served_page(monkeypatch, *argv):
 PAGE = ["prompt", "negative_prompt", *" ".join(sample.ROWS).split()]
 PAGE_VALUES = dict(prompt="red circle", negative_prompt="", width=24, height=16, steps=2, num_images=1,
                    seed=3, sampler="euler", cfg=3, shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
-                   tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0)
+                   tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0, tipo=False)
 
 
 def on_page(client, values):
@@ -3754,7 +3794,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
     other = dict(prompt='a large blue square, "quoted": 1\nand more', negative_prompt="green", width=16,
                  height=24, steps=3, num_images=2, seed=4, sampler="heun", cfg=2.5, shift=3, zoom=1.5,
                  x_shift=0.25, y_shift=-0.5, tread_cond=0.5, tread_uncond=0.25, cfg_low=0.1, cfg_high=0.7,
-                 cfg_rescale=0.3)
+                 cfg_rescale=0.3, tipo=False)                # TIPO has a test of its own
     drawn = []
     with served_page(monkeypatch, *argv, f"--out={out}") as (client, _):
         upload = importlib.import_module("gradio_client").handle_file
@@ -3770,10 +3810,30 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
             flags = [f"--{name}={value}" for name, value in values.items()]
             sample.main([*argv, f"--out={tmp_path}", *flags])
         assert client.predict("3:2", api_name="/sides") == tuple(sample.sides("3:2", 1024, 4))
-    assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE)
+    assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE if name != "tipo")
     for path, same in zip(drawn, sorted(tmp_path.glob("0*.png")), strict=True):
         assert path.name == same.name and sample.read_settings(path) == sample.read_settings(same)
         assert abs(pixels(path) - pixels(same)).max() <= 1
+
+
+def test_tipo_on_the_page(llama, published, te_folder, tmp_path, monkeypatch):
+    """It adds what --tipo adds, and is loaded once, when first switched on; a picture taken has its words."""
+    monkeypatch.setattr(sample, "TIPO_TOKENS", 24)
+    load, loaded = sample.load_tipo, []
+    monkeypatch.setattr(sample, "load_tipo", lambda name: loaded.append(name) or load(name))
+    argv, out = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--tipo={llama}"], tmp_path / "page"
+    slots = '--slots={"artist": "red"}'                      # words of the box in the beginning, and of TIPO
+    with served_page(monkeypatch, *argv, slots, f"--out={out}") as (client, _):
+        on_page(client, PAGE_VALUES)
+        assert loaded == [] and about(out / "00000-3.png")["prompt"] == "red circle"
+        for _ in range(2):
+            on_page(client, PAGE_VALUES | dict(prompt="red, large", tipo=True))
+        upload = importlib.import_module("gradio_client").handle_file(out / "00002-3.png")
+        taken = dict(zip(PAGE, client.predict(upload, api_name="/settings")))
+    assert loaded == [str(llama)] and len(list(out.glob("0*"))) == 3
+    text = load(str(llama))("red, large", sample.Picture(width=24, height=16, seed=3), {"artist": "red"})
+    assert taken == PAGE_VALUES | dict(prompt=text) and len(text) > 30
+    assert [about(out / f"0000{i}-3.png")["prompt"] for i in (1, 2)] == [text, text]
 
 
 def test_the_page_shows_pictures_as_they_form(published, te_folder, tmp_path, monkeypatch):
@@ -4307,7 +4367,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@file", "@file"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@other.png", "@other.png 8x9 20x24"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0", "--strength=0"),
-    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 2"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 of 2 steps"),
     ("sample.py --prompt=a --ckpt=@run --file_type=gif", "--file_type=gif png"),
     ("sample.py --from_image=nowhere.png", "nowhere.png"),
     ("sample.py --from_image=@file", "@file"),
