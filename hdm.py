@@ -1328,7 +1328,7 @@ def export(path, model, vae, settings, force=False):
     with (naming(path, "cannot be written"),
           tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
         whole = Path(partial, path.name)                     # gets its place when it is complete
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             tensors = {dict(transformer="unet.", vae="vae.")[part] + name: value
                        for part in parts for name, value in parts[part].items()}
             if vae is not None:
@@ -1518,7 +1518,7 @@ def parse_args(argv, classes, positionals=(), doc="", aliases={}):
     some = len(words) > 0 and bool(positionals) and positionals[-1].endswith("...")
     if len(words) != len(positionals) and not some:
         raise UserError(f"{' '.join(positionals) or 'nothing'} expected beside the --settings, got "
-                        f"{' '.join(words) or 'nothing'}; see --help")
+                        f"{' '.join(words) or 'nothing'} (quotes make one text of several words); see --help")
     return words, values
 
 

@@ -97,7 +97,8 @@ class Sampling:
 # The names that diffusers has
 ALIASES = {"-n": "num_images", "--num_inference_steps": "steps", "--guidance_scale": "cfg"}
 LIMITS = dict(  # both allowed
-    num_images=(1, 10_000), seed=(-1, 2 ** 62), steps=(1, 10_000), shift=(0.001, 1000), zoom=(0.001, 1000),
+    num_images=(1, 10_000), seed=(-1, 2 ** 62), steps=(1, 1000), shift=(0.001, 1000), zoom=(0.001, 1000),
+    x_shift=(-100, 100), y_shift=(-100, 100), cfg=(-100, 100), width=(-16384, 16384), height=(-16384, 16384),
     cfg_low=(0, 1), cfg_high=(0, 1), cfg_rescale=(0, 1), strength=(0, 1), tread_cond=(0, 0.999),
     tread_uncond=(0, 0.999))
 SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}         # AUTOMATIC1111's
@@ -115,7 +116,7 @@ def check(p):
     hdm.check_name(f"--sampler={p.sampler}", p.sampler, hdm.SAMPLERS, "sampler")
     for name, (low, high) in LIMITS.items():
         if getattr(p, name) is not None and not low <= getattr(p, name) <= high:
-            raise hdm.UserError(f"--{name}={getattr(p, name)}: from {low:g} to {high:g}")
+            raise hdm.UserError(f"--{name}={getattr(p, name)}: from {low} to {high}")
     if p.mask and not p.init_image:
         raise hdm.UserError(f"--mask={p.mask}: says what to draw anew in --init_image, which is missing")
 
@@ -124,6 +125,10 @@ def prompt_line(line, p):
     """'PROMPT --key=value ...' -> the prompt, the Picture p with these values."""
     text, overrides = re.fullmatch(r'(.*?)((?:(?:^|\s+)--\w+=(?:"[^"]*"|\S*))*)\s*', line).groups()
     words = [flag + value.strip('"') for flag, value in re.findall(r'(--\w+=)("[^"]*"|\S*)', overrides)]
+    known = "|".join(["-n", *ALIASES, *("--" + one.name for one in fields(Picture))])
+    if found := re.search(rf"(?<!\S)({known})(?![\w-])", text):
+        raise hdm.UserError(f"--prompts, {line!r}: {found[1]} must stand at the end of its line, as "
+                            f'{found[1]}=VALUE or {found[1]}="SOME WORDS"')
     with hdm.naming(f"--prompts, {line!r}", "settings in it that will not do"):
         return text.strip(), replace(p, **hdm.parse_args(words, [Picture], aliases=ALIASES)[1])
 
@@ -144,7 +149,9 @@ def fill_slots(template, slots):
 def read_slots(text):
     with hdm.naming(f"--slots={text}", 'neither a json file nor json such as {"artist": "..."}'):
         text = text if text.lstrip().startswith("{") or not text else Path(text).read_text(encoding="utf-8")
-        return {name: str(words) for name, words in json.loads(text or "{}").items()}
+        slots = json.loads(text or "{}")
+        assert all(isinstance(words, str) for words in slots.values()), "each part must be a text"
+        return slots
 
 
 def read_jobs(s, p):
@@ -152,7 +159,10 @@ def read_jobs(s, p):
     lines = [(prompt, p) for prompt in s.prompt]
     if s.prompts:
         with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
-            text = sys.stdin.read() if s.prompts == "-" else Path(s.prompts).read_text(encoding="utf-8-sig")
+            text = Path(s.prompts).read_text(encoding="utf-8-sig") if s.prompts != "-" else None
+        if text is None:                                     # all processes share one standard input
+            first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+            text = gather(sys.stdin.read() if first else None)[0]
         lines += [prompt_line(line.strip(), p) for line in text.splitlines()
                   if line.strip() and not line.lstrip().startswith("#")]
     if s.slots:
@@ -261,30 +271,39 @@ def encode_file(image, kind, text="", about=""):
         options["exif"][0x010E] = about                      # ImageDescription: ASCII, as our json is
         options["exif"][0x8769] = {0x9286: b"UNICODE\0" + text.encode("utf-16-be")}   # Exif: UserComment
     file = io.BytesIO()
-    Image.fromarray(image).save(file, FORMATS[kind], **options)
+    with hdm.naming(f"--file_type={kind}", "cannot hold this picture with its settings; png can"):
+        Image.fromarray(image).save(file, FORMATS[kind], **options)
     return file.getvalue()
 
 
 def read_settings(path):
-    """-> {name: value} of Picture's and Sampling's settings in a picture's file; the checkpoint's hash."""
+    """-> {name: value} of the settings in a picture's file, no others than are written; its model's hash."""
     with hdm.naming(f"--from_image={path}", "not a picture that can be read"), Image.open(path) as image:
         about = image.info.get("hdm") or image.getexif().get(0x010E)
-    if not about:
+    if not str(about).startswith("{"):                       # cameras, too, write a description
         raise hdm.UserError(f"--from_image={path}: no settings of sample.py in it; it was drawn elsewhere "
                             f"or with --no_metadata, or another program has saved it")
     with hdm.naming(f"--from_image={path}", "broken settings in it"):
         about, types = json.loads(about), hdm.setting_types([Picture, Sampling])
-        return {name: hdm.setting_value(name, value, types[name]) for name, value in about.items()
-                if name in types}, about["model_hash"]
+        known = [one.name for one in fields(Picture)] + ["ema", "text_encoder", "dtype"]   # not: out, ...
+        values = {name: hdm.setting_value(name, about[name], types[name]) for name in known if name in about}
+        return values | dict(prompt=[str(about["prompt"])]), str(about["model_hash"])
 
 
 def write_new(path, content):
-    """Writes path, which must not be there yet, whole or not at all."""
-    with open(path, "xb") as file:
+    """Writes a new file, whole or not at all: path, or, where that is there, STEM-1, ... -> its path."""
+    for i in itertools.count():
+        new = path.with_stem(f"{path.stem}-{i}") if i else path
         try:
-            file.write(content)
-        except BaseException:                                # a full disk, Ctrl-C
-            path.unlink()
+            with open(new, "xb") as file:
+                file.write(content)
+            return new
+        except FileExistsError:
+            continue
+        except BaseException as error:                       # a full disk, Ctrl-C
+            new.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise hdm.UserError(f"--out: {new} cannot be written ({error.strerror})") from error
             raise
 
 
@@ -325,7 +344,7 @@ def read_source(p):
     """
     def fitted(image, method):
         over = image.width - p.width, image.height - p.height
-        if 0 <= min(over) and max(over) < 64:
+        if 0 <= min(over) and max(over) < min(64, p.width / 4, p.height / 4):
             return image.crop((over[0] // 2, over[1] // 2, over[0] // 2 + p.width, over[1] // 2 + p.height))
         return ImageOps.fit(image, (p.width, p.height), method)
     with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
@@ -348,15 +367,18 @@ def resolved(p, settings, model, vae):
     sides = dict.fromkeys(("width", "height"), settings["image_size"])
     if p.init_image:
         with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
-            step, size = model.config.patch_size * factor, hdm.load_image(p.init_image).size
-        sides = dict(width=size[0] // step * step, height=size[1] // step * step)
+            step, (width, height) = model.config.patch_size * factor, hdm.load_image(p.init_image).size
+        if max(width, height) > 2 * settings["image_size"]:  # such as a photo's: more than the model can do
+            width, height = hdm.scaled_sides(width, height, settings["image_size"])
+        sides = dict(width=max(step, width // step * step), height=max(step, height // step * step))
     own = dict(sides, steps=settings["steps"], cfg=settings["cfg"], shift=settings["t_shift"])
     p = replace(p, **{name: value for name, value in own.items() if getattr(p, name) is None})
     hdm.check_size(p.height, p.width, model.config, vae)
     if p.init_image:
         read_source(p)
         if round(p.steps * p.strength) < 1:
-            raise hdm.UserError(f"--strength={p.strength}: of {p.steps} steps none would be done")
+            raise hdm.UserError(f"--strength={p.strength}: of {p.steps} steps none would be done; above "
+                                f"{0.5 / p.steps:.3g} at least one is")
     return p
 
 
@@ -497,7 +519,7 @@ def draw_files(model, vae, get_te, get_tipo, jobs, settings, s, common, watch, s
         about = json.dumps(dict(asdict(p), prompt=prompt, **common))
         name = Path(p.ckpt).name.removesuffix(".safetensors")
         text = "" if s.no_metadata else parameters(prompt, p, name, common["model_hash"])
-        write_new(path, encode_file(image, s.file_type, text, about))
+        path = write_new(path, encode_file(image, s.file_type, text, about))
         if s.latents_out:
             write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
         yield number, image, path
@@ -596,7 +618,7 @@ def page(model, vae, get_te, settings, s, p, common):
     address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
     if not address or not 0 < int(address[2]) < 2 ** 16:
         raise hdm.UserError(f"--ui={s.ui}: HOST:PORT is needed, such as 127.0.0.1:7860")
-    copies = tempfile.TemporaryDirectory(prefix="hdm-")      # for gradio, which is to see nothing else
+    copies = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)   # all gradio sees
     os.environ.update(GRADIO_TEMP_DIR=copies.name, GRADIO_ANALYTICS_ENABLED="False")
     import gradio as gr
     from starlette.middleware import Middleware
@@ -653,9 +675,9 @@ def page(model, vae, get_te, settings, s, p, common):
             kept, digest = read_settings(file)
         if digest != common["model_hash"]:
             gr.Warning(f"drawn by the model {digest[:10]}; this is {common['model_hash'][:10]}")
-        if kept["init_image"] != p.init_image:
+        if kept.get("init_image", p.init_image) != p.init_image:
             gr.Warning("drawn from an --init_image, which this page does not take along")
-        kept |= dict(prompt=kept["prompt"][0], tipo=False)   # its words are in the prompt
+        kept = start | kept | dict(prompt=kept["prompt"][0], tipo=False)     # its words are in the prompt
         return [kept[name] for name in controls]
 
     makers = {str: gr.Textbox, bool: gr.Checkbox, float: gr.Number, int: partial(gr.Number, precision=0),
@@ -733,6 +755,8 @@ def main(argv):
     expected = None
     if "from_image" in values:
         kept, expected = read_settings(values["from_image"])
+        if values.keys() & {"prompts", "slots"}:             # other prompts
+            kept.pop("prompt")
         values = kept | values
     own = {one.name for one in fields(Picture)}
     p = Picture(**{name: value for name, value in values.items() if name in own})
@@ -749,6 +773,8 @@ def main(argv):
     if s.sheet:
         jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
     hdm.make_folder(out, "--out")
+    with hdm.naming(f"--out={out}", "no files can be written there"):
+        tempfile.TemporaryFile(dir=out).close()
     files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(p.ckpt for _, p in jobs)}
     first = gather(first_free_number(out))[0]
     for ckpt, file in files.items():
@@ -759,9 +785,11 @@ def main(argv):
         model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
         if vae is None and model.config.in_channels != 3:
             raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
-        if s.export:
-            return hdm.export(s.export, model, vae, settings, s.force)
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
+        if s.export:
+            if rank == 0:
+                hdm.export(s.export, model, vae, settings, s.force)
+            return print(f"{s.export}: written, in float16")
         common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         get_te = partial(hdm.load_text_encoder, settings, device, dtype)
         if s.ui:
@@ -780,8 +808,7 @@ def main(argv):
     if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
         images = [image for _, image in sorted(item for part in parts for item in part.items())]
         sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
-        path = out / "grid.png"
-        sheet.save(path if not path.exists() else out / f"grid-{first:05d}.png")
+        write_new(out / "grid.png", encode_file(np.array(sheet), "png"))
     print(f"pictures: {len(jobs)} in {out}, from {first:05d} on")
 
 

@@ -603,9 +603,9 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(te):
     assert abs(draw(prompts, seeds, batch_size=3) - together).max() <= 1
     assert abs(draw(prompts[1:2], seeds[:1]) - together[0]).max() > 20                # another prompt
     assert abs(draw(prompts[:1], [8]) - together[0]).max() > 20                       # another seed
-    assert abs(draw(prompts[:1], [5], negative_prompt=phrase(4)) - together[0]).max() > 1    # another negative
+    assert abs(draw(prompts[:1], [5], negative_prompt=phrase(4)) - together[0]).max() > 1
     assert draw(prompts[:1], [5], height=6, width=12).shape == (1, 6, 12, 3)
-    fresh = dict(tread_cond=0.25, tread_uncond=0.5, sampler="heun")                   # picks are drawn by the seed
+    fresh = dict(tread_cond=0.25, tread_uncond=0.5, sampler="heun")   # picks are drawn by the seed
     together = draw(prompts, seeds, **fresh)
     for i in range(4):
         assert abs(draw(prompts[i:i + 1], seeds[i:i + 1], **fresh) - together[i]).max() <= 1
@@ -3248,7 +3248,8 @@ def test_what_is_pasted_from_other_programs_is_unescaped_and_said(trained, tmp_p
 
 
 @pytest.mark.parametrize("slots, prompt", [
-    (dict(special="1girl", artist="some_one", general="long_hair, ^_^", quality="best quality", meta="absurdres"),
+    (dict(special="1girl", artist="some_one", general="long_hair, ^_^", quality="best quality",
+          meta="absurdres"),
      "1girl, some one, long hair, ^_^, best quality, absurdres"),
     ({"natural language": "She has_been here.", "rating": "general"}, "She has_been here. general"),
     ({"general": "a, b", "natural language": "Two letters"}, "a, b, Two letters."),
@@ -3287,7 +3288,8 @@ WILD = "red, circle: \"large\"\nSteps: 3, Seed: 9 \U0001f3a8 é"
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
-@pytest.mark.parametrize("prompt, negative", [("red circle", ""), (WILD, "blue:\nsquare, 青"), ("", "green")])
+@pytest.mark.parametrize("prompt, negative", [
+    ("red circle", ""), (WILD, "blue:\nsquare, 青"), ("", "green")])
 def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negative, trained, tmp_path):
     how = ["--cfg=3", "--steps=2", "--width=24", "--height=16", "--sampler=heun", "--zoom=1.25",
            "--tread_uncond=0.5", "--cfg_rescale=0.3", "--shift=2", f"--file_type={kind}"]
@@ -3331,7 +3333,8 @@ def test_metadata_can_be_left_out(kind, trained, tmp_path):
 
 
 def test_names_quoted_where_they_would_break_the_line():
-    text = sample.parameters("a", sample.Picture(steps=1, cfg=2.5, width=8, height=8), "my, model: 2\n", "0" * 64)
+    p = sample.Picture(steps=1, cfg=2.5, width=8, height=8)
+    text = sample.parameters("a", p, "my, model: 2\n", "0" * 64)
     assert read_parameters(text)[2]["Model"] == "my, model: 2\n" and '"my, model: 2\\n"' in text
 
 
@@ -3341,10 +3344,60 @@ def test_nothing_is_overwritten(trained, tmp_path):
         sample.main([f"--ckpt={trained}", f"--out={tmp_path}", "--prompt=red circle", "-n", "2", "--steps=1"])
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00041-9.webp", "00042-0.png", "00043-1.png", "00044-0.png", "00045-1.png",
-                     "grid-00044.png", "grid.png"]
-    with pytest.raises(FileExistsError):
-        sample.write_new(tmp_path / "00041-9.webp", b"yours")
+                     "grid-1.png", "grid.png"]
+    for i in (1, 2):                                         # as when two programs draw into one folder
+        assert sample.write_new(tmp_path / "00041-9.webp", b"yours").name == f"00041-9-{i}.webp"
     assert (tmp_path / "00041-9.webp").read_bytes() == b"mine"
+
+
+def test_a_full_disk_leaves_no_half_picture(trained, tmp_path):
+    """The last bytes of a file fail only as it is closed."""
+    import resource
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (18_000, 18_000))
+    code = "import sample, pathlib; sample.write_new(pathlib.Path('a.png'), bytes(20_000))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, preexec_fn=limit, capture_output=True,
+                          env=os.environ | dict(PYTHONPATH=str(HERE)), text=True)
+    assert "UserError: --out: a.png cannot be written" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_strangers_picture_sets_nothing_but_a_picture(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    info = PngInfo()
+    wishes = dict(out="elsewhere", export="weights.safetensors", force=True, ui=True, prompts="/etc/hosts")
+    settings = dict(prompt="red", model_hash="0", ckpt=str(trained), steps=1)
+    info.add_text("hdm", json.dumps(settings | wishes))
+    Image.new("RGB", (8, 8)).save("x.png", pnginfo=info)
+    sample.main(["--from_image=x.png"])
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["00000-0.png", "x.png"]
+    (tmp_path / "more.txt").write_text("blue square\n")
+    sample.main(["--from_image=x.png", "--prompts=more.txt", "--out=b"])              # in place of its prompt
+    assert [about(path)["prompt"] for path in Path("b").iterdir()] == ["blue square"]
+
+
+@pytest.mark.parametrize("line", ["a cat --seed 3", "a cat -n 2", "a --negative_prompt='red, large'",
+                                  "a --negative_prompt=red, large", "--cfg 2 a", "a --strength=1, b"])
+def test_a_setting_that_is_not_one_is_no_part_of_the_prompt(line):
+    flag = next(word for word in re.split("[ =]", line) if word.startswith("-"))
+    assert f"{flag}=VALUE" in one_line(sample.prompt_line, line, sample.Picture())
+
+
+def test_all_processes_get_the_prompts_of_standard_input(trained, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(HERE / "sample.py"), "--ckpt", str(trained), "--prompts=-", "--steps=1", "--out=b"],
+        cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True,
+        input="red\nblue\ngreen\n")
+    assert done.returncode == 0, done.stderr
+    found = [about(path)["prompt"] for path in sorted((tmp_path / "b").glob("0*"))]
+    assert found == ["red", "blue", "green"]
+
+
+def test_a_large_photo_comes_down_to_what_the_model_does(trained, tmp_path):
+    Image.new("RGB", (400, 300)).save(tmp_path / "photo.png")
+    drawn = draw(trained, tmp_path / "a", "--prompt=a", f"--init_image={tmp_path / 'photo.png'}", "--steps=2")
+    assert drawn["00000-0.png"].shape == (16, 20, 3)         # trained at 16 px
 
 
 def test_ctrl_c_keeps_the_finished_pictures(trained, tmp_path, monkeypatch):
@@ -3373,7 +3426,7 @@ def test_latents_are_saved(trained, published, te_folder, tmp_path):
 
 
 def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
-    """Neither TIPO nor the text encoder is in memory while pictures form, nor a checkpoint as the next loads."""
+    """Neither TIPO nor text encoder is in memory while pictures form, nor a checkpoint as the next loads."""
     alive, whole = [], sample.draw
     def watched(load):
         def loading(*how):
@@ -3431,7 +3484,8 @@ def test_long_prompts_and_odd_sizes_are_said(trained, tmp_path, capfd):
 def photo(tmp_path_factory):
     """A smooth picture of 32 x 24 pixels, lying on its side by EXIF, with a transparent corner."""
     y, x = np.mgrid[:24, :32]
-    image = Image.fromarray(np.stack([8 * x, 10 * y, 255 - 4 * (x + y), 255 * (x + y > 3)], -1).astype(np.uint8))
+    channels = np.stack([8 * x, 10 * y, 255 - 4 * (x + y), 255 * (x + y > 3)], axis=-1)
+    image = Image.fromarray(channels.astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path_factory.mktemp("photo") / "photo.png"
@@ -3498,12 +3552,12 @@ def test_inpainting_leaves_what_is_not_masked(trained, photo, sampler, tmp_path,
 
 
 def test_a_slightly_larger_picture_is_cut_not_scaled(trained, tmp_path):
-    wide = np.random.default_rng(0).integers(0, 256, (19, 35, 3), dtype=np.uint8)
+    wide = np.random.default_rng(0).integers(0, 256, (19, 31, 3), dtype=np.uint8)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     Image.fromarray(np.zeros_like(wide)).save(tmp_path / "mask.png")                  # nothing is drawn anew
     drawn = draw(trained, tmp_path / "a", "--prompt=a", f"--init_image={tmp_path / 'wide.png'}",
                  f"--mask={tmp_path / 'mask.png'}", "--steps=2")["00000-0.png"]
-    assert np.array_equal(drawn, wide[1:17, 1:33])
+    assert np.array_equal(drawn, wide[1:17, 1:29])
 
 
 def test_a_sheet_has_a_cell_for_each_pair(trained, tmp_path):
@@ -3522,7 +3576,8 @@ def test_a_sheet_of_checkpoints_and_seeds(trained, tmp_path):
     runs = [str(path) for path in hdm.list_checkpoints(trained)[-2:]]
     files = draw(trained, tmp_path, "--prompt=red circle", f"--sheet=seed=4,5;ckpt={','.join(runs)}")
     assert [(about(tmp_path / name)["ckpt"], name) for name in files] == [
-        (runs[0], "00000-4.png"), (runs[1], "00001-4.png"), (runs[0], "00002-5.png"), (runs[1], "00003-5.png")]
+        (runs[0], "00000-4.png"), (runs[1], "00001-4.png"),
+        (runs[0], "00002-5.png"), (runs[1], "00003-5.png")]
     alone = draw(runs[1], tmp_path / "alone", "--prompt=red circle", "--seed=5")["00000-5.png"]
     assert np.array_equal(files["00003-5.png"], alone)
     assert not np.array_equal(files["00002-5.png"], files["00003-5.png"])
@@ -3703,8 +3758,10 @@ def test_a_tag_spelt_otherwise_ends_the_reply(tmp_path, monkeypatch):
 
 def test_the_settings_of_tipo_are_those_that_its_authors_advise(llama, monkeypatch):
     seen = []
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate",
-                        lambda self, input_ids, generation_config, **_: seen.append(generation_config) or input_ids)
+    def generate(self, input_ids, generation_config, **options):
+        seen.append(generation_config)
+        return input_ids
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
     p = sample.Picture(width=1, height=1)
     assert sample.load_tipo(str(llama))("1girl", p, {}) == "1girl"
     names = "do_sample temperature top_p min_p top_k repetition_penalty max_new_tokens".split()
@@ -4257,6 +4314,9 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     (shelf / "lines.txt").write_text("red circle\nblue square --stpes=3\n")
     Image.new("RGB", (20, 24)).save(shelf / "photo.png")
     Image.new("RGB", (8, 9)).save(shelf / "other.png")
+    exif = Image.Exif()
+    exif[0x010E] = "OLYMPUS DIGITAL CAMERA"
+    Image.new("RGB", (8, 9)).save(shelf / "camera.jpg", exif=exif)
     edited = PngInfo()
     edited.add_text("hdm", '{"steps": "few", "model_hash": ""}')
     Image.new("RGB", (8, 9)).save(shelf / "edited.png", pnginfo=edited)
@@ -4367,7 +4427,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@file", "@file"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --mask=@other.png", "@other.png 8x9 20x24"),
     ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0", "--strength=0"),
-    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 of 2 steps"),
+    ("sample.py --prompt=a --ckpt=@run --init_image=@photo.png --strength=0.01", "--strength=0.01 2 steps"),
     ("sample.py --prompt=a --ckpt=@run --file_type=gif", "--file_type=gif png"),
     ("sample.py --from_image=nowhere.png", "nowhere.png"),
     ("sample.py --from_image=@file", "@file"),
@@ -4382,6 +4442,14 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --ckpt=@run --slots=@lines.txt", "@lines.txt"),
     ('sample.py --ckpt=@run --slots={"artits":"a"}', "'artits' 'artist'"),
     ("sample.py --prompt=a --ckpt=@run,@run", "@run,@run"),
+    ("sample.py --prompt=a --ckpt=@run --width=100000", "--width=100000 16384"),
+    ("sample.py --prompt=a --ckpt=@run --cfg=1e9", "--cfg=1000000000.0 100"),
+    ("sample.py --prompt=a --ckpt=@run --steps=1001", "--steps=1001 1000"),
+    ("sample.py --prompt=a --ckpt=@run --out=/proc", "--out=/proc"),
+    ("sample.py --prompt=a --ckpt=@run red circle", "red circle quotes"),
+    ('sample.py --ckpt=@run --slots={"artist":["a"]}', "--slots text"),
+    ("sample.py --from_image=@camera.jpg", "@camera.jpg settings"),
+    ("sample.py --ckpt=@run --export=@other", "@other VAE --force"),
     ("sample.py --prompt=a --ckpt=@run --tipo=nowhere", "nowhere --tipo"),
     ("sample.py --prompt=a --ckpt=@run --tipo=@empty", "@empty --tipo"),
     ("sample.py --prompt=a --ckpt=@run --tipo", "KBlueLeaf/TIPO-200M-ft --tipo"),
@@ -4569,7 +4637,9 @@ def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
     rows = camera_rows(capsys)
     assert rows["x_shift=0.25"] == rows["y_shift=-0.25"] == (0, 0, 1)
     assert rows["zoom=1.33"][0] == pytest.approx(1 / 1.33, abs=0.01)
-    prepare.judge_camera(lambda **camera: draw(**{k: v if k == "zoom" else -v for k, v in camera.items()}), 32)
+    def mirrored(**camera):
+        return draw(**{name: value if name == "zoom" else -value for name, value in camera.items()})
+    prepare.judge_camera(mirrored, 32)
     assert camera_rows(capsys)["x_shift=0.25"] == pytest.approx((-1, 0, 1), abs=0.05)
 
 
