@@ -1557,6 +1557,8 @@ def run(main):
     try:
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:
+        if re.search("out of memory|can't allocate memory", str(error)) and isinstance(error, RuntimeError):
+            error = UserError("out of memory: a lower --batch_size, a smaller picture or --dtype=bfloat16")
         code = {KeyboardInterrupt: 130, UserError: 2, ModuleNotFoundError: 2}.get(type(error), 1)
         if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
             error = f"{error}: pip install {error.name}"

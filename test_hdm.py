@@ -3413,6 +3413,17 @@ def test_ctrl_c_keeps_the_finished_pictures(trained, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("0*.png"))) == 4
 
 
+def test_out_of_memory_is_one_line(trained, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        torch.empty(2 ** 60)
+    monkeypatch.setattr(sample, "draw", full)
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={trained}", "--prompt=a", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as caught:
+        hdm.run(sample.main)
+    line, = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("error: out of memory: a lower --batch_size")
+
+
 def test_latents_are_saved(trained, published, te_folder, tmp_path):
     files = draw(trained, tmp_path / "a", "--prompt=red circle", "--latents_out")
     latent = load_file(tmp_path / "a" / "00000-0.safetensors")["latent"]
