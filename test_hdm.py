@@ -1,4 +1,4 @@
-"""Tests of hdm.py, train.py, sample.py and prepare.py: `pytest -q`, three minutes, no network, no GPU.
+"""Tests of hdm.py, train.py, sample.py and prepare.py: `pytest -q`, four minutes, no network, no GPU.
 
 Each test states a law that holds whatever the numbers, not an example. In order: the model against the golden
 numbers of the published one; positions and TREAD; flow and sampling; padding; VAE; text; files in and out;
