@@ -26,6 +26,7 @@ Time runs from t = 0 (data) to t = 1 (pure noise).
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -608,8 +609,7 @@ class Guidance:
             raise ValueError(f"cfg={self.cfg} needs uncond, the text states of the negative prompt")
         if self.one_pass and keep is None and uncond_keep is None:
             try:
-                texts = stack_texts(self.ctx, self.ctx_mask, self.uncond, self.uncond_mask)
-                v_c, v_u = self.velocity(x, t, *texts).chunk(2)
+                v_c, v_u = self.velocity(x, t, *self.both_texts).chunk(2)
             except torch.OutOfMemoryError:
                 self.one_pass = False
                 return self(x, t)
@@ -617,8 +617,14 @@ class Guidance:
             v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
             v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
         v = v_u + self.cfg * (v_c - v_u)
+        if self.rescale == 0:
+            return v
         ratio = v_c.std(dim=(1, 2, 3), keepdim=True) / v.std(dim=(1, 2, 3), keepdim=True)
-        return v if self.rescale == 0 else v * (self.rescale * ratio + 1 - self.rescale)
+        return v * (self.rescale * ratio + 1 - self.rescale)
+
+    @functools.cached_property
+    def both_texts(self):                                    # the same at every step
+        return stack_texts(self.ctx, self.ctx_mask, self.uncond, self.uncond_mask)
 
     def velocity(self, x, t, ctx, mask, keep=None):
         """v of each x with its text; where there are twice as many texts, with both of its own."""

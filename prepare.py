@@ -715,8 +715,8 @@ def judge_camera(draw, side):
     shapes, against what the camera promises."""
     plain = np.array([place_and_size(image) for image in draw()])
     print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
-    for name, value in itertools.product(("x_shift", "y_shift", "zoom"), (0.25, -0.25)):
-        value = {0.25: 1.33, -0.25: 0.75}[value] if name == "zoom" else value
+    for name, value in (("x_shift", 0.25), ("x_shift", -0.25), ("y_shift", 0.25), ("y_shift", -0.25),
+                        ("zoom", 1.33), ("zoom", 0.75)):
         seen = np.array([place_and_size(image) for image in draw(**{name: value})])
         zoom = value if name == "zoom" else 1
         size = (seen[:, 2] / plain[:, 2] / zoom).mean()

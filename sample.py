@@ -72,7 +72,7 @@ class Picture:                     # a line of --prompts may end in any of these
 @dataclass
 class Sampling:
     prompt: list[str] = field(default_factory=list)  # may be given several times
-    prompts: str = ""              # file with one prompt a line, or - for standard input; # begins a comment
+    prompts: str = ""              # file with one prompt a line, or - for standard input; # first: a comment
     slots: str = ""                # the prompt in parts, '{"artist": "..."}' or a json file of them,
     format: str = (                # ... which are put in here
         "<|special|>, <|characters|>, <|series|>, <|artist|>, <|general|>, "
@@ -159,10 +159,11 @@ def read_jobs(s, p):
     lines = [(prompt, p) for prompt in s.prompt]
     if s.prompts:
         with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
-            text = Path(s.prompts).read_text(encoding="utf-8-sig") if s.prompts != "-" else None
-        if text is None:                                     # all processes share one standard input
-            first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-            text = gather(sys.stdin.read() if first else None)[0]
+            if s.prompts == "-":                             # which all processes share: the first reads it
+                first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+                text = gather(sys.stdin.read() if first else None)[0]
+            else:
+                text = Path(s.prompts).read_text(encoding="utf-8-sig")
         lines += [prompt_line(line.strip(), p) for line in text.splitlines()
                   if line.strip() and not line.lstrip().startswith("#")]
     if s.slots:
@@ -397,9 +398,9 @@ def stacked(states, device):
 
 
 @torch.inference_mode()
-def draw(model, vae, texts, jobs, watch):
+def draw(model, vae, texts, jobs, source, anew, watch):
     """Clean latents (B, C, h, w) of jobs, [(number, prompt, Picture as resolved)] with other prompts and
-    seeds but else alike; texts as from encode_texts.
+    seeds but else alike; texts as from encode_texts, source and anew from read_source, or None.
 
     All that is random comes from a picture's own seed, on the CPU: the same in any batch, on any device.
     watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then.
@@ -420,9 +421,8 @@ def draw(model, vae, texts, jobs, watch):
     guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, uncond_mask, pos=pos, picks=picks,
                             aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
                             interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
-    times, x, anew = hdm.sampling_times(p.steps, p.shift), noise, None
-    if p.init_image:
-        source, anew = read_source(p)
+    times, x = hdm.sampling_times(p.steps, p.shift), noise
+    if source is not None:
         known = torch.from_numpy(source).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
         known = known if vae is None else vae.encode(known)
         times = times[-1 - round(p.steps * p.strength):]
@@ -448,13 +448,14 @@ def pictures(model, vae, texts, jobs, batch_size, watch=lambda done, x0: None):
     are done, in parts of one, and with what x0 (B, C, h, w) looks like."""
     done = 0
     for p, alike in itertools.groupby(jobs, key=lambda job: replace(job[2], seed=0)):
+        source, anew = read_source(p) if p.init_image else (None, None)
         while batch := list(itertools.islice(alike, batch_size)):
-            latents = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
+            latents = draw(model, vae, texts, batch, source, anew,
+                           lambda t, x0: watch(done + len(x0) * (1 - t), x0))
             done += len(batch)
             for job, latent in zip(batch, latents):          # the VAE takes one at a time: less memory
                 image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None]))[0]
-                if p.mask:
-                    source, anew = read_source(p)
+                if anew is not None:
                     image = np.where(anew[..., None], image, source)
                 yield job, image, latent
 
