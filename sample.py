@@ -581,8 +581,8 @@ def tracker(name, folder, settings):
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
-ROWS = ("width height steps num_images", "seed sampler cfg shift", "zoom x_shift y_shift",
-        "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
+ROWS = ("prompt", "negative_prompt", "width height steps num_images", "seed sampler cfg shift",
+        "zoom x_shift y_shift", "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
 SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
 RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
 
@@ -624,8 +624,6 @@ def page(model, vae, get_te, settings, s, p, common):
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware
-    step = model.config.patch_size * (1 if vae is None else vae.factor)
-    types = hdm.setting_types([Picture]) | dict(prompt=str, tipo=bool)
     p, prompt = resolved(p, settings, model, vae), [*s.prompt, fill_slots(s.format, read_slots(s.slots))][0]
     start = asdict(p) | dict(prompt=prompt, tipo=bool(s.tipo))
     get_te, get_tipo = cache(get_te), cache(lambda: load_tipo(s.tipo or True))
@@ -641,8 +639,8 @@ def page(model, vae, get_te, settings, s, p, common):
             raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
 
     def draw_all(*values):
-        stopping.clear()
         news, share = queue.SimpleQueue(), 0
+        stopping.clear()
 
         def watch(done, x0):
             if stopping.is_set():
@@ -656,10 +654,10 @@ def page(model, vae, get_te, settings, s, p, common):
                 for done, (_, image, path) in enumerate(drawing, 1):
                     news.put((done, enlarged([image]), path))
         with told(), ThreadPoolExecutor(1) as worker:
-            given = {name: hdm.setting_value(f"--{name}={value}", value, types[name])
-                     for name, value in zip(controls, values)}
+            flags = [f"--{name}={value}" for name, value in zip(controls, values)]
+            given = hdm.parse_args(flags, [Picture, Sampling])[1]
             prompt, tipo = given.pop("prompt"), get_tipo if given.pop("tipo") else None
-            jobs = read_jobs(replace(s, prompt=[prompt], prompts="", slots=""), replace(p, **given))
+            jobs = read_jobs(replace(s, prompt=prompt, prompts="", slots=""), replace(p, **given))
             jobs = [(i, *job) for i, job in enumerate(jobs, first_free_number(Path(s.out)))]
             end = worker.submit(work)
             end.add_done_callback(news.put)
@@ -681,14 +679,6 @@ def page(model, vae, get_te, settings, s, p, common):
         kept = start | kept | dict(prompt=kept["prompt"][0], tipo=False)     # its words are in the prompt
         return [kept[name] for name in controls]
 
-    makers = {str: gr.Textbox, bool: gr.Checkbox, float: gr.Number, int: partial(gr.Number, precision=0),
-              "prompt": partial(gr.Textbox, lines=3), "sampler": partial(gr.Dropdown, list(hdm.SAMPLERS)),
-              **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()}}
-
-    def control(name):
-        maker = makers.get(name, makers[types[name]])
-        return maker(value=start[name], label=name.replace("_", " "), min_width=100)
-
     async def ask_nobody_else(request, call_next):           # is what this tells the browser
         response = await call_next(request)
         own = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -699,13 +689,17 @@ def page(model, vae, get_te, settings, s, p, common):
         raise gr.routes.HTTPException(403, "no URL is fetched here")
     gr.routes.secure_url_stream_response = gr.processing_utils.async_ssrf_protected_get = fetch_nothing
 
+    makers = dict(prompt=partial(gr.Textbox, lines=3), negative_prompt=gr.Textbox, tipo=gr.Checkbox,
+                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)),
+                  **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()})
     with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
         with gr.Column():
-            controls |= {name: control(name) for name in ("prompt", "negative_prompt")}
-            ratio = gr.Radio(RATIOS, label="ratio")
-            for names in ROWS:
+            for row in ROWS:
                 with gr.Row():
-                    controls |= {name: control(name) for name in names.split()}
+                    for name in row.split():
+                        controls[name] = makers.get(name, gr.Number)(
+                            value=start[name], label=name.replace("_", " "), min_width=100)
+            ratio = gr.Radio(RATIOS, label="ratio")
             upload = gr.UploadButton("take the settings of a picture", file_types=["image"])
         with gr.Column():
             with gr.Row():
@@ -718,6 +712,7 @@ def page(model, vae, get_te, settings, s, p, common):
               api_name="draw", **quiet)
         stop_button.click(stopping.set, queue=False, api_name="stop")
         upload.upload(take_settings, upload, inputs, api_name="settings", **quiet)
+        step = model.config.patch_size * (1 if vae is None else vae.factor)
         ratio.input(lambda ratio: sides(ratio, settings["image_size"], step), ratio,
                     [controls["width"], controls["height"]], api_name="sides", **quiet)
     with hdm.naming(f"--ui={address[0]}", "cannot be served at, or something else is"):
