@@ -191,22 +191,20 @@ def read_jobs(s, p):
 
 
 def tipo_request(prompt, p, slots):
-    """-> the text that TIPO goes on with; the prompt, in HDM's order, before its words and behind them."""
-    kinds = {tag.strip(): name for name, tags in (*ENDING.items(), *slots.items())
+    """-> the text that TIPO goes on with; the prompt as slots of the model card's template."""
+    parts = dict.fromkeys(re.findall(r"<\|(.+?)\|>", Sampling.format), "")
+    kinds = {tag.strip(): name for name, tags in (*ENDING.items(), *slots.items()) if name in parts
              for tag in tags.lower().replace("_", " ").split(",")}
-    parts = {}
     for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", prompt))):
         sentence = len(tag.split()) > 4                      # a guess
-        parts.setdefault("long" if sentence else kinds.get(tag.lower(), "tag"), []).append(tag)
-    def of(*names):
-        return ", ".join(tag for name in names for tag in parts.get(name, []))
-    lines = {"rating": of("rating"), "artist": of("artist"), "characters": of("characters"),
-             "copyrights": of("series"), "quality": of("quality"),
+        kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
+        parts[kind] += ", " * bool(parts[kind]) + tag
+    lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
+             "copyrights": parts["series"], "quality": parts["quality"],
              "aspect_ratio": f"{p.width / p.height:.3f}", "target": "<|long|> <|tag_to_long|>",
-             "tag": of("special", "tag", "general"), "long": of("natural language", "long")}
-    text = "\n".join(f"{name}: {value}".rstrip() for name, value in lines.items() if value or name == "long")
-    before = of("special", "characters", "series", "artist", "tag", "general", "natural language", "long")
-    return text, before, of(*ENDING)
+             "tag": ", ".join(filter(None, (parts["special"], parts["general"])))}
+    text = "".join(f"{name}: {value}\n" for name, value in lines.items() if value)
+    return f"{text}long: {parts['natural language']}".rstrip(), parts
 
 
 def load_tipo(name):
@@ -223,12 +221,11 @@ def load_tipo(name):
     ends = [i for i in range(len(tokenizer)) if i == tokenizer.eos_token_id or "\n" in tokenizer.decode([i])]
 
     def expand(prompt, p, slots):
-        request, before, after = tipo_request(prompt, p, slots)
+        request, parts = tipo_request(prompt, p, slots)
         banned = [tag.strip() for tag in p.negative_prompt.replace("_", " ").split(",") if tag.strip()]
-        forms = {case(tag).replace(" ", joint) for tag in banned for joint in " _"
-                 for case in (str, str.lower, str.capitalize)}
-        ids = [tokenizer(form, add_special_tokens=False)["input_ids"]
-               for form in (*forms, *(f" {form}" for form in forms))]
+        forms = {lead + case(tag).replace(" ", joint) for tag in banned for lead in ("", " ")
+                 for joint in " _" for case in (str, str.lower, str.capitalize)}
+        ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
         config = transformers.GenerationConfig(              # as TIPO's authors advise
             do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
             max_new_tokens=TIPO_TOKENS, bad_words_ids=ids or None, eos_token_id=ends, pad_token_id=ends[0])
@@ -245,8 +242,8 @@ def load_tipo(name):
         if not reply:
             print(f"--tipo: nothing to add to: {prompt}")
             return prompt
-        joint = " " if request.rsplit("long:", 1)[1] else ", "
-        return f"{before}{joint * bool(before)}{reply.rstrip('.')}. {after}".strip()
+        parts["natural language"] += " " + reply
+        return fill_slots(Sampling.format, parts)
     return expand
 
 
