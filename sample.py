@@ -31,7 +31,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -290,19 +290,15 @@ def read_settings(path):
 
 def write_new(path, content):
     """Writes a new file, whole or not at all: path, or, where that is there, STEM-1, ... -> its path."""
-    for i in itertools.count():
-        new = path.with_stem(f"{path.stem}-{i}") if i else path
-        try:
-            with open(new, "xb") as file:
+    with hdm.naming("--out", f"{path} cannot be written"), contextlib.ExitStack() as undo:
+        for i in itertools.count():
+            new = path.with_stem(f"{path.stem}-{i}") if i else path
+            with contextlib.suppress(FileExistsError), open(new, "xb") as file:
+                undo.callback(new.unlink)                    # after a full disk, Ctrl-C
                 file.write(content)
-            return new
-        except FileExistsError:
-            continue
-        except BaseException as error:                       # a full disk, Ctrl-C
-            new.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise hdm.UserError(f"--out: {new} cannot be written ({error.strerror})") from error
-            raise
+                file.close()                                 # only now a full disk may tell
+                undo.pop_all()
+                return new
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -381,17 +377,9 @@ def resolved(p, settings, model, vae):
 
 
 def encode_texts(te, jobs):
-    """-> {text: states (T, ctx_dim) on the CPU} of all prompts and negative prompts."""
+    """-> {text: states (1, T, ctx_dim) on the CPU} of all prompts and negative prompts."""
     texts = dict.fromkeys(text for _, prompt, p in jobs for text in (prompt, p.negative_prompt))
-    return {text: te([text])[0][0].cpu() for text in texts}
-
-
-def stacked(states, device):
-    """States (T, ctx_dim) of any lengths -> (B, T, ctx_dim), mask (B, T) or None where nothing is padded."""
-    lengths = torch.tensor([len(one) for one in states])
-    mask = torch.arange(lengths.max()) < lengths[:, None]
-    ctx = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-    return ctx.to(device), None if mask.all() else mask.to(device)
+    return {text: te([text])[0].cpu() for text in texts}
 
 
 @torch.inference_mode()
@@ -413,9 +401,10 @@ def draw(model, vae, texts, jobs, source, anew, watch):
     def picks():
         return [torch.cat([hdm.pick_tokens(1, rows * cols, rate, generator) for generator in generators]
                           ).to(device) if rate else None for rate in (p.tread_cond, p.tread_uncond)]
-    ctx, mask = stacked([texts[prompt] for _, prompt, _ in jobs], device)
-    uncond, uncond_mask = stacked([texts[p.negative_prompt]] * len(jobs), device)
-    guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, uncond_mask, pos=pos, picks=picks,
+    ctx, mask = reduce(lambda some, one: hdm.stack_texts(*some, *one),
+                       [(texts[prompt].to(device), None) for _, prompt, _ in jobs])
+    uncond = texts[p.negative_prompt].to(device).repeat(len(jobs), 1, 1)
+    guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, pos=pos, picks=picks,
                             aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
                             interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
     times, x = hdm.sampling_times(p.steps, p.shift), noise
