@@ -179,14 +179,13 @@ def read_jobs(s, p):
     jobs = []
     for prompt, p in lines:
         check(p)
-        n, seed = p.num_images, p.seed
-        if seed == -1:
-            seed = gather(random.SystemRandom().randrange(2 ** 32))[0]
-            print(f"seed {seed}: {prompt}")
+        if p.seed == -1:
+            p = replace(p, seed=gather(random.SystemRandom().randrange(2 ** 32))[0])
+            print(f"seed {p.seed}: {prompt}")
         prompt, negative = (re.sub(r"\\([()])", r"\1", text).encode(errors="replace").decode()
                             for text in (prompt, p.negative_prompt))         # argv can hold any bytes
-        p = replace(p, negative_prompt=negative, num_images=1)
-        jobs += [(prompt, replace(p, seed=seed + i)) for i in range(n)]
+        jobs += [(prompt, replace(p, negative_prompt=negative, num_images=1, seed=p.seed + i))
+                 for i in range(p.num_images)]
     return jobs
 
 
@@ -233,8 +232,8 @@ def load_tipo(name):
         with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
             torch.manual_seed(p.seed)
             output = model.generate(**inputs, generation_config=config)[0]
-        asked = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
-        reply = tokenizer.decode(output, skip_special_tokens=True)[len(asked):].partition("\n")[0].strip()
+        added = tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        reply = added.partition("\n")[0].strip()
         # A tag can also be spelt with other tokens than the tokenizer's: its sentence goes, and what follows.
         spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
         if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
@@ -296,7 +295,7 @@ def write_new(path, content):
             with contextlib.suppress(FileExistsError), open(new, "xb") as file:
                 undo.callback(new.unlink)                    # after a full disk, Ctrl-C
                 file.write(content)
-                file.close()                                 # only now a full disk may tell
+                file.close()                                 # some disks say only here that they are full
                 undo.pop_all()
                 return new
 
@@ -357,15 +356,16 @@ def read_source(p):
 def resolved(p, settings, model, vae):
     """p with numbers in place of None; a size or a picture that will not do is refused."""
     check(p)
-    factor = 1 if vae is None else vae.factor
-    sides = dict.fromkeys(("width", "height"), settings["image_size"])
+    width = height = settings["image_size"]
     if p.init_image:
         with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
-            step, (width, height) = model.config.patch_size * factor, hdm.load_image(p.init_image).size
+            width, height = hdm.load_image(p.init_image).size
         if max(width, height) > 2 * settings["image_size"]:  # such as a photo's: more than the model can do
             width, height = hdm.scaled_sides(width, height, settings["image_size"])
-        sides = dict(width=max(step, width // step * step), height=max(step, height // step * step))
-    own = dict(sides, steps=settings["steps"], cfg=settings["cfg"], shift=settings["t_shift"])
+        step = model.config.patch_size * (1 if vae is None else vae.factor)
+        width, height = (max(step, side // step * step) for side in (width, height))
+    own = dict(width=width, height=height, steps=settings["steps"], cfg=settings["cfg"],
+               shift=settings["t_shift"])
     p = replace(p, **{name: value for name, value in own.items() if getattr(p, name) is None})
     hdm.check_size(p.height, p.width, model.config, vae)
     if p.init_image:
@@ -658,11 +658,11 @@ def page(model, vae, get_te, settings, s, p, common):
     def take_settings(file):
         with told():
             kept, digest = read_settings(file)
-        if digest != common["model_hash"]:
-            gr.Warning(f"drawn by the model {digest[:10]}; this is {common['model_hash'][:10]}")
-        if kept.get("init_image", p.init_image) != p.init_image:
-            gr.Warning("drawn from an --init_image, which this page does not take along")
-        kept = start | kept | dict(prompt=kept["prompt"][0], tipo=False)     # its words are in the prompt
+        stays = common | dict(init_image=p.init_image, mask=p.mask)
+        kept = start | common | kept | dict(prompt=kept["prompt"][0], model_hash=digest)
+        kept["tipo"] = False                                 # its words are in the prompt
+        if other := ", ".join(name for name in stays if kept[name] != stays[name]):
+            gr.Warning(f"not taken along, drawn with another: {other}")
         return [kept[name] for name in controls]
 
     async def ask_nobody_else(request, call_next):           # is what this tells the browser
@@ -740,16 +740,15 @@ def main(argv):
         if values.keys() & {"prompts", "slots"}:             # other prompts
             kept.pop("prompt")
         values = kept | values
-    own = {one.name for one in fields(Picture)}
-    p = Picture(**{name: value for name, value in values.items() if name in own})
-    s = Sampling(**{name: value for name, value in values.items() if name not in own})
+    p = Picture(**{one.name: values.pop(one.name) for one in fields(Picture) if one.name in values})
+    s = Sampling(**values)
     if s.batch_size < 1:
         raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
     hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
     rank, ranks = hdm.start_ranks()
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
-    out, images, tops, sides = Path(s.out), {}, (), ()
+    out, images, tops, sides = Path(s.out), [], (), ()
     jobs = [("", p)] if s.ui or s.export else read_jobs(s, p)
     columns = p.num_images if p.num_images > 1 else min(len(jobs), 8)
     if s.sheet:
@@ -779,16 +778,15 @@ def main(argv):
         get_tipo = partial(load_tipo, s.tipo) if s.tipo else None
         todo = [(i, *job) for i, job in enumerate(jobs, first) if job[1].ckpt == ckpt]
         mine = slice(rank, None, ranks)
-        with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or None) as bar:
             drawn = draw_files(model, vae, get_te, get_tipo, todo, settings, s, common,
                                lambda done, x0: bar.update(done - bar.n), mine)
             for i, image, _ in drawn:
                 if s.sheet or i < first + 100:
-                    images[i] = image
+                    images.append((i, image))
         del model, vae                                       # room for the next checkpoint's
-    parts = gather(images)
+    images = [image for _, image in sorted(sum(gather(images), []))]
     if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
-        images = [image for _, image in sorted(item for part in parts for item in part.items())]
         sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
         write_new(out / "grid.png", encode_file(np.array(sheet), "png"))
     print(f"pictures: {len(jobs)} in {out}, from {first:05d} on")
