@@ -135,10 +135,10 @@ def prompt_line(line, p):
 
 def fill_slots(template, slots):
     """'<|name|>, ...' filled from {name: text}; an empty one takes the punctuation behind it along."""
-    known, text = re.findall(r"<\|(.+?)\|>", template), ""
+    known, text = re.findall(r"<\|(.+?)\|>([^<]*)", template), ""
     for name in slots:
-        hdm.check_name(f"--slots: {name}", name, known, "slot in --format")
-    for name, between in re.findall(r"<\|(.+?)\|>([^<]*)", template):
+        hdm.check_name(f"--slots: {name}", name, dict(known), "slot in --format")
+    for name, between in known:
         words = slots.get(name, "").strip().rstrip(",.")
         if name != "natural language":                       # in its words underscores would be meant
             words = hdm.parse_caption(words.replace(",", "$$"), spaces=True)
@@ -597,11 +597,8 @@ def preview(vae, latents):
 
 
 def page(model, vae, get_te, settings, s, p, common):
-    """Serves a web page at s.ui that draws with this model, until Ctrl-C; its controls begin with p.
-
-    It fetches nothing from elsewhere, and the files that can be read through it are copies of what was drawn
-    or uploaded on it.
-    """
+    """Serves a web page at s.ui that draws with this model, until Ctrl-C; its controls begin with p. It
+    fetches nothing from elsewhere; what can be read through it are copies of what was drawn or uploaded."""
     address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
     if not address or not 0 < int(address[2]) < 2 ** 16:
         raise hdm.UserError(f"--ui={s.ui}: HOST:PORT is needed, such as 127.0.0.1:7860")
@@ -662,7 +659,7 @@ def page(model, vae, get_te, settings, s, p, common):
         kept = start | common | kept | dict(prompt=kept["prompt"][0], model_hash=digest)
         kept["tipo"] = False                                 # its words are in the prompt
         if other := ", ".join(name for name in stays if kept[name] != stays[name]):
-            gr.Warning(f"not taken along, drawn with another: {other}")
+            gr.Warning(f"drawn with another {other}: this page keeps its own")
         return [kept[name] for name in controls]
 
     async def ask_nobody_else(request, call_next):           # is what this tells the browser
