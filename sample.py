@@ -567,7 +567,7 @@ def tracker(name, folder, settings):
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
-ROWS = ("prompt", "negative_prompt", "width height steps num_images", "seed sampler cfg shift",
+ROWS = ("prompt", "negative_prompt", "ratio", "width height steps num_images", "seed sampler cfg shift",
         "zoom x_shift y_shift", "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
 SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
 RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
@@ -605,8 +605,7 @@ def page(model, vae, get_te, settings, s, p, common):
     copies = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)   # all gradio sees
     os.environ.update(GRADIO_TEMP_DIR=copies.name, GRADIO_ANALYTICS_ENABLED="False")
     import gradio as gr
-    from starlette.middleware import Middleware
-    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.middleware import Middleware, base
     p, prompt = resolved(p, settings, model, vae), [*s.prompt, fill_slots(s.format, read_slots(s.slots))][0]
     start = asdict(p) | dict(prompt=prompt, tipo=bool(s.tipo))
     get_te, get_tipo = cache(get_te), cache(lambda: load_tipo(s.tipo or True))
@@ -662,7 +661,7 @@ def page(model, vae, get_te, settings, s, p, common):
             gr.Warning(f"drawn with another {other}: this page keeps its own")
         return [kept[name] for name in controls]
 
-    async def ask_nobody_else(request, call_next):           # is what this tells the browser
+    async def seal(request, call_next):                      # tells the browser to ask nobody else
         response = await call_next(request)
         own = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
         response.headers["Content-Security-Policy"] = own
@@ -673,7 +672,7 @@ def page(model, vae, get_te, settings, s, p, common):
     gr.routes.secure_url_stream_response = gr.processing_utils.async_ssrf_protected_get = fetch_nothing
 
     makers = dict(prompt=partial(gr.Textbox, lines=3), negative_prompt=gr.Textbox, tipo=gr.Checkbox,
-                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)),
+                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)), ratio=partial(gr.Radio, RATIOS),
                   **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()})
     with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
         with gr.Column():
@@ -681,8 +680,8 @@ def page(model, vae, get_te, settings, s, p, common):
                 with gr.Row():
                     for name in row.split():
                         controls[name] = makers.get(name, gr.Number)(
-                            value=start[name], label=name.replace("_", " "), min_width=100)
-            ratio = gr.Radio(RATIOS, label="ratio")
+                            value=start.get(name), label=name.replace("_", " "), min_width=100)
+            ratio = controls.pop("ratio")                    # no setting, it sets two
             upload = gr.UploadButton("take the settings of a picture", file_types=["image"])
         with gr.Column():
             with gr.Row():
@@ -702,7 +701,7 @@ def page(model, vae, get_te, settings, s, p, common):
         blocks.launch(server_name=address[1], server_port=int(address[2]), share=False, quiet=True,
                       prevent_thread_lock=True, show_error=True, footer_links=[], run_history=False,
                       theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                      app_kwargs=dict(middleware=[Middleware(BaseHTTPMiddleware, dispatch=ask_nobody_else)]))
+                      app_kwargs=dict(middleware=[Middleware(base.BaseHTTPMiddleware, dispatch=seal)]))
     print(f"page: http://{address[0]} until Ctrl-C", flush=True)
     blocks.block_thread()
     stopping.set()
