@@ -125,7 +125,7 @@ def prompt_line(line, p):
     """'PROMPT --key=value ...' -> the prompt, the Picture p with these values."""
     text, overrides = re.fullmatch(r'(.*?)((?:(?:^|\s+)--\w+=(?:"[^"]*"|\S*))*)\s*', line).groups()
     words = [flag + value.strip('"') for flag, value in re.findall(r'(--\w+=)("[^"]*"|\S*)', overrides)]
-    known = "|".join(["-n", *ALIASES, *("--" + one.name for one in fields(Picture))])
+    known = "|".join([*ALIASES, *("--" + one.name for one in fields(Picture))])
     if found := re.search(rf"(?<!\S)({known})(?![\w-])", text):
         raise hdm.UserError(f"--prompts, {line!r}: {found[1]} must stand at the end of its line, as "
                             f'{found[1]}=VALUE or {found[1]}="SOME WORDS"')
