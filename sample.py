@@ -31,7 +31,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +125,7 @@ def prompt_line(line, p):
     """'PROMPT --key=value ...' -> the prompt, the Picture p with these values."""
     text, overrides = re.fullmatch(r'(.*?)((?:(?:^|\s+)--\w+=(?:"[^"]*"|\S*))*)\s*', line).groups()
     words = [flag + value.strip('"') for flag, value in re.findall(r'(--\w+=)("[^"]*"|\S*)', overrides)]
-    known = "|".join(["-n", *ALIASES, *("--" + one.name for one in fields(Picture))])
+    known = "|".join([*ALIASES, *("--" + one.name for one in fields(Picture))])
     if found := re.search(rf"(?<!\S)({known})(?![\w-])", text):
         raise hdm.UserError(f"--prompts, {line!r}: {found[1]} must stand at the end of its line, as "
                             f'{found[1]}=VALUE or {found[1]}="SOME WORDS"')
@@ -135,10 +135,10 @@ def prompt_line(line, p):
 
 def fill_slots(template, slots):
     """'<|name|>, ...' filled from {name: text}; an empty one takes the punctuation behind it along."""
-    known, text = re.findall(r"<\|(.+?)\|>", template), ""
+    known, text = re.findall(r"<\|(.+?)\|>([^<]*)", template), ""
     for name in slots:
-        hdm.check_name(f"--slots: {name}", name, known, "slot in --format")
-    for name, between in re.findall(r"<\|(.+?)\|>([^<]*)", template):
+        hdm.check_name(f"--slots: {name}", name, dict(known), "slot in --format")
+    for name, between in known:
         words = slots.get(name, "").strip().rstrip(",.")
         if name != "natural language":                       # in its words underscores would be meant
             words = hdm.parse_caption(words.replace(",", "$$"), spaces=True)
@@ -179,34 +179,31 @@ def read_jobs(s, p):
     jobs = []
     for prompt, p in lines:
         check(p)
-        n, seed = p.num_images, p.seed
-        if seed == -1:
-            seed = gather(random.SystemRandom().randrange(2 ** 32))[0]
-            print(f"seed {seed}: {prompt}")
+        if p.seed == -1:
+            p = replace(p, seed=gather(random.SystemRandom().randrange(2 ** 32))[0])
+            print(f"seed {p.seed}: {prompt}")
         prompt, negative = (re.sub(r"\\([()])", r"\1", text).encode(errors="replace").decode()
                             for text in (prompt, p.negative_prompt))         # argv can hold any bytes
-        p = replace(p, negative_prompt=negative, num_images=1)
-        jobs += [(prompt, replace(p, seed=seed + i)) for i in range(n)]
+        jobs += [(prompt, replace(p, negative_prompt=negative, num_images=1, seed=p.seed + i))
+                 for i in range(p.num_images)]
     return jobs
 
 
 def tipo_request(prompt, p, slots):
-    """-> the text that TIPO goes on with; the prompt, in HDM's order, before its words and behind them."""
-    kinds = {tag.strip(): name for name, tags in (*ENDING.items(), *slots.items())
+    """-> the text that TIPO goes on with; the prompt as slots of the model card's template."""
+    parts = dict.fromkeys(re.findall(r"<\|(.+?)\|>", Sampling.format), "")
+    kinds = {tag.strip(): name for name, tags in (*ENDING.items(), *slots.items()) if name in parts
              for tag in tags.lower().replace("_", " ").split(",")}
-    parts = {}
     for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", prompt))):
         sentence = len(tag.split()) > 4                      # a guess
-        parts.setdefault("long" if sentence else kinds.get(tag.lower(), "tag"), []).append(tag)
-    def of(*names):
-        return ", ".join(tag for name in names for tag in parts.get(name, []))
-    lines = {"rating": of("rating"), "artist": of("artist"), "characters": of("characters"),
-             "copyrights": of("series"), "quality": of("quality"),
+        kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
+        parts[kind] += ", " * bool(parts[kind]) + tag
+    lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
+             "copyrights": parts["series"], "quality": parts["quality"],
              "aspect_ratio": f"{p.width / p.height:.3f}", "target": "<|long|> <|tag_to_long|>",
-             "tag": of("special", "tag", "general"), "long": of("natural language", "long")}
-    text = "\n".join(f"{name}: {value}".rstrip() for name, value in lines.items() if value or name == "long")
-    before = of("special", "characters", "series", "artist", "tag", "general", "natural language", "long")
-    return text, before, of(*ENDING)
+             "tag": ", ".join(filter(None, (parts["special"], parts["general"])))}
+    text = "".join(f"{name}: {value}\n" for name, value in lines.items() if value)
+    return f"{text}long: {parts['natural language']}".rstrip(), parts
 
 
 def load_tipo(name):
@@ -223,12 +220,11 @@ def load_tipo(name):
     ends = [i for i in range(len(tokenizer)) if i == tokenizer.eos_token_id or "\n" in tokenizer.decode([i])]
 
     def expand(prompt, p, slots):
-        request, before, after = tipo_request(prompt, p, slots)
+        request, parts = tipo_request(prompt, p, slots)
         banned = [tag.strip() for tag in p.negative_prompt.replace("_", " ").split(",") if tag.strip()]
-        forms = {case(tag).replace(" ", joint) for tag in banned for joint in " _"
-                 for case in (str, str.lower, str.capitalize)}
-        ids = [tokenizer(form, add_special_tokens=False)["input_ids"]
-               for form in (*forms, *(f" {form}" for form in forms))]
+        forms = {lead + case(tag).replace(" ", joint) for tag in banned for lead in ("", " ")
+                 for joint in " _" for case in (str, str.lower, str.capitalize)}
+        ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
         config = transformers.GenerationConfig(              # as TIPO's authors advise
             do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
             max_new_tokens=TIPO_TOKENS, bad_words_ids=ids or None, eos_token_id=ends, pad_token_id=ends[0])
@@ -236,8 +232,8 @@ def load_tipo(name):
         with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
             torch.manual_seed(p.seed)
             output = model.generate(**inputs, generation_config=config)[0]
-        asked = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
-        reply = tokenizer.decode(output, skip_special_tokens=True)[len(asked):].partition("\n")[0].strip()
+        added = tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        reply = added.partition("\n")[0].strip()
         # A tag can also be spelt with other tokens than the tokenizer's: its sentence goes, and what follows.
         spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
         if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
@@ -245,8 +241,8 @@ def load_tipo(name):
         if not reply:
             print(f"--tipo: nothing to add to: {prompt}")
             return prompt
-        joint = " " if request.rsplit("long:", 1)[1] else ", "
-        return f"{before}{joint * bool(before)}{reply.rstrip('.')}. {after}".strip()
+        parts["natural language"] += " " + reply
+        return fill_slots(Sampling.format, parts)
     return expand
 
 
@@ -293,19 +289,15 @@ def read_settings(path):
 
 def write_new(path, content):
     """Writes a new file, whole or not at all: path, or, where that is there, STEM-1, ... -> its path."""
-    for i in itertools.count():
-        new = path.with_stem(f"{path.stem}-{i}") if i else path
-        try:
-            with open(new, "xb") as file:
+    with hdm.naming("--out", f"{path} cannot be written"), contextlib.ExitStack() as undo:
+        for i in itertools.count():
+            new = path.with_stem(f"{path.stem}-{i}") if i else path
+            with contextlib.suppress(FileExistsError), open(new, "xb") as file:
+                undo.callback(new.unlink)                    # after a full disk, Ctrl-C
                 file.write(content)
-            return new
-        except FileExistsError:
-            continue
-        except BaseException as error:                       # a full disk, Ctrl-C
-            new.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise hdm.UserError(f"--out: {new} cannot be written ({error.strerror})") from error
-            raise
+                file.close()                                 # some disks say only here that they are full
+                undo.pop_all()
+                return new
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -364,15 +356,16 @@ def read_source(p):
 def resolved(p, settings, model, vae):
     """p with numbers in place of None; a size or a picture that will not do is refused."""
     check(p)
-    factor = 1 if vae is None else vae.factor
-    sides = dict.fromkeys(("width", "height"), settings["image_size"])
+    width = height = settings["image_size"]
     if p.init_image:
         with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
-            step, (width, height) = model.config.patch_size * factor, hdm.load_image(p.init_image).size
+            width, height = hdm.load_image(p.init_image).size
         if max(width, height) > 2 * settings["image_size"]:  # such as a photo's: more than the model can do
             width, height = hdm.scaled_sides(width, height, settings["image_size"])
-        sides = dict(width=max(step, width // step * step), height=max(step, height // step * step))
-    own = dict(sides, steps=settings["steps"], cfg=settings["cfg"], shift=settings["t_shift"])
+        step = model.config.patch_size * (1 if vae is None else vae.factor)
+        width, height = (max(step, side // step * step) for side in (width, height))
+    own = dict(width=width, height=height, steps=settings["steps"], cfg=settings["cfg"],
+               shift=settings["t_shift"])
     p = replace(p, **{name: value for name, value in own.items() if getattr(p, name) is None})
     hdm.check_size(p.height, p.width, model.config, vae)
     if p.init_image:
@@ -384,17 +377,9 @@ def resolved(p, settings, model, vae):
 
 
 def encode_texts(te, jobs):
-    """-> {text: states (T, ctx_dim) on the CPU} of all prompts and negative prompts."""
+    """-> {text: states (1, T, ctx_dim) on the CPU} of all prompts and negative prompts."""
     texts = dict.fromkeys(text for _, prompt, p in jobs for text in (prompt, p.negative_prompt))
-    return {text: te([text])[0][0].cpu() for text in texts}
-
-
-def stacked(states, device):
-    """States (T, ctx_dim) of any lengths -> (B, T, ctx_dim), mask (B, T) or None where nothing is padded."""
-    lengths = torch.tensor([len(one) for one in states])
-    mask = torch.arange(lengths.max()) < lengths[:, None]
-    ctx = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-    return ctx.to(device), None if mask.all() else mask.to(device)
+    return {text: te([text])[0].cpu() for text in texts}
 
 
 @torch.inference_mode()
@@ -416,9 +401,10 @@ def draw(model, vae, texts, jobs, source, anew, watch):
     def picks():
         return [torch.cat([hdm.pick_tokens(1, rows * cols, rate, generator) for generator in generators]
                           ).to(device) if rate else None for rate in (p.tread_cond, p.tread_uncond)]
-    ctx, mask = stacked([texts[prompt] for _, prompt, _ in jobs], device)
-    uncond, uncond_mask = stacked([texts[p.negative_prompt]] * len(jobs), device)
-    guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, uncond_mask, pos=pos, picks=picks,
+    ctx, mask = reduce(lambda some, one: hdm.stack_texts(*some, *one),
+                       [(texts[prompt].to(device), None) for _, prompt, _ in jobs])
+    uncond = texts[p.negative_prompt].to(device).repeat(len(jobs), 1, 1)
+    guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, pos=pos, picks=picks,
                             aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
                             interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
     times, x = hdm.sampling_times(p.steps, p.shift), noise
@@ -581,8 +567,8 @@ def tracker(name, folder, settings):
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
-ROWS = ("width height steps num_images", "seed sampler cfg shift", "zoom x_shift y_shift",
-        "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
+ROWS = ("prompt", "negative_prompt", "ratio", "width height steps num_images", "seed sampler cfg shift",
+        "zoom x_shift y_shift", "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
 SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
 RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
 
@@ -611,21 +597,15 @@ def preview(vae, latents):
 
 
 def page(model, vae, get_te, settings, s, p, common):
-    """Serves a web page at s.ui that draws with this model, until Ctrl-C; its controls begin with p.
-
-    It fetches nothing from elsewhere, and the files that can be read through it are copies of what was drawn
-    or uploaded on it.
-    """
+    """Serves a web page at s.ui that draws with this model, until Ctrl-C; its controls begin with p. It
+    fetches nothing from elsewhere; what can be read through it are copies of what was drawn or uploaded."""
     address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
     if not address or not 0 < int(address[2]) < 2 ** 16:
         raise hdm.UserError(f"--ui={s.ui}: HOST:PORT is needed, such as 127.0.0.1:7860")
     copies = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)   # all gradio sees
     os.environ.update(GRADIO_TEMP_DIR=copies.name, GRADIO_ANALYTICS_ENABLED="False")
     import gradio as gr
-    from starlette.middleware import Middleware
-    from starlette.middleware.base import BaseHTTPMiddleware
-    step = model.config.patch_size * (1 if vae is None else vae.factor)
-    types = hdm.setting_types([Picture]) | dict(prompt=str, tipo=bool)
+    from starlette.middleware import Middleware, base
     p, prompt = resolved(p, settings, model, vae), [*s.prompt, fill_slots(s.format, read_slots(s.slots))][0]
     start = asdict(p) | dict(prompt=prompt, tipo=bool(s.tipo))
     get_te, get_tipo = cache(get_te), cache(lambda: load_tipo(s.tipo or True))
@@ -641,8 +621,8 @@ def page(model, vae, get_te, settings, s, p, common):
             raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
 
     def draw_all(*values):
-        stopping.clear()
         news, share = queue.SimpleQueue(), 0
+        stopping.clear()
 
         def watch(done, x0):
             if stopping.is_set():
@@ -656,10 +636,10 @@ def page(model, vae, get_te, settings, s, p, common):
                 for done, (_, image, path) in enumerate(drawing, 1):
                     news.put((done, enlarged([image]), path))
         with told(), ThreadPoolExecutor(1) as worker:
-            given = {name: hdm.setting_value(f"--{name}={value}", value, types[name])
-                     for name, value in zip(controls, values)}
+            flags = [f"--{name}={value}" for name, value in zip(controls, values)]
+            given = hdm.parse_args(flags, [Picture, Sampling])[1]
             prompt, tipo = given.pop("prompt"), get_tipo if given.pop("tipo") else None
-            jobs = read_jobs(replace(s, prompt=[prompt], prompts="", slots=""), replace(p, **given))
+            jobs = read_jobs(replace(s, prompt=prompt, prompts="", slots=""), replace(p, **given))
             jobs = [(i, *job) for i, job in enumerate(jobs, first_free_number(Path(s.out)))]
             end = worker.submit(work)
             end.add_done_callback(news.put)
@@ -674,22 +654,14 @@ def page(model, vae, get_te, settings, s, p, common):
     def take_settings(file):
         with told():
             kept, digest = read_settings(file)
-        if digest != common["model_hash"]:
-            gr.Warning(f"drawn by the model {digest[:10]}; this is {common['model_hash'][:10]}")
-        if kept.get("init_image", p.init_image) != p.init_image:
-            gr.Warning("drawn from an --init_image, which this page does not take along")
-        kept = start | kept | dict(prompt=kept["prompt"][0], tipo=False)     # its words are in the prompt
+        stays = common | dict(init_image=p.init_image, mask=p.mask)
+        kept = start | common | kept | dict(prompt=kept["prompt"][0], model_hash=digest)
+        kept["tipo"] = False                                 # its words are in the prompt
+        if other := ", ".join(name for name in stays if kept[name] != stays[name]):
+            gr.Warning(f"drawn with another {other}: this page keeps its own")
         return [kept[name] for name in controls]
 
-    makers = {str: gr.Textbox, bool: gr.Checkbox, float: gr.Number, int: partial(gr.Number, precision=0),
-              "prompt": partial(gr.Textbox, lines=3), "sampler": partial(gr.Dropdown, list(hdm.SAMPLERS)),
-              **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()}}
-
-    def control(name):
-        maker = makers.get(name, makers[types[name]])
-        return maker(value=start[name], label=name.replace("_", " "), min_width=100)
-
-    async def ask_nobody_else(request, call_next):           # is what this tells the browser
+    async def seal(request, call_next):                      # tells the browser to ask nobody else
         response = await call_next(request)
         own = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
         response.headers["Content-Security-Policy"] = own
@@ -699,13 +671,17 @@ def page(model, vae, get_te, settings, s, p, common):
         raise gr.routes.HTTPException(403, "no URL is fetched here")
     gr.routes.secure_url_stream_response = gr.processing_utils.async_ssrf_protected_get = fetch_nothing
 
+    makers = dict(prompt=partial(gr.Textbox, lines=3), negative_prompt=gr.Textbox, tipo=gr.Checkbox,
+                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)), ratio=partial(gr.Radio, RATIOS),
+                  **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()})
     with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
         with gr.Column():
-            controls |= {name: control(name) for name in ("prompt", "negative_prompt")}
-            ratio = gr.Radio(RATIOS, label="ratio")
-            for names in ROWS:
+            for row in ROWS:
                 with gr.Row():
-                    controls |= {name: control(name) for name in names.split()}
+                    for name in row.split():
+                        controls[name] = makers.get(name, gr.Number)(
+                            value=start.get(name), label=name.replace("_", " "), min_width=100)
+            ratio = controls.pop("ratio")                    # no setting, it sets two
             upload = gr.UploadButton("take the settings of a picture", file_types=["image"])
         with gr.Column():
             with gr.Row():
@@ -718,13 +694,14 @@ def page(model, vae, get_te, settings, s, p, common):
               api_name="draw", **quiet)
         stop_button.click(stopping.set, queue=False, api_name="stop")
         upload.upload(take_settings, upload, inputs, api_name="settings", **quiet)
+        step = model.config.patch_size * (1 if vae is None else vae.factor)
         ratio.input(lambda ratio: sides(ratio, settings["image_size"], step), ratio,
                     [controls["width"], controls["height"]], api_name="sides", **quiet)
     with hdm.naming(f"--ui={address[0]}", "cannot be served at, or something else is"):
         blocks.launch(server_name=address[1], server_port=int(address[2]), share=False, quiet=True,
                       prevent_thread_lock=True, show_error=True, footer_links=[], run_history=False,
                       theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                      app_kwargs=dict(middleware=[Middleware(BaseHTTPMiddleware, dispatch=ask_nobody_else)]))
+                      app_kwargs=dict(middleware=[Middleware(base.BaseHTTPMiddleware, dispatch=seal)]))
     print(f"page: http://{address[0]} until Ctrl-C", flush=True)
     blocks.block_thread()
     stopping.set()
@@ -759,16 +736,15 @@ def main(argv):
         if values.keys() & {"prompts", "slots"}:             # other prompts
             kept.pop("prompt")
         values = kept | values
-    own = {one.name for one in fields(Picture)}
-    p = Picture(**{name: value for name, value in values.items() if name in own})
-    s = Sampling(**{name: value for name, value in values.items() if name not in own})
+    p = Picture(**{one.name: values.pop(one.name) for one in fields(Picture) if one.name in values})
+    s = Sampling(**values)
     if s.batch_size < 1:
         raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
     hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
     rank, ranks = hdm.start_ranks()
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
-    out, images, tops, sides = Path(s.out), {}, (), ()
+    out, images, tops, sides = Path(s.out), [], (), ()
     jobs = [("", p)] if s.ui or s.export else read_jobs(s, p)
     columns = p.num_images if p.num_images > 1 else min(len(jobs), 8)
     if s.sheet:
@@ -798,16 +774,15 @@ def main(argv):
         get_tipo = partial(load_tipo, s.tipo) if s.tipo else None
         todo = [(i, *job) for i, job in enumerate(jobs, first) if job[1].ckpt == ckpt]
         mine = slice(rank, None, ranks)
-        with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or None) as bar:
             drawn = draw_files(model, vae, get_te, get_tipo, todo, settings, s, common,
                                lambda done, x0: bar.update(done - bar.n), mine)
             for i, image, _ in drawn:
                 if s.sheet or i < first + 100:
-                    images[i] = image
+                    images.append((i, image))
         del model, vae                                       # room for the next checkpoint's
-    parts = gather(images)
+    images = [image for _, image in sorted(sum(gather(images), []))]
     if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
-        images = [image for _, image in sorted(item for part in parts for item in part.items())]
         sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
         write_new(out / "grid.png", encode_file(np.array(sheet), "png"))
     print(f"pictures: {len(jobs)} in {out}, from {first:05d} on")

@@ -3800,7 +3800,7 @@ def served_page(monkeypatch, *argv):
         thread.join()
 
 
-PAGE = ["prompt", "negative_prompt", *" ".join(sample.ROWS).split()]
+PAGE = [name for name in " ".join(sample.ROWS).split() if name != "ratio"]
 PAGE_VALUES = dict(prompt="red circle", negative_prompt="", width=24, height=16, steps=2, num_images=1,
                    seed=3, sampler="euler", cfg=3, shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
                    tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0, tipo=False)
