@@ -24,6 +24,7 @@ Letters, in every shape comment:
 Time runs from t = 0 (data) to t = 1 (pure noise).
 """
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -37,6 +38,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import typing
 import warnings
@@ -129,10 +131,10 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(a) * b)
 
 
-def time_frequencies(dim):
+def time_frequencies(dim, device=None):
     """(1, D/2) float32: exp(-ln(10000) i / (D/2))."""
     half = dim // 2
-    return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)[None]
+    return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=device) / half)[None]
 
 
 class TimeEmbedding(nn.Module):
@@ -146,7 +148,7 @@ class TimeEmbedding(nn.Module):
         self.proj = nn.Sequential(nn.Linear(dim, dim), nn.Mish())
 
     def forward(self, t):
-        freqs = time_frequencies(2 * self.freqs.shape[1]).to(t.device)
+        freqs = time_frequencies(2 * self.freqs.shape[1], t.device)
         angle = 1000.0 * t.float()[:, None] * freqs                               # (B, D/2), always float32
         emb = torch.cat([angle.cos(), angle.sin()], dim=-1)                       # (B, D)
         return self.proj(emb.to(self.proj[0].weight.dtype))[:, None]              # (B, 1, D)
@@ -871,7 +873,8 @@ class VAE(nn.Module):
                     latents_std=self.std)
 
     def statistics(self, z):
-        return z.new_tensor(self.mean).view(1, -1, 1, 1), z.new_tensor(self.std).view(1, -1, 1, 1)
+        return (torch.tensor(numbers, dtype=z.dtype).view(1, -1, 1, 1).to(z.device, non_blocking=True)
+                for numbers in (self.mean, self.std))
 
     @torch.no_grad()
     def moments(self, images):
@@ -895,7 +898,7 @@ class VAE(nn.Module):
     def latents(self, z, logvar, noise=None):
         """The moments, (B, C, h, w) each -> normalised latents: the mean, or with noise a draw."""
         if noise is not None:
-            z = z + torch.exp(logvar / 2) * noise.to(z.device)
+            z = z + torch.exp(logvar / 2) * noise.to(z.device, non_blocking=True)
         mean, std = self.statistics(z)
         return (z - mean) / std
 
@@ -952,28 +955,44 @@ class TextEncoder:
         ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.pad_id = next(token for token in ends if token is not None)
 
-    @torch.no_grad()
     def __call__(self, prompts, pad_to=None):
         """list of B strings -> states (B, T, ctx_dim), mask (B, T) bool, True on real tokens.
 
         T is the longest of the batch, or pad_to. An empty prompt is one pad token that counts as real: XUT
         never sees zero tokens. Padding is on the right, so real states do not depend on T.
         """
-        limit = self.max_length if pad_to is None else min(self.max_length, pad_to)
+        ids = self.tokenize(prompts, self.max_length if pad_to is None else pad_to)
+        return self.encode(ids, max(map(len, ids)) if pad_to is None else pad_to)
+
+    def tokenize(self, prompts, limit):
+        """-> a list of B lists of 1 to limit tokens."""
+        limit = min(self.max_length, limit)
         ids = self.tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
-        ids = [row or [self.pad_id] for row in ids]
-        T = max(map(len, ids)) if pad_to is None else pad_to
-        tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids]).to(self.model.device)
-        mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids]).to(self.model.device)
+        return [row or [self.pad_id] for row in ids]
+
+    @torch.no_grad()
+    def encode(self, ids, T):
+        """What tokenize gives -> states and mask of T tokens each, as above."""
+        tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
+        mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids])
+        tokens, mask = (x.to(self.model.device, non_blocking=True) for x in (tokens, mask))
+        window = getattr(self.model.config, "sliding_window", None)
+        if window is None or T <= window:
+            # Made ready here: of a (B, T) mask transformers asks on the host whether it pads at all, and waits.
+            causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+            ready = torch.zeros(len(ids), 1, T, T, dtype=self.model.dtype, device=mask.device)
+            ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(ready.dtype).min)
+        else:
+            ready = mask.long()
         with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
-            states = self.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False)
+            states = self.model(input_ids=tokens, attention_mask=ready, use_cache=False)
         return states.last_hidden_state, mask
 
 
-def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0):
+def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
     """Saves to the folder `out` a byte-level BPE tokenizer trained on `captions` and a tiny random Qwen3, as
     AutoTokenizer and AutoModel load them: the path of a real encoder without its download or its knowledge (a
-    word that stands in no caption means nothing)."""
+    word that stands in no caption means nothing). shape: other settings of its Qwen3Config."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # here: slow to import
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, logging
     logging.disable_progress_bar()  # it would write "Writing model shards" over our own lines
@@ -986,9 +1005,10 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right",
                             clean_up_tokenization_spaces=False).save_pretrained(out)
-    config = Qwen3Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=dim, intermediate_size=2 * dim,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=dim // 4,
-                         pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    tiny = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=dim, intermediate_size=2 * dim,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=dim // 4,
+                pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    config = Qwen3Config(**tiny | shape)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = Qwen3Model(config)
@@ -1350,6 +1370,90 @@ def check_size(height, width, config, vae):
         near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
         raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
                         f"factor), such as {near_w}x{near_h}")
+
+
+# ---- What it costs: counted on tensors without memory, whatever a fork makes of XUT ----------------------
+
+QWEN3 = dict(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,      # 0.6B
+             num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+
+
+def blank_inputs(config, batch, side, T, tread_rate=0.0, masked=False, device="cpu"):
+    """flow_loss's arguments of training, all zero: for latents of side x side cells and T text tokens."""
+    N = (side // config.patch_size) ** 2
+    sizes = dict(x0=(config.in_channels, side, side), noise=(config.in_channels, side, side), pos=(N, 2),
+                 ctx=(T, config.ctx_dim), t=(), aspect=())
+    inputs = {name: torch.zeros(batch, *size, device=device) for name, size in sizes.items()}
+    keep = torch.zeros(batch, N - math.floor(N * tread_rate), dtype=torch.int64, device=device)
+    mask = torch.ones(batch, T, dtype=torch.bool, device=device)
+    return dict(inputs, keep=keep if tread_rate else None, ctx_mask=mask if masked else None)
+
+
+def count_flops(f):
+    """FLOPs of the matrix products and convolutions in f(), by torch's counter; a multiply-add is two."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def saved_bytes(f):
+    """Bytes that autograd keeps of f() for its backward pass, shared ones once, parameters not."""
+    kept = {}
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x                 # held: an address is not to be used again
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        f()
+    return sum(x.untyped_storage().nbytes() for x in kept.values() if not isinstance(x, nn.Parameter))
+
+
+def image_costs(config, side, T, tread_rate=0.0, vae=None, text_config=None, dtype=torch.bfloat16):
+    """What one training image costs, as a dict.
+
+    FLOPs of xut, its forward pass; step, forward and backward (without what checkpointing computes again);
+    vae, the encoder; text, of T tokens. bytes: what XUT keeps for the backward pass, in eager mode under
+    autocast to dtype; block_bytes: what it keeps of each block's input where blocks are checkpointed.
+    """
+    import transformers
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with torch.device("meta"):
+        model = XUT(config)
+    inputs = blank_inputs(config, 1, side, T, tread_rate, device="meta")
+    costs = dict(step=count_flops(lambda: flow_loss(model, **inputs).backward()), vae=0, text=0)
+    with torch.no_grad():
+        costs["xut"] = count_flops(lambda: flow_loss(model, **inputs))
+        if vae is not None:
+            encoder = copy.deepcopy(vae.encoder).to("meta").float()
+            images = torch.zeros(1, 3, side * vae.factor, side * vae.factor, device="meta")
+            costs["vae"] = count_flops(lambda: encoder(images))
+        if text_config is not None:
+            with torch.device("meta"):
+                text = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
+                states, ready = torch.zeros(1, T, text_config.hidden_size), torch.zeros(1, 1, T, T)
+            costs["text"] = count_flops(lambda: text(inputs_embeds=states, attention_mask=ready))
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model = XUT(config)
+        one, two = (saved_bytes(lambda: flow_loss(model, **blank_inputs(config, n, side, T, tread_rate)))
+                    for n in (1, 2))                         # weights in 16 bit are kept once for all images
+    tokens = (side // config.patch_size) ** 2
+    through = T + tokens - math.floor(tokens * tread_rate)   # the U
+    blocks = (config.pre_blocks + config.post_blocks) * (T + tokens) + through * config.depth * (
+        config.enc_blocks + config.dec_blocks)
+    return costs | dict(bytes=two - one, block_bytes=blocks * config.dim * dtype.itemsize)
+
+
+def matmul_tflops(device, dtype):
+    """The device's own rate of large matrix products, in TFLOP/s: the best of five tries."""
+    n = 8192 if "cuda" in str(device) else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(6):                                       # the first one warms up
+        clock = time.perf_counter()
+        c = a @ b
+        c[0, 0].item()                                       # waits for it
+        best = min(best, time.perf_counter() - clock)
+    return 2e-12 * n ** 3 / best
 
 
 # ---- Plumbing: pictures, devices, settings ---------------------------------------------------------------

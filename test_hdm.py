@@ -1150,7 +1150,7 @@ def train_tiny(place, out, **settings):
 def metrics(out):
     """The lines of metrics.jsonl without their speed and memory, which no two runs share."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    own = ("images_per_s", "data_s", "memory_gb")
+    own = ("images_per_s", "data_s", "memory_gb", "split_s")
     return [{name: value for name, value in line.items() if name not in own} for line in lines]
 
 
@@ -1189,7 +1189,7 @@ def trained(place):
 def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     keys = {"step", "images", "loss", "lr", "grad_norm", "images_per_s", "val_loss"}
-    others = {"loss_by_t", "data_s", "memory_gb", "skipped", "unreadable"}
+    others = {"loss_by_t", "data_s", "memory_gb", "skipped", "unreadable", "split_s", "text_tokens"}
     assert all(set(line) == keys | others for line in lines)
     assert [(line["step"], line["images"]) for line in lines] == [(0, 0), (3, 24), (6, 48)]
     assert lines[0]["loss"] is None and lines[0]["val_loss"] > 0
@@ -1427,7 +1427,8 @@ def test_the_short_side_becomes_the_stages_and_the_long_side_is_floored(tmp_path
     write_picture(tmp_path / "a", (20, 33), 1)
     samples = stream(tmp_path)
     items = [samples[i] for i in range(200)]
-    assert {item["aspect"] for item in items} == {math.log(16 / 26)}                  # 33 * 16 / 20 = 26.4
+    aspects = {item["aspect"].item() for item in items}
+    assert aspects == {torch.tensor(math.log(16 / 26)).item()}                        # 33 * 16 / 20 = 26.4
     tops = {round(item["pos"][0, 0].item() * 13 + 13 - 2, 3) for item in items}       # y of the first token
     assert tops == set(range(11))
     assert all(item["pixels"].shape == (3, 16, 16) for item in items)
@@ -4531,16 +4532,16 @@ def test_a_mistake_of_ours_keeps_its_traceback(capfd):
 # ---- torch.compile: used where it can be had, and nothing depends on it ----------------------------------
 
 def losses(place, out, **settings):
-    train_tiny(place, out, eval_every=0, sample_every=0, log_every=1, max_steps=2, **settings)
+    train_tiny(place, out, **dict(eval_every=0, sample_every=0, log_every=1, max_steps=2) | settings)
     return [line["loss"] for line in metrics(out)[1:]]
 
 
 @pytest.fixture
 def fresh_compiler():
-    """Nothing compiled, and no failure hidden, by the tests before."""
+    """Nothing compiled by the tests before, nothing forbidden to those after."""
     torch.compiler.reset()
-    with torch._dynamo.config.patch(suppress_errors=False):
-        yield
+    yield
+    torch.compiler.set_stance("default")
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler here")
@@ -4555,19 +4556,35 @@ def test_the_compiled_model_is_the_model(fresh_compiler):
     assert close(compiled, eager)
 
 
-def test_training_compiles_one_graph_and_learns_the_same(place, tmp_path, fresh_compiler, monkeypatch):
-    """train.py's step is one graph, forward and backward; here with eager kernels, which saves a minute."""
-    graphs = []
+def test_training_compiles_its_blocks_before_the_first_step(place, tmp_path, fresh_compiler, monkeypatch):
+    """One graph for all blocks alike, for each shape that training meets, and later none; here with eager
+    kernels, which saves a minute."""
+    graphs, before = [], []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return graph.forward
 
-    eager = losses(place, tmp_path / "eager")
+    # Captions of no and of 6 to 9 words: padded to 4 or 8 tokens, alike or mixed.
+    how = dict(max_steps=6, images=96, validation=0.0, depth=2, sample_every=2, eval_every=0, text_lengths=2)
+    eager = losses(place, tmp_path / "eager", **how)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr(shutil, "which", lambda name: "a compiler")
-    assert losses(place, tmp_path / "compiled", compile=True) == pytest.approx(eager, rel=1e-4)
-    assert len(graphs) == 1
+    compile_blocks = train.compile_blocks
+    monkeypatch.setattr(train, "compile_blocks", lambda *args: (compile_blocks(*args), before.append(len(graphs))))
+    assert losses(place, tmp_path / "compiled", compile=True, **how) == pytest.approx(eager, rel=1e-4)
+    # All tokens, outside of the U; in it TREAD's: without a skip, with one, with one that is the input, too: 4
+    # graphs; for 4 tokens, for 8, and for 8 with 4 beside them.
+    assert len(graphs) == before[0] == 4 * 3
+
+
+def test_a_shape_that_was_forgotten_is_an_error(place, tmp_path, fresh_compiler, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(shutil, "which", lambda name: "a compiler")
+    blank_inputs = hdm.blank_inputs
+    monkeypatch.setattr(hdm, "blank_inputs", lambda config, batch, *rest: blank_inputs(config, batch + 1, *rest))
+    with pytest.raises(RuntimeError, match="recompile"):
+        losses(place, tmp_path / "forgotten", compile=True)
 
 
 def test_without_a_compiler_training_says_so_and_runs(place, tmp_path, monkeypatch, capsys):
@@ -4586,6 +4603,159 @@ def test_what_fails_to_compile_runs_eagerly(place, tmp_path, fresh_compiler, mon
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
     monkeypatch.setattr(shutil, "which", lambda name: name)
     assert losses(place, tmp_path / "broken", compile=True) == eager
+
+
+# ---- What it costs ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("side, T, whole, half", [(32, 256, 322.8, 253.3), (64, 256, 902.7, 576.2),
+                                                  (96, 256, 2126.8, 1211), (128, 512, 4756, 2591)])
+def test_counts_are_the_formulas(side, T, whole, half, rate):
+    """All four stages of the base model, by hand from SPEC's architecture and as told in GFLOP; of the
+    backward pass twice as much, less the gradient of what nothing trains."""
+    D, tokens = 1024, (side // 2) ** 2                       # mlp_dim is 3 D
+    def attention(S):                                        # q k and p v; qkv or q and kv, and out
+        return 4 * S * S * D + 8 * S * D * D
+    def block(S):
+        return attention(S) + 18 * S * D * D                 # SwiGLU
+    through = T + tokens - int(tokens * rate)
+    ends = 2 * T * D * D + 2 * 2 * 16 * tokens * D           # the text's projection; patches in and out
+    conditions = 2 * 3 * (4 + 12) * D * D + 4 * D * D + 2 * D                         # AdaLN; time, aspect
+    expected = 4 * block(T + tokens) + 16 * block(through) + 4 * attention(through) + ends + conditions
+    config = hdm.PRESETS["base"]
+    with torch.device("meta"):
+        model = hdm.XUT(config)
+    inputs = hdm.blank_inputs(config, 1, side, T, rate, device="meta")
+    with torch.no_grad():
+        forward = hdm.count_flops(lambda: hdm.flow_loss(model, **inputs))
+    assert forward == pytest.approx(expected, rel=1e-3)
+    assert forward / 1e9 == pytest.approx(half if rate else whole, rel=1e-3)
+    both = hdm.count_flops(lambda: hdm.flow_loss(model, **inputs).backward())
+    assert both == pytest.approx(3 * expected - 2 * T * D * D, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_costs_of_an_image_are_those_of_a_step(dtype):
+    """Bytes kept for the backward pass as extrapolated, against a batch of nine on real tensors."""
+    config = hdm.XUTConfig(dim=128, ctx_dim=32, heads=2, mlp_dim=384, depth=2, dec_blocks=2)
+    costs = hdm.image_costs(config, 16, 24, 0.5, dtype=dtype)
+    model = hdm.XUT(config)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        one, nine = (hdm.saved_bytes(lambda: hdm.flow_loss(model, **hdm.blank_inputs(config, n, 16, 24, 0.5)))
+                     for n in (1, 9))
+    assert costs["bytes"] == pytest.approx((nine - one) / 8, rel=0.01)
+    assert costs["step"] > 2.9 * costs["xut"] and costs["vae"] == costs["text"] == 0
+
+
+def test_the_encoders_are_counted():
+    """SDXL's encoder at 256 px, 273 GFLOP, and 256 tokens of a Qwen3-0.6B, 241, of 596.0M parameters."""
+    vae, text = train.stand_in(SimpleNamespace(vae="x/y", text_encoder="x/y"))
+    costs = hdm.image_costs(tiny_xut().config, 32, 256, vae=vae, text_config=text)
+    assert costs["vae"] / 1e9 == pytest.approx(273, rel=0.002)
+    assert costs["text"] / 1e9 == pytest.approx(241, rel=0.003)
+    with torch.device("meta"):
+        import transformers
+        assert sum(p.numel() for p in transformers.AutoModel.from_config(text).parameters()) == 596_049_920
+
+
+def test_a_step_asks_the_host_for_nothing(te):
+    """No nonzero and no item in VAE, text encoder, XUT, forward and backward: on CUDA the host would wait."""
+    config = dataclasses.replace(hdm.PRESETS["base"], dim=32, heads=2, head_dim=16, mlp_dim=48, depth=1, ctx_dim=32)
+    model, vae = hdm.XUT(config), tiny_vae()
+    s = SimpleNamespace(text_length=8, text_lengths=4, mask_padding=False, vae_chunk=1)
+    batch = dict(pixels=torch.zeros(2, 3, 16, 16, dtype=torch.uint8), caption=[phrase(2), phrase(5)],
+                 vae_noise=torch.zeros(2, 4, 8, 8), t=torch.rand(2), noise=torch.zeros(2, 4, 8, 8),
+                 keep=hdm.pick_tokens(2, 16, 0.5), aspect=torch.zeros(2), pos=hdm.grid_positions(4, 4).repeat(2, 1, 1))
+    with torch.profiler.profile() as profile:
+        hdm.flow_loss(model, **train.loss_inputs(batch, vae, te, s, "cpu")).backward()
+    ran = {event.key for event in profile.key_averages()}
+    assert "aten::mm" in ran and not ran & {"aten::nonzero", "aten::_local_scalar_dense", "aten::item"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_a_step_on_cuda_waits_for_nothing():
+    config = dataclasses.replace(hdm.PRESETS["base"], depth=1)
+    model, inputs = hdm.XUT(config).cuda(), hdm.blank_inputs(config, 2, 32, 64, 0.5, device="cuda")
+    for mode in ("default", "error"):                        # the first step may set up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                hdm.flow_loss(model, **inputs).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_captions_keep_their_own_pads_in_any_batch(te):
+    """What a caption gives is the same alone, beside longer ones, and in what order; and is padded no further
+    than to the next of the lengths."""
+    config = tiny_xut().config
+    model, s = hdm.XUT(config), SimpleNamespace(text_length=12, text_lengths=3, mask_padding=False, vae="")
+    def velocity(*captions):
+        n = len(captions)
+        batch = dict(pixels=torch.zeros(n, 3, 8, 8, dtype=torch.uint8), caption=list(captions),
+                     t=torch.full((n,), 0.5), noise=torch.ones(n, 3, 8, 8), aspect=torch.zeros(n),
+                     pos=hdm.grid_positions(4, 4).repeat(n, 1, 1))
+        inputs = train.loss_inputs(batch, None, te, s, "cpu")
+        lengths.append(inputs["ctx"].shape[1])
+        with torch.no_grad():
+            return model(inputs["noise"], inputs["t"], inputs["ctx"], ctx_mask=inputs["ctx_mask"])
+    lengths = []
+    short, middle, long = phrase(3), phrase(5), phrase(30)
+    together = velocity(short, middle, long)
+    alone = torch.cat([velocity(short), velocity(middle), velocity(long)])
+    assert close(together, alone) and not close(alone[0], alone[1], 1e-3)
+    assert lengths == [12, 4, 8, 12]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_micro_step_has_captions_of_one_length(ranks, tmp_path):
+    for i in range(24):
+        write_picture(tmp_path / "a" / f"{i}", (16, 16), i)
+        (tmp_path / "a" / f"{i}.txt").write_text("x" * (1 + 7 * i % 24))
+    index = prepare.open_index(str(tmp_path / "a"))
+    epochs = train.Epochs(index.split(0.0)[0], 0)
+    s = SimpleNamespace(text_lengths=4, global_batch=8, batch_size=2)
+    shares = [list(train.deal(index, epochs, s, 16, 32, rank, ranks)) for rank in range(ranks)]
+    for step in range(2):
+        dealt = [share[step * 8 // ranks:(step + 1) * 8 // ranks] for share in shares]
+        micro = [part[i:i + 2] for i in range(0, 8 // ranks, 2) for part in dealt]     # as time goes
+        items = sum(micro, [])
+        assert sorted(items) == list(range(16 + 8 * step, 24 + 8 * step))
+        lengths = [len(index[epochs[i][2]].caption) for i in items]
+        assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_bench_measures_a_run_and_its_baseline(ranks, place, tmp_path):
+    """Encoders at hand: here those of the tiny run; split, counts and ratio stand in bench.json."""
+    argv = ["--bench=4", "--baseline", f"--out_dir={tmp_path / 'b'}", "--caption_tokens=6", "--data=none"]
+    start = [sys.executable, *f"-m torch.distributed.run --nproc_per_node={ranks}".split()[:3 * (ranks > 1)]]
+    done = subprocess.run([*start, str(HERE / "train.py"), str(place / "tiny.py"), *argv], cwd=place,
+                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "b" / "bench.json").read_text())
+    assert report["processes"] == ranks and report["matmul_tflops"] > 0
+    for name in ("as configured", "baseline"):
+        one = report[name]
+        assert set(one["ms_per_image"]) == {"data", "vae", "text", "forward", "backward", "optimiser"}
+        told = sum(one["ms_per_image"].values())
+        assert told == pytest.approx(1000 * ranks / one["images_per_s"], rel=0.2)     # nothing is left out
+        assert 0 < one["xut_mfu"] < one["all_flops"] < 1
+    assert report["baseline"]["text_tokens"] == 8 >= report["as configured"]["text_tokens"] > 2
+    ratio = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
+    assert report["ratio"] == ratio and "--checkpointing" in done.stdout
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["bench.json"]       # nothing else is left
+
+
+def test_the_plan_is_counted(capsys):
+    train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilisation=0.5"])
+    told = capsys.readouterr().out
+    assert "XUT 253.3 forward" in told and "VAE 272.7; text encoder 240.5" in told
+    hours = 152.5e6 * (759.2 + 272.7 + 240.5) * 1e9 / (4 * 200e12) / 3600
+    assert f"{hours:.1f} h" in told and f"{2 * hours:.1f} h, {8 * hours:.1f} GPU-hours" in told
+    assert "2.06 GB of gradients a step of 2048" in told     # 2 (4 - 1) / 4 x 4 bytes x 343,176,208
+    fixed = 20 * 343_176_208 + 2 * (596_049_920 + 83_653_863)
+    assert f"{fixed / 1e9:.2f} GB of weights" in told
 
 
 # ---- prepare.py: the demo, its judge, the text encoder ---------------------------------------------------

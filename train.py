@@ -13,6 +13,7 @@ epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing,
 import bisect
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -31,10 +33,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -53,7 +55,8 @@ class Run:
     seed: int = 0                  # of everything random
     device: str = "auto"           # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"            # float32, or autocast to bfloat16 or float16; auto: 16 bit on CUDA
-    compile: bool = True           # torch.compile, where a compiler is found
+    compile: bool = True           # torch.compile of XUT's blocks, where a compiler is found
+    memory_budget: float = 1.0     # compiled: share of the activations kept, cheap ones are made again; 1: all
     workers: int = 4               # loader processes; 0: the main process loads
     max_steps: int = 0             # stop early at this step, the schedule unchanged; 0: at the stage's end
     max_hours: float = 0.0         # stop early, as by Ctrl-C, after this time; 0: never
@@ -72,7 +75,8 @@ class Data:
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id; "": train on pixels
     text_encoder: str = hdm.TEXT_ENCODER   # folder or hub id of a causal LM
     image_size: int = 256          # side of the square crop in pixels: an image's short side is scaled to it
-    text_length: int = 256         # tokens that captions are cut and padded to
+    text_length: int = 256         # tokens that captions are cut to
+    text_lengths: int = 4          # and padded to the nearest of so many, in equal steps; 1: all to text_length
     mask_padding: bool = False     # False: pads are ordinary tokens, as published; True: nothing sees them
     caption_dropout: float = 0.1   # share of captions replaced by an empty one, for guidance
     tag_dropout: float = 0.25      # share of a caption's shuffled tags (after |||) that are left out
@@ -82,6 +86,7 @@ class Data:
     validation: float = 0.02       # share of pictures held out, by a hash of the name; at most 512 are used
     new_data: bool = False         # with --resume: other pictures than before, from a fresh epoch on
     latents: bool = False          # read prepare.py's cache of VAE latents in place of the pictures
+    vae_chunk: int = 0             # pictures that the VAE takes at a time; 0: a micro-step's
     max_unreadable: float = 0.05   # share of the pictures; when more of them cannot be read, the run ends
 
 
@@ -105,10 +110,23 @@ class Optim:
     sample_cfg: float = 3.0        # guidance, likewise
 
 
-CLASSES = Run, Data, Optim, hdm.XUTConfig
-DEFAULTS = {field.name: field.default for cls in CLASSES[:3] for field in dataclasses.fields(cls)}
-POSITIVE = ("images", "batch_size", "global_batch", "image_size", "text_length", "log_every", "sample_steps",
-            "lr", "clip", "t_shift")
+@dataclasses.dataclass
+class Bench:
+    bench: int = 0                 # in place of training: measure so many steps, on made-up data
+    baseline: bool = False         # ... and again with the settings of a plain eager trainer: the ratio
+    caption_tokens: int = 128      # ... the captions' mean length; they are uniform from 1/2 to 3/2 of it
+    plan: bool = False             # in place of training: say what it will cost and whether it fits
+    gpus: int = 4                  # ... on so many of these
+    tflops: float = 209.5          # ... dense, 16 bit, with float32 sums, of each (RTX 5090: 209.5)
+    utilisation: float = 0.25      # ... the share of it that is reached, a guess: --bench measures it
+    dollars_per_gpu_hour: float = 0.35     # ... likewise a guess
+
+
+CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
+DEFAULTS = {field.name: field.default for cls in CLASSES[:4] for field in dataclasses.fields(cls)}
+POSITIVE = ("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths", "log_every",
+            "sample_steps", "lr", "clip", "t_shift", "memory_budget", "caption_tokens", "gpus", "tflops",
+            "utilisation")
 SHARES = ("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable", "tread_rate",
           "ema", "beta1", "beta2")                           # in [0, 1)
 
@@ -247,7 +265,7 @@ class Samples(Dataset):
         left, top = (rng.randint(0, most) if training else most // 2 for most in spare)
         patch = config.patch_size * self.factor // unit
         item = dict(caption=caption, changed=picture.name * self.index.changed(number),
-                    crop=(left, top, side), aspect=math.log(sides[0] / sides[1]),
+                    crop=(left, top, side), aspect=torch.tensor(math.log(sides[0] / sides[1])),
                     pos=hdm.crop_positions(height, width, top, left, side, patch, config.pos),
                     t=hdm.draw_time(1, s.t_shift, generator)[0],
                     noise=torch.randn(shape, generator=generator))
@@ -259,19 +277,59 @@ class Samples(Dataset):
         return item
 
 
-def loss_inputs(batch, vae, te, s, device):
-    """A collated batch -> the arguments of hdm.flow_loss, through the frozen encoders."""
+def padded_lengths(s):
+    """The numbers of tokens that a micro-step's texts are padded to: all shapes that XUT will meet."""
+    steps = range(1, s.text_lengths + 1)
+    return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
+
+
+def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
+    """A collated batch -> the arguments of hdm.flow_loss, through the frozen encoders; the host waits for
+    nothing. lap is told what has just been done."""
+    batch = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+             for name, value in batch.items()}
     if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
-        moments = batch["moments"].to(device).float().split(vae.latent_channels, dim=1)
+        moments = batch["moments"].float().split(vae.latent_channels, dim=1)
         x0 = vae.latents(moments[0], moments[-1], batch["vae_noise"] if len(moments) > 1 else None)
     else:
-        x0 = batch["pixels"].to(device).float() / 127.5 - 1                           # (B, 3, X, X)
+        x0 = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
         if vae is not None:
-            x0 = vae.encode(x0, sample=True, noise=batch["vae_noise"])                # (B, C, h, w)
-    ctx, mask = te(batch["caption"], pad_to=s.text_length)
-    inputs = {name: batch[name].to(device) for name in ("pos", "t", "noise", "keep") if name in batch}
-    return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if s.mask_padding else None,
-                aspect=batch["aspect"].float().to(device))
+            pieces = zip(*(whole.split(s.vae_chunk or len(x0)) for whole in (x0, batch["vae_noise"])))
+            x0 = torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in pieces])
+    lap("vae")
+    ids = te.tokenize(batch["caption"], s.text_length)
+    # Each caption keeps the pads up to its own length and no more, whatever stands beside it in the batch.
+    own = [next(length for length in padded_lengths(s) if length >= len(row)) for row in ids]
+    ctx, mask = te.encode(ids, max(own))
+    if not s.mask_padding:
+        mask = torch.arange(max(own)) < torch.tensor(own)[:, None] if min(own) < max(own) else None
+    lap("text")
+    inputs = {name: batch[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in batch}
+    return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if mask is None else mask.to(device, non_blocking=True))
+
+
+class Laps:
+    """Seconds by what they went to; on CUDA by events, for which nothing waits until they are read."""
+
+    def __init__(self, kind):
+        self.cuda, self.marks = kind == "cuda", []
+
+    def __call__(self, name):
+        """The time since the last call went to `name`."""
+        mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            mark.record()
+        self.marks.append((name, mark))
+
+    def read(self):
+        """-> {name: seconds} since the last reading."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = Counter()
+        for (_, before), (name, mark) in zip(self.marks, self.marks[1:]):
+            seconds[name] += before.elapsed_time(mark) / 1000 if self.cuda else mark - before
+        self.marks = []
+        return dict(seconds)
 
 
 def lr_at(step, s, total):
@@ -409,12 +467,17 @@ def open_log(out_dir, s, config, start):
 
 # ---- The model, the loop --------------------------------------------------------------------------------
 
+def model_settings(s, given, vae, ctx_dim):
+    """-> settings of XUTConfig: the preset's, those that were given, those that the encoders determine."""
+    preset = dataclasses.asdict(hdm.PRESETS[s.preset])
+    explicit = {name: given[name] for name in given if name in preset}
+    return preset, explicit, dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=ctx_dim)
+
+
 def build_model(s, given, vae, te, device):
     """-> XUT in float32 from --resume, --init_from or the preset."""
     torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
-    preset = dataclasses.asdict(hdm.PRESETS[s.preset])
-    explicit = {name: given[name] for name in given if name in preset}
-    encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=te.dim)
+    preset, explicit, encoders = model_settings(s, given, vae, te.dim)
     source = s.resume or s.init_from
     if source:
         model, _, old = hdm.load_model(source, device, ema=not s.resume, with_vae=False)
@@ -476,13 +539,58 @@ class Troubles:
                       f"--workers (now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
 
 
-def train(argv):
-    rank, ranks = hdm.start_ranks()
+def deal(index, epochs, s, first, last, rank, ranks):
+    """The stream's items from first to last that one process takes, in its order.
+
+    Each global batch is put in order of its captions' lengths, so that a micro-step's are alike and little is
+    padded, and dealt in turns: all processes see the same order, and a step has the same pictures whatever
+    their number.
+    """
+    for base in range(first, last, s.global_batch):
+        items = range(base, base + s.global_batch)
+        if s.text_lengths > 1 and s.global_batch > s.batch_size:
+            items = sorted(items, key=lambda i: len(index[epochs[i][2]].caption))
+        for start in range(rank * s.batch_size, s.global_batch, ranks * s.batch_size):
+            yield from items[start:start + s.batch_size]
+
+
+def compile_blocks(model, network, s, autocast, device, side):
+    """Compiles XUT's blocks for every shape that training will meet, before the first step."""
+    found = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang++", "cl")), None)
+    print(f"compile: by {found}" if found else "compile: no compiler found, running eagerly")
+    if not found:
+        return
+    torch.compiler.set_stance("default")
+    lengths = padded_lengths(s)
+    mixed = [] if s.mask_padding else [(T, True) for T in lengths[1:]]                # shorter ones beside T
+    blocks = [module for module in model.modules() if isinstance(module, hdm.Block)]
+    torch._dynamo.config.recompile_limit = 100               # 8 would do silently without from the ninth on
+    torch._functorch.config.activation_memory_budget = s.memory_budget
+    try:
+        for block in blocks:                                 # all alike: compiled once, used by all
+            block.compute = torch.compile(block.compute, dynamic=False)
+        for T, masked in [(T, s.mask_padding) for T in lengths] + mixed:
+            inputs = hdm.blank_inputs(model.config, s.batch_size, side, T, s.tread_rate, masked, device)
+            with autocast:
+                hdm.flow_loss(network, **inputs).backward()
+        torch.compiler.set_stance("fail_on_recompile")       # a shape that was forgotten is an error
+    except Exception as error:
+        print(f"compile: failed, running eagerly ({hdm.first_line(error)})")
+        for block in blocks:
+            del block.compute
+    model.zero_grad(set_to_none=True)
+
+
+def train(argv, rank=0, ranks=1):
     s, given = read_settings(argv, ranks)
-    torch.set_flush_denormal(True)                           # on a CPU numbers below 1e-38 can cost tenfold
     device = hdm.pick_device(s.device)
     kind = device.split(":")[0]                              # what autocast and the scaler want to know
     dtype = hdm.pick_dtype(s.dtype, device)
+    if kind == "cpu":
+        torch.set_flush_denormal(True)                       # numbers below 1e-38 can cost tenfold
+        with contextlib.suppress(AttributeError, OSError, TypeError):   # glibc's alone: freed memory is kept,
+            ctypes.CDLL(None).mallopt(-4, 0)                 # since to get it anew, M_MMAP_MAX, costs a tenth
+            ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)       # M_TRIM_THRESHOLD
     out_dir, existing = Path(s.out_dir), hdm.list_checkpoints(s.out_dir)
     if s.resume is True and not existing:
         raise hdm.UserError(f"--resume: no checkpoint in {out_dir}; leave it out to start a run there")
@@ -514,7 +622,7 @@ def train(argv):
         group.update(betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
     # The data, the plan
-    cache = Latents(s, index, vae) if s.latents else None
+    cache = (MadeUpLatents(vae) if s.bench else Latents(s, index, vae)) if s.latents else None
     samples = Samples(index, epochs, cache, s, model.config, vae.factor if vae else 1, training=True)
     held = Samples(index, held_out, cache, s, model.config, samples.factor, training=False)
     shown = held_out[:8] or [epochs[i][2] for i in range(8)]                          # in previews
@@ -536,27 +644,23 @@ def train(argv):
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
     gb = print_plan(s, model, start, last, total, ranks, f"{device}, {dtype}", len(held_out), epochs)
-    stream = (i for base in range(position, position + (last - start) * s.global_batch, ranks * s.batch_size)
-              for i in range(base + rank * s.batch_size, base + (rank + 1) * s.batch_size))    # its share
+    stream = deal(index, epochs, s, position, position + (last - start) * s.global_batch, rank, ranks)
     held_batches = DataLoader(held, s.batch_size, sampler=range(rank, len(held_out), ranks))
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
     batches = iter(DataLoader(samples, s.batch_size, sampler=stream, num_workers=s.workers,
-                              worker_init_fn=catch_signals))
+                              worker_init_fn=catch_signals, pin_memory=kind == "cuda"))
     network = model
-    if s.compile:
-        found = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang++", "cl")), None)
-        print(f"compile: by {found}" if found else "compile: no compiler found, running eagerly")
-        torch._dynamo.config.suppress_errors = True          # what fails to compile is told, and run eagerly
-        network = torch.compile(model) if found else model
     if ranks > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network)
+        network = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    if s.compile:
+        compile_blocks(model, network, s, autocast, device, s.image_size // samples.factor)
 
     # Since the last line of metrics: sums of losses and their number by tenths of t; seconds
     window = state.get("window", torch.zeros(2, 10)).to(device)
-    seconds, waited = state.get("seconds", 0.0), state.get("waited", 0.0)
+    seconds, waited, laps = state.get("seconds", 0.0), state.get("waited", 0.0), Laps(kind)
     bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
-    lr, norm, stop, began = lr_at(start, s, total), None, False, time.monotonic()
+    lr, norm, T, stop, began = lr_at(start, s, total), None, 0.0, False, time.monotonic()
     troubles, said = Troubles(s, epochs.pictures), ([], [])  # said of the last batch
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
@@ -573,7 +677,8 @@ def train(argv):
         shown, val_loss = model if ema is None else ema, None
         settings.update(step=step, images=seen)
         model.eval()
-        with torch.no_grad(), autocast:
+        eagerly = torch.compiler.set_stance("force_eager") if s.compile else contextlib.nullcontext()
+        with torch.no_grad(), autocast, eagerly:             # of any shape
             if held_out and due(s.eval_every):               # with fixed noise and t: runs compare by it
                 losses, heard = [], []
                 for batch in held_batches:
@@ -604,7 +709,7 @@ def train(argv):
                 loss=sum(sums[0]) / count if count else None,
                 grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
                 images_per_s=count / seconds if seconds else None, unreadable=len(troubles.unreadable),
-                loss_by_t=[a / b if b else None for a, b in zip(*sums)],
+                loss_by_t=[a / b if b else None for a, b in zip(*sums)], split_s=laps.read(), text_tokens=T,
                 memory_gb=torch.cuda.max_memory_allocated(device if kind == "cuda" else None) / 1e9)  # or 0
             words = [f"step {step}/{last}"] + [f"{name} {record[name]:.4g}" for name in (
                 "loss", "val_loss", "images_per_s", "skipped") if record[name]]
@@ -625,7 +730,8 @@ def train(argv):
             break
 
         # One optimiser step
-        clock, lr = time.perf_counter(), lr_at(step, s, total)
+        clock, lr, T = time.perf_counter(), lr_at(step, s, total), 0.0
+        laps("rest")
         for group in optimizer.param_groups:
             group["lr"] = lr / group["fan_in"]
         stats = torch.zeros_like(window)
@@ -637,15 +743,19 @@ def train(argv):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
+            laps("data")
             said = batch["trouble"]
             if ranks > 1:                                    # gradients are exchanged once a step
                 network.require_backward_grad_sync = micro == micro_steps
-            inputs = loss_inputs(batch, vae, te, s, device)
+            inputs = loss_inputs(batch, vae, te, s, device, laps)
             with autocast:
                 losses = hdm.flow_loss(network, **inputs, reduction="none")           # (B,)
+            laps("forward")
+            T += inputs["ctx"].shape[1] / micro_steps
             scaler.scale(losses.mean() / micro_steps).backward()
-            tenth = F.one_hot((10 * inputs["t"]).long().clamp(max=9), 10).float()     # (B, 10)
-            stats += torch.stack([losses.detach() @ tenth, tenth.sum(0)])
+            laps("backward")
+            tenth = (10 * inputs["t"]).long().clamp(max=9)[:, None] == torch.arange(10, device=device)
+            stats += torch.stack([losses.detach() @ tenth.float(), tenth.sum(0)])
         if stop:                                             # the step begins anew when the run goes on
             break
         if ranks > 1:
@@ -664,10 +774,13 @@ def train(argv):
             decay = min(s.ema, (1 + step) / (10 + step))     # short at first: the init is soon forgotten
             torch._foreach_lerp_(list(ema.parameters()), [p.data for p in model.parameters()], 1 - decay)
         seen, position = seen + s.global_batch, position + s.global_batch
+        laps("optimiser")
         if kind == "cuda" and (step + 1) % s.log_every == 0:
             torch.cuda.synchronize(device)                    # its work runs behind; the clock is to see it
         seconds += time.perf_counter() - clock
 
+    if s.bench:
+        return
     if not any(path.name == f"ckpt_{step:08d}" for path in hdm.list_checkpoints(out_dir)) and not save():
         raise hdm.UserError(f"--out_dir={out_dir}: step {step} is not saved; make room, then --resume")
     gather(None)                                             # the others wait for rank 0's files
@@ -678,11 +791,169 @@ def train(argv):
           f"done: python sample.py --ckpt={out_dir} --prompt {shlex.quote(prompts[0])}")
 
 
+# ---- What it costs: planned, and measured ----------------------------------------------------------------
+
+def at_hand(name):
+    """Whether an encoder can be had without a download: a path, or in the hub's cache."""
+    import huggingface_hub
+    return os.path.exists(name) or not hdm.looks_local(name) and isinstance(
+        huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+
+
+def stand_in(s):
+    """-> a VAE and a text encoder's config of the run's shapes, without memory; of the published ones where
+    they are not at hand."""
+    import transformers
+    with torch.device("meta"):
+        vae = hdm.VAE() if s.vae else None
+    if s.vae and at_hand(s.vae):
+        vae = hdm.load_vae(s.vae).to("meta")
+    text = transformers.Qwen3Config(**hdm.QWEN3)
+    return vae, transformers.AutoConfig.from_pretrained(s.text_encoder) if at_hand(s.text_encoder) else text
+
+
+def plan(s, given):
+    """Prints what the run costs on other machines, counted, with the settings' guess of how much they reach."""
+    vae, text = stand_in(s)
+    config = hdm.XUTConfig(**{name: value for part in model_settings(s, given, vae, text.hidden_size)
+                              for name, value in part.items()})
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in hdm.XUT(config).parameters())
+    side = s.image_size // (vae.factor if vae else 1)
+    costs = hdm.image_costs(config, side, s.text_length, s.tread_rate, None if s.latents else vae, text)
+    again = costs["xut"] if s.checkpointing else 0           # computed again in the backward pass
+    flops = costs["step"] + again + costs["vae"] + costs["text"]
+    hours = s.images * flops / (s.gpus * s.tflops * 1e12) / 3600
+    print(f"an image of {s.image_size} px with {s.text_length} text tokens, GFLOP: XUT {costs['xut'] / 1e9:.1f} "
+          f"forward, {costs['step'] / 1e9:.1f} with backward, {again / 1e9:.1f} computed again; VAE "
+          f"{costs['vae'] / 1e9:.1f}; text encoder {costs['text'] / 1e9:.1f}")
+    for what, share in (("the limit", 1.0), (f"a guess, --utilisation={s.utilisation}", s.utilisation)):
+        rate = s.images / 3600 / hours * share
+        print(f"{s.images:,} images on {s.gpus} x {s.tflops} TFLOP/s at {100 * share:.0f} % ({what}): {rate:.1f} "
+              f"images/s, {hours / share:.1f} h, {s.gpus * hours / share:.1f} GPU-hours, "
+              f"{s.dollars_per_gpu_hour * s.gpus * hours / share:.0f} dollars at {s.dollars_per_gpu_hour}")
+    exchanged = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters
+    encoders = 2e-9 * sum(p.numel() for p in vae.parameters()) if vae else 0.0
+    with torch.device("meta"):
+        import transformers
+        encoders += 2e-9 * sum(p.numel() for p in transformers.AutoModel.from_config(text).parameters())
+    fixed = 4e-9 * parameters * (5 if s.ema else 4) + encoders
+    blocks = config.pre_blocks + config.post_blocks + config.depth * (config.enc_blocks + config.dec_blocks)
+    kept = costs["block_bytes"] + costs["bytes"] / blocks if s.checkpointing else costs["bytes"]
+    print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images (ring all-reduce)\n"
+          f"memory: {fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders (exact), {kept / 1e9:.3f} GB an "
+          f"image of a micro-step (counted, eager; the VAE's own work not): batch_size {s.batch_size} takes "
+          f"{fixed + s.batch_size * kept / 1e9:.1f} GB; " + ", ".join(
+              f"{gb} GB {max(0, int((gb - 1 - fixed) / kept * 1e9))}" for gb in (8, 12, 16, 24, 32))
+          + " images at most, with 1 GB to spare")
+
+
+class MadeUpLatents:
+    """A cache for --bench: moments of zero, as soon as they are asked for."""
+
+    def __init__(self, vae):
+        self.channels, self.factor = vae.latent_channels, vae.factor
+
+    def read(self, i, side):
+        return torch.zeros(2 * self.channels, side // self.factor, side // self.factor, dtype=torch.float16)
+
+
+def make_up(s, folder):
+    """Pictures and captions, and random encoders of the published shapes for those not at hand -> flags."""
+    rng, words = np.random.default_rng(0), "red large open small happy old round quiet long bright".split()
+    (folder / "data").mkdir()
+    captions = []
+    for i in range(64):
+        size = rng.permutation([s.image_size, s.image_size * rng.integers(2, 5) // 2])
+        noise = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize(size.tolist(), Image.BICUBIC)
+        noise.save(folder / "data" / f"{i}.jpg")
+        n = round(s.caption_tokens * rng.uniform(0.5, 1.5))
+        captions.append(" ".join(rng.choice(words, n)))
+        (folder / "data" / f"{i}.txt").write_text(captions[-1])
+    flags = [f"--data={folder / 'data'}"]
+    if not at_hand(s.text_encoder):
+        hdm.make_text_encoder(captions, folder / "text_encoder", **hdm.QWEN3)
+        flags.append(f"--text_encoder={folder / 'text_encoder'}")
+    if s.vae and not at_hand(s.vae):
+        (folder / "vae").mkdir()
+        vae = hdm.VAE()
+        save_file(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
+        (folder / "vae" / "config.json").write_text(json.dumps(vae.diffusers_config()))
+        flags.append(f"--vae={folder / 'vae'}")
+    if flags[1:]:
+        print(f"bench: random weights of the published shapes for {', '.join(flags[1:])}")
+    return flags
+
+
+def bench(argv, s, given, rank, ranks):
+    """Trains on made-up data and prints, and writes to OUT_DIR/bench.json, where the time went."""
+    out_dir, parent = Path(s.out_dir), None
+    if rank == 0:
+        hdm.make_folder(out_dir, "--out_dir")
+        parent = tempfile.TemporaryDirectory(dir=out_dir, prefix="bench-")
+    folder = Path(gather(parent and parent.name)[0])
+    flags = gather(make_up(s, folder) if rank == 0 else None)[0]
+    micro_steps = min(s.bench, s.global_batch // s.batch_size // ranks)
+    steps, warm = max(1, s.bench // micro_steps), max(1, s.bench // micro_steps // 5)
+    flags += ["--validation=0", "--init_from=", "--resume=false", "--log_every=1", "--eval_every=0",
+              "--sample_every=0", "--save_every=0", f"--max_steps={steps + warm}",
+              f"--global_batch={micro_steps * s.batch_size * ranks}"]
+    plain = ["--compile=false", "--text_lengths=1", "--checkpointing", "--vae_chunk=4"]
+    results = []
+    for name, more in (("as configured", []), ("baseline", plain))[:1 + s.baseline]:
+        if s.device.startswith("cuda") or torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        train([*argv, *flags, *more, f"--out_dir={folder / name.split()[0]}"], rank, ranks)
+        records = read_metrics(folder / name.split()[0])[warm:] if rank == 0 else []
+        results.append((name, more, records))
+    if rank > 0:
+        return
+    device = hdm.pick_device(s.device)
+    dtype = hdm.pick_dtype(s.dtype, device)
+    tflops = hdm.matmul_tflops(device, dtype)
+    s.text_encoder, s.vae = (next((flag.partition("=")[2] for flag in flags if flag.startswith(f"--{name}=")),
+                                  getattr(s, name)) for name in ("text_encoder", "vae"))
+    vae, text = stand_in(s)
+    config = hdm.XUTConfig(**{name: value for part in model_settings(s, given, vae, text.hidden_size)
+                              for name, value in part.items()})
+    report = dict(device=torch.cuda.get_device_name() if "cuda" in device else device, torch=torch.__version__,
+                  dtype=str(dtype), processes=ranks, matmul_tflops=tflops, command=sys.argv)
+    for name, more, records in results:
+        T, n = sum(record["text_tokens"] for record in records) / len(records), len(records)
+        costs = hdm.image_costs(config, s.image_size // (vae.factor if vae else 1), round(T), s.tread_rate,
+                                None if s.latents else vae, text, dtype)
+        rate = n / sum(1 / record["images_per_s"] for record in records)
+        split = Counter()
+        for record in records:
+            split.update(record["split_s"])
+        images = n * micro_steps * s.batch_size              # of this process
+        report[name] = dict(
+            images_per_s=rate, text_tokens=T, settings=more, memory_gb=records[-1]["memory_gb"],
+            ms_per_image={part: 1000 * seconds / images for part, seconds in split.items()},
+            xut_mfu=rate * costs["step"] / ranks / tflops / 1e12,
+            all_flops=rate * (costs["step"] + costs["vae"] + costs["text"]) / ranks / tflops / 1e12)
+        print(f"{name} {' '.join(more)}: {rate:.4g} images/s, {T:.0f} text tokens; ms an image and process: "
+              + ", ".join(f"{part} {ms:.2f}" for part, ms in report[name]["ms_per_image"].items())
+              + f"; of {tflops:.4g} TFLOP/s XUT {report[name]['xut_mfu']:.1%}, all "
+              f"{report[name]['all_flops']:.1%}; peak {report[name]['memory_gb']:.2f} GB of GPU memory")
+    if s.baseline:
+        report["ratio"] = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
+        print(f"ratio: {report['ratio']:.2f}")
+    (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
+    print(f"{out_dir / 'bench.json'}: all of it")
+    parent.cleanup()
+
+
 def main(argv):
     if argv[:1] == ["--plot"]:
         return plot(argv[1:])
+    rank, ranks = hdm.start_ranks()
+    s, given = read_settings(argv, ranks)
+    if s.plan:
+        return plan(s, given)
     try:
-        train(argv)
+        bench(argv, s, given, rank, ranks) if s.bench else train(argv, rank, ranks)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
