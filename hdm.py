@@ -24,7 +24,6 @@ Letters, in every shape comment:
 Time runs from t = 0 (data) to t = 1 (pure noise).
 """
 import contextlib
-import copy
 import dataclasses
 import difflib
 import functools
@@ -34,14 +33,11 @@ import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import typing
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +46,7 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 
 
@@ -219,7 +215,7 @@ def grid_positions(rows, cols, convention="long_side"):
 
 
 class Rotate(torch.autograd.Function):
-    """Turns the feature pairs (j, j + K/2) of x (B, H, S, K) by an angle (B, H, S, K/2), with its cos and sin.
+    """Turns the feature pairs (j, j + K/2) of x (B, H, S, K) by an angle (B, H, S, K/2), cos and sin its own.
 
     Autograd by itself would keep x; the gradients need the result alone, which attention keeps anyway.
     """
@@ -685,7 +681,7 @@ STRIP = 2 ** 25                # numbers: of larger pictures (from 1024 px on) t
 
 def in_strips(f, x):
     """f(x), a convolution of reach 1 and what is done to each cell before it, with little memory for the
-    latter where x (B, C, h, w) is large: strips of rows, and one row more on each side, give the same numbers.
+    latter where x (B, C, h, w) is large: strips of rows, one more on each side, give the same numbers.
     """
     height, rows = x.shape[2], max(8, STRIP // (x.shape[1] * x.shape[3]))
     if height <= rows:
@@ -978,7 +974,7 @@ class TextEncoder:
         tokens, mask = (x.to(self.model.device, non_blocking=True) for x in (tokens, mask))
         window = getattr(self.model.config, "sliding_window", None)
         if window is None or T <= window:
-            # Made ready here: of a (B, T) mask transformers asks on the host whether it pads at all, and waits.
+            # Made ready here: of a (B, T) mask transformers asks on the host whether it pads, and waits.
             causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
             ready = torch.zeros(len(ids), 1, T, T, dtype=self.model.dtype, device=mask.device)
             ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(ready.dtype).min)
@@ -1317,52 +1313,6 @@ def save_model(path, tensors, settings):
               metadata={"format": "pt", "hdm": json.dumps(settings)})
 
 
-def export(path, model, vae, settings, force=False):
-    """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
-
-    The settings (as from load_model) go into the header, for load_model; other programs do not look there,
-    and would draw noise with options that are not the published ones: those need force.
-    """
-    path, config = Path(path), model.config
-    odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
-           if getattr(config, name) != getattr(XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
-    if odd and not force:
-        raise UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes it, "
-                        f"with its settings in the header, for sample.py alone")
-    if path.exists():
-        raise UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
-    modules = dict(transformer=model) | ({} if vae is None else dict(vae=vae))
-    parts = {part: {"model." * (part == "transformer") + name: value.half()
-                    for name, value in module.state_dict().items()} for part, module in modules.items()}
-    large = [name for tensors in parts.values() for name, value in tensors.items() if not is_finite(value)]
-    if large:
-        raise UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
-    settings = dict(settings, vae="" if vae is None else "vae")           # load_model finds it where it lies
-    with (naming(path, "cannot be written"),
-          tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
-        whole = Path(partial, path.name)                     # gets its place when it is complete
-        if path.suffix.lower() == ".safetensors":
-            tensors = {dict(transformer="unet.", vae="vae.")[part] + name: value
-                       for part in parts for name, value in parts[part].items()}
-            if vae is not None:
-                for name, value in dict(vae_mean=vae.mean, vae_std=vae.std).items():
-                    tensors[name] = torch.tensor(value).half()[None, :, None, None]
-            save_model(whole, tensors, settings)
-        else:
-            for part, tensors in parts.items():
-                (whole / part).mkdir(parents=True)
-                save_model(whole / part / "diffusion_pytorch_model.safetensors", tensors, settings)
-                own = dataclasses.asdict(config) if part == "transformer" else vae.diffusers_config()
-                (whole / part / "config.json").write_text(json.dumps(own), encoding="utf-8")
-            encoder = Path(settings["text_encoder"])
-            if encoder.is_dir():                             # else a hub id, which the header names
-                tokenizer = encoder if any(encoder.glob("tokenizer*")) else encoder.with_name("tokenizer")
-                shutil.copytree(encoder, whole / "text_encoder")
-                shutil.copytree(tokenizer, whole / "tokenizer",
-                                ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
-        os.rename(whole, path)
-
-
 def check_size(height, width, config, vae):
     """Refuse a picture that the model cannot do, naming the nearest that it can."""
     step = config.patch_size * (vae.factor if vae is not None else 1)
@@ -1408,39 +1358,33 @@ def saved_bytes(f):
     return sum(x.untyped_storage().nbytes() for x in kept.values() if not isinstance(x, nn.Parameter))
 
 
-def image_costs(config, side, T, tread_rate=0.0, vae=None, text_config=None, dtype=torch.bfloat16):
-    """What one training image costs, as a dict.
+def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16):
+    """What a training image with a latent of side x side cells and T text tokens costs, as a dict.
 
-    FLOPs of xut, its forward pass; step, forward and backward (without what checkpointing computes again);
-    vae, the encoder; text, of T tokens. bytes: what XUT keeps for the backward pass, in eager mode under
-    autocast to dtype; block_bytes: what it keeps of each block's input where blocks are checkpointed.
+    FLOPs: xut, forward; step, XUT forward and backward; vae, its encoder; text, the text encoder (modules on
+    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes; and
+    checkpointed, where blocks are: the input of each, and all of one.
     """
-    import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
     with torch.device("meta"):
-        model = XUT(config)
-    inputs = blank_inputs(config, 1, side, T, tread_rate, device="meta")
-    costs = dict(step=count_flops(lambda: flow_loss(model, **inputs).backward()), vae=0, text=0)
+        model, inputs = XUT(config), blank_inputs(config, 1, side, T, tread_rate, device="meta")
+        images = torch.zeros(1, 3, *[side * vae.factor] * 2) if vae else None
+        states = dict(inputs_embeds=torch.zeros(1, T, config.ctx_dim), attention_mask=torch.zeros(1, 1, T, T))
+    costs = dict(step=count_flops(lambda: flow_loss(model, **inputs).backward()))
     with torch.no_grad():
         costs["xut"] = count_flops(lambda: flow_loss(model, **inputs))
-        if vae is not None:
-            encoder = copy.deepcopy(vae.encoder).to("meta").float()
-            images = torch.zeros(1, 3, side * vae.factor, side * vae.factor, device="meta")
-            costs["vae"] = count_flops(lambda: encoder(images))
-        if text_config is not None:
-            with torch.device("meta"):
-                text = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
-                states, ready = torch.zeros(1, T, text_config.hidden_size), torch.zeros(1, 1, T, T)
-            costs["text"] = count_flops(lambda: text(inputs_embeds=states, attention_mask=ready))
+        costs["vae"] = count_flops(lambda: vae.encoder(images)) if vae else 0
+        costs["text"] = count_flops(lambda: text(**states)) if text else 0
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model = XUT(config)
         one, two = (saved_bytes(lambda: flow_loss(model, **blank_inputs(config, n, side, T, tread_rate)))
                     for n in (1, 2))                         # weights in 16 bit are kept once for all images
     tokens = (side // config.patch_size) ** 2
-    through = T + tokens - math.floor(tokens * tread_rate)   # the U
-    blocks = (config.pre_blocks + config.post_blocks) * (T + tokens) + through * config.depth * (
-        config.enc_blocks + config.dec_blocks)
-    return costs | dict(bytes=two - one, block_bytes=blocks * config.dim * dtype.itemsize)
+    inside = config.depth * (config.enc_blocks + config.dec_blocks)
+    outside = config.pre_blocks + config.post_blocks
+    states = outside * (T + tokens) + inside * (T + tokens - math.floor(tokens * tread_rate))
+    checkpointed = states * config.dim * dtype.itemsize + (two - one) / (inside + outside)
+    return costs | dict(bytes=two - one, checkpointed=checkpointed)
 
 
 def matmul_tflops(device, dtype):
@@ -1478,34 +1422,6 @@ def load_image(source, side=None):
             image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
         image.info = file.info                               # with its EXIF rotation
         return ImageOps.exif_transpose(image)
-
-
-def measure_image(stream, length, verify=False):
-    """-> upright width and height of an image file of this length, from its header, or, verify, decoded.
-
-    UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
-    end, BMP and AVIF do not), does not decode.
-    """
-    formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF"] + ["AVIF"] * features.check("avif")         # by content
-    ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
-    trouble = "no readable header" if length else "zero bytes"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
-            image = Image.open(stream, formats=formats)
-            start = stream.tell()
-            # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
-            turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
-        trouble = "truncated"
-        # An end before start is that of a JPEG's thumbnail; 64 KB of anything may lie behind the end.
-        stream.seek(max(start, length - 2 ** 16))
-        assert re.search(ends.get(image.format, b""), stream.read())
-        trouble = "does not decode"
-        stream.seek(0)
-        return load_image(stream).size if verify else image.size[::-1] if turned else image.size
-    except Exception as error:                               # what is broken can raise anything
-        bomb = isinstance(error, Image.DecompressionBombError)
-        raise UserError("too large" if bomb else trouble) from error
 
 
 def make_folder(path, flag):

@@ -25,6 +25,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+import warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -251,6 +252,34 @@ def open_at(file, offset, length):
         return io.BytesIO(stream.read(length))
 
 
+def measure_image(stream, length, verify=False):
+    """-> upright width and height of an image file of this length, from its header, or, verify, decoded.
+
+    UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
+    end, BMP and AVIF do not), does not decode.
+    """
+    formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF"] + ["AVIF"] * features.check("avif")         # by content
+    ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
+    trouble = "no readable header" if length else "zero bytes"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
+            image = Image.open(stream, formats=formats)
+            start = stream.tell()
+            # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
+            turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+        trouble = "truncated"
+        # An end before start is that of a JPEG's thumbnail; 64 KB of anything may lie behind the end.
+        stream.seek(max(start, length - 2 ** 16))
+        assert re.search(ends.get(image.format, b""), stream.read())
+        trouble = "does not decode"
+        stream.seek(0)
+        return hdm.load_image(stream).size if verify else image.size[::-1] if turned else image.size
+    except Exception as error:                               # what is broken can raise anything
+        bomb = isinstance(error, Image.DecompressionBombError)
+        raise hdm.UserError("too large" if bomb else trouble) from error
+
+
 def row_caption(row, template):
     """The caption in a table's row or an image's .json: of the first of TEXT_COLUMNS that holds one, or the
     template filled in; " $$ " between tags, in a list or a string with commas or else spaces."""
@@ -418,7 +447,7 @@ def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
                 if picture is None:
                     caption, lines = read_texts(caption, spans, s)
                     with open_at(file, offset, length) as stream:
-                        sides = hdm.measure_image(stream, length, s.verify)
+                        sides = measure_image(stream, length, s.verify)
                     picture = Picture(name, file, texts, caption, offset, length, *sides, weight, stamp,
                                       stamp_of(file), lines, number, place)
                 kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/

@@ -708,6 +708,53 @@ def page(model, vae, get_te, settings, s, p, common):
     copies.cleanup()
 
 
+# ---- the weights for other programs ------------------------------------------------------------------------
+def export(path, model, vae, settings, force=False):
+    """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
+
+    The settings (as from load_model) go into the header, for load_model; other programs do not look there,
+    and would draw noise with options that are not the published ones: those need force.
+    """
+    path, config = Path(path), model.config
+    odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
+           if getattr(config, name) != getattr(hdm.XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
+    if odd and not force:
+        raise hdm.UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes "
+                            f"it, with its settings in the header, for sample.py alone")
+    if path.exists():
+        raise hdm.UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
+    modules = dict(transformer=model) | ({} if vae is None else dict(vae=vae))
+    parts = {part: {"model." * (part == "transformer") + name: value.half()
+                    for name, value in module.state_dict().items()} for part, module in modules.items()}
+    large = [name for tensors in parts.values() for name in tensors if not hdm.is_finite(tensors[name])]
+    if large:
+        raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
+    settings = dict(settings, vae="" if vae is None else "vae")           # load_model finds it where it lies
+    with (hdm.naming(path, "cannot be written"),
+          tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
+        whole = Path(partial, path.name)                     # gets its place when it is complete
+        if path.suffix.lower() == ".safetensors":
+            tensors = {dict(transformer="unet.", vae="vae.")[part] + name: value
+                       for part in parts for name, value in parts[part].items()}
+            if vae is not None:
+                for name, value in dict(vae_mean=vae.mean, vae_std=vae.std).items():
+                    tensors[name] = torch.tensor(value).half()[None, :, None, None]
+            hdm.save_model(whole, tensors, settings)
+        else:
+            for part, tensors in parts.items():
+                (whole / part).mkdir(parents=True)
+                hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", tensors, settings)
+                own = asdict(config) if part == "transformer" else vae.diffusers_config()
+                (whole / part / "config.json").write_text(json.dumps(own), encoding="utf-8")
+            encoder = Path(settings["text_encoder"])
+            if encoder.is_dir():                             # else a hub id, which the header names
+                tokenizer = encoder if any(encoder.glob("tokenizer*")) else encoder.with_name("tokenizer")
+                shutil.copytree(encoder, whole / "text_encoder")
+                shutil.copytree(tokenizer, whole / "tokenizer",
+                                ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+        os.rename(whole, path)
+
+
 # ---- commands ----------------------------------------------------------------------------------------------
 def read_sheet(text, jobs):
     """'steps=8,16;cfg=1,2' -> a job for each cell, row by row; the columns; labels above and to the left."""
@@ -765,7 +812,7 @@ def main(argv):
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
         if s.export:
             if rank == 0:
-                hdm.export(s.export, model, vae, settings, s.force)
+                export(s.export, model, vae, settings, s.force)
             return print(f"{s.export}: written, in float16")
         common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         get_te = partial(hdm.load_text_encoder, settings, device, dtype)

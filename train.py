@@ -56,7 +56,7 @@ class Run:
     device: str = "auto"           # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"            # float32, or autocast to bfloat16 or float16; auto: 16 bit on CUDA
     compile: bool = True           # torch.compile of XUT's blocks, where a compiler is found
-    memory_budget: float = 1.0     # compiled: share of the activations kept, cheap ones are made again; 1: all
+    memory_budget: float = 1.0     # compiled: share of activations kept, cheap ones are made again; 1: all
     workers: int = 4               # loader processes; 0: the main process loads
     max_steps: int = 0             # stop early at this step, the schedule unchanged; 0: at the stage's end
     max_hours: float = 0.0         # stop early, as by Ctrl-C, after this time; 0: never
@@ -76,7 +76,7 @@ class Data:
     text_encoder: str = hdm.TEXT_ENCODER   # folder or hub id of a causal LM
     image_size: int = 256          # side of the square crop in pixels: an image's short side is scaled to it
     text_length: int = 256         # tokens that captions are cut to
-    text_lengths: int = 4          # and padded to the nearest of so many, in equal steps; 1: all to text_length
+    text_lengths: int = 4          # and padded to the nearest of so many, in equal steps; 1: to text_length
     mask_padding: bool = False     # False: pads are ordinary tokens, as published; True: nothing sees them
     caption_dropout: float = 0.1   # share of captions replaced by an empty one, for guidance
     tag_dropout: float = 0.25      # share of a caption's shuffled tags (after |||) that are left out
@@ -800,52 +800,45 @@ def at_hand(name):
         huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
 
 
-def stand_in(s):
-    """-> a VAE and a text encoder's config of the run's shapes, without memory; of the published ones where
-    they are not at hand."""
+def costs_of(s, given, T, dtype=torch.bfloat16):
+    """-> hdm.image_costs of the run with T text tokens; the numbers of parameters of XUT, VAE, text encoder.
+    Encoders that are not at hand are taken for the published ones."""
     import transformers
-    with torch.device("meta"):
-        vae = hdm.VAE() if s.vae else None
-    if s.vae and at_hand(s.vae):
-        vae = hdm.load_vae(s.vae).to("meta")
     text = transformers.Qwen3Config(**hdm.QWEN3)
-    return vae, transformers.AutoConfig.from_pretrained(s.text_encoder) if at_hand(s.text_encoder) else text
+    text = transformers.AutoConfig.from_pretrained(s.text_encoder) if at_hand(s.text_encoder) else text
+    vae = hdm.load_vae(s.vae).to("meta") if s.vae and at_hand(s.vae) else None
+    with torch.device("meta"):
+        vae = vae or (hdm.VAE() if s.vae else None)
+        preset, explicit, encoders = model_settings(s, given, vae, text.hidden_size)
+        config, text = hdm.XUTConfig(**preset | encoders | explicit), transformers.AutoModel.from_config(text)
+        numbers = [sum(p.numel() for p in module.parameters()) if module else 0
+                   for module in (hdm.XUT(config), vae, text)]
+    side = s.image_size // (vae.factor if vae else 1)
+    text = text.float()
+    return hdm.image_costs(config, side, T, s.tread_rate, None if s.latents else vae, text, dtype), numbers
 
 
 def plan(s, given):
-    """Prints what the run costs on other machines, counted, with the settings' guess of how much they reach."""
-    vae, text = stand_in(s)
-    config = hdm.XUTConfig(**{name: value for part in model_settings(s, given, vae, text.hidden_size)
-                              for name, value in part.items()})
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in hdm.XUT(config).parameters())
-    side = s.image_size // (vae.factor if vae else 1)
-    costs = hdm.image_costs(config, side, s.text_length, s.tread_rate, None if s.latents else vae, text)
-    again = costs["xut"] if s.checkpointing else 0           # computed again in the backward pass
-    flops = costs["step"] + again + costs["vae"] + costs["text"]
-    hours = s.images * flops / (s.gpus * s.tflops * 1e12) / 3600
-    print(f"an image of {s.image_size} px with {s.text_length} text tokens, GFLOP: XUT {costs['xut'] / 1e9:.1f} "
-          f"forward, {costs['step'] / 1e9:.1f} with backward, {again / 1e9:.1f} computed again; VAE "
-          f"{costs['vae'] / 1e9:.1f}; text encoder {costs['text'] / 1e9:.1f}")
+    """Prints what the run costs on other machines, counted, and a guess of how much of their rate it gets."""
+    costs, (parameters, *encoders) = costs_of(s, given, s.text_length)
+    parts = {"XUT forward": costs["xut"], "and backward": costs["step"] - costs["xut"],
+             "forward again": costs["xut"] * s.checkpointing, "VAE": costs["vae"], "text encoder": costs["text"]}
+    print(f"GFLOP of an image of {s.image_size} px with {s.text_length} text tokens: "
+          + ", ".join(f"{name} {flops / 1e9:.1f}" for name, flops in parts.items()))
+    limit = s.gpus * s.tflops * 1e12 / sum(parts.values())
     for what, share in (("the limit", 1.0), (f"a guess, --utilisation={s.utilisation}", s.utilisation)):
-        rate = s.images / 3600 / hours * share
-        print(f"{s.images:,} images on {s.gpus} x {s.tflops} TFLOP/s at {100 * share:.0f} % ({what}): {rate:.1f} "
-              f"images/s, {hours / share:.1f} h, {s.gpus * hours / share:.1f} GPU-hours, "
-              f"{s.dollars_per_gpu_hour * s.gpus * hours / share:.0f} dollars at {s.dollars_per_gpu_hour}")
-    exchanged = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters
-    encoders = 2e-9 * sum(p.numel() for p in vae.parameters()) if vae else 0.0
-    with torch.device("meta"):
-        import transformers
-        encoders += 2e-9 * sum(p.numel() for p in transformers.AutoModel.from_config(text).parameters())
-    fixed = 4e-9 * parameters * (5 if s.ema else 4) + encoders
-    blocks = config.pre_blocks + config.post_blocks + config.depth * (config.enc_blocks + config.dec_blocks)
-    kept = costs["block_bytes"] + costs["bytes"] / blocks if s.checkpointing else costs["bytes"]
-    print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images (ring all-reduce)\n"
-          f"memory: {fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders (exact), {kept / 1e9:.3f} GB an "
-          f"image of a micro-step (counted, eager; the VAE's own work not): batch_size {s.batch_size} takes "
-          f"{fixed + s.batch_size * kept / 1e9:.1f} GB; " + ", ".join(
-              f"{gb} GB {max(0, int((gb - 1 - fixed) / kept * 1e9))}" for gb in (8, 12, 16, 24, 32))
-          + " images at most, with 1 GB to spare")
+        hours = s.images / limit / share / 3600
+        print(f"{what}: {s.images:,} images on {s.gpus} x {s.tflops} TFLOP/s: {limit * share:.1f} images/s, "
+              f"{hours:.1f} h, {s.gpus * hours:.1f} GPU-hours, "
+              f"{s.dollars_per_gpu_hour * s.gpus * hours:,.0f} dollars")
+    exchanged = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters                         # ring, float32
+    fixed = 4e-9 * parameters * (5 if s.ema else 4) + 2e-9 * sum(encoders)
+    each = 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
+    fits = (f"{gb} GB {max(0, int((gb - 1 - fixed) / each))}" for gb in (8, 12, 16, 24, 32))
+    print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images\n"
+          f"memory: {fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an image of "
+          f"a micro-step (counted, eager): {fixed + s.batch_size * each:.1f} GB, batch_size {s.batch_size}\n"
+          f"batch_size at most, with 1 GB to spare: {', '.join(fits)}")
 
 
 class MadeUpLatents:
@@ -865,8 +858,8 @@ def make_up(s, folder):
     captions = []
     for i in range(64):
         size = rng.permutation([s.image_size, s.image_size * rng.integers(2, 5) // 2])
-        noise = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize(size.tolist(), Image.BICUBIC)
-        noise.save(folder / "data" / f"{i}.jpg")
+        image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+        image.resize(size.tolist(), Image.BICUBIC).save(folder / "data" / f"{i}.jpg")
         n = round(s.caption_tokens * rng.uniform(0.5, 1.5))
         captions.append(" ".join(rng.choice(words, n)))
         (folder / "data" / f"{i}.txt").write_text(captions[-1])
@@ -885,64 +878,58 @@ def make_up(s, folder):
     return flags
 
 
-def bench(argv, s, given, rank, ranks):
-    """Trains on made-up data and prints, and writes to OUT_DIR/bench.json, where the time went."""
-    out_dir, parent = Path(s.out_dir), None
-    if rank == 0:
-        hdm.make_folder(out_dir, "--out_dir")
-        parent = tempfile.TemporaryDirectory(dir=out_dir, prefix="bench-")
-    folder = Path(gather(parent and parent.name)[0])
-    flags = gather(make_up(s, folder) if rank == 0 else None)[0]
-    micro_steps = min(s.bench, s.global_batch // s.batch_size // ranks)
-    steps, warm = max(1, s.bench // micro_steps), max(1, s.bench // micro_steps // 5)
-    flags += ["--validation=0", "--init_from=", "--resume=false", "--log_every=1", "--eval_every=0",
-              "--sample_every=0", "--save_every=0", f"--max_steps={steps + warm}",
-              f"--global_batch={micro_steps * s.batch_size * ranks}"]
-    plain = ["--compile=false", "--text_lengths=1", "--checkpointing", "--vae_chunk=4"]
-    results = []
-    for name, more in (("as configured", []), ("baseline", plain))[:1 + s.baseline]:
-        if s.device.startswith("cuda") or torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        train([*argv, *flags, *more, f"--out_dir={folder / name.split()[0]}"], rank, ranks)
-        records = read_metrics(folder / name.split()[0])[warm:] if rank == 0 else []
-        results.append((name, more, records))
-    if rank > 0:
-        return
+def bench(argv, s, rank, ranks):
+    """Trains on made-up data; prints where the time went, and writes it to OUT_DIR/bench.json."""
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
-    tflops = hdm.matmul_tflops(device, dtype)
-    s.text_encoder, s.vae = (next((flag.partition("=")[2] for flag in flags if flag.startswith(f"--{name}=")),
-                                  getattr(s, name)) for name in ("text_encoder", "vae"))
-    vae, text = stand_in(s)
-    config = hdm.XUTConfig(**{name: value for part in model_settings(s, given, vae, text.hidden_size)
-                              for name, value in part.items()})
-    report = dict(device=torch.cuda.get_device_name() if "cuda" in device else device, torch=torch.__version__,
-                  dtype=str(dtype), processes=ranks, matmul_tflops=tflops, command=sys.argv)
-    for name, more, records in results:
-        T, n = sum(record["text_tokens"] for record in records) / len(records), len(records)
-        costs = hdm.image_costs(config, s.image_size // (vae.factor if vae else 1), round(T), s.tread_rate,
-                                None if s.latents else vae, text, dtype)
-        rate = n / sum(1 / record["images_per_s"] for record in records)
-        split = Counter()
-        for record in records:
-            split.update(record["split_s"])
-        images = n * micro_steps * s.batch_size              # of this process
-        report[name] = dict(
-            images_per_s=rate, text_tokens=T, settings=more, memory_gb=records[-1]["memory_gb"],
-            ms_per_image={part: 1000 * seconds / images for part, seconds in split.items()},
-            xut_mfu=rate * costs["step"] / ranks / tflops / 1e12,
-            all_flops=rate * (costs["step"] + costs["vae"] + costs["text"]) / ranks / tflops / 1e12)
-        print(f"{name} {' '.join(more)}: {rate:.4g} images/s, {T:.0f} text tokens; ms an image and process: "
-              + ", ".join(f"{part} {ms:.2f}" for part, ms in report[name]["ms_per_image"].items())
-              + f"; of {tflops:.4g} TFLOP/s XUT {report[name]['xut_mfu']:.1%}, all "
-              f"{report[name]['all_flops']:.1%}; peak {report[name]['memory_gb']:.2f} GB of GPU memory")
-    if s.baseline:
-        report["ratio"] = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
-        print(f"ratio: {report['ratio']:.2f}")
-    (out_dir / "bench.json").write_text(json.dumps(report, indent=1))
-    print(f"{out_dir / 'bench.json'}: all of it")
-    parent.cleanup()
+    hdm.make_folder(s.out_dir, "--out_dir")
+    with tempfile.TemporaryDirectory(dir=s.out_dir, prefix="bench-") as folder:
+        folder = Path(gather(folder)[0])                     # the first process's, for all
+        flags = gather(make_up(s, folder) if rank == 0 else None)[0]
+        micro_steps = min(s.bench, s.global_batch // s.batch_size // ranks)
+        steps = s.bench // micro_steps
+        warm = 1 + steps // 5
+        flags += ["--validation=0", "--init_from=", "--resume=false", "--log_every=1", "--eval_every=0",
+                  "--sample_every=0", "--save_every=0", f"--max_steps={steps + warm}",
+                  f"--global_batch={micro_steps * s.batch_size * ranks}"]
+        plain = ["--compile=false", "--text_lengths=1", "--checkpointing=true", "--vae_chunk=4"]
+        runs = {"as configured": [], "baseline": plain} if s.baseline else {"as configured": []}
+        records = {}
+        for name, more in runs.items():
+            if "cuda" in device:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            train([*argv, *flags, *more, f"--out_dir={folder / name}"], rank, ranks)
+            gather(None)
+            records[name] = read_metrics(folder / name)[warm:]
+        s, given = read_settings([*argv, *flags], ranks)
+        tflops = hdm.matmul_tflops(device, dtype)
+        report = dict(device=torch.cuda.get_device_name() if "cuda" in device else device, dtype=str(dtype),
+                      processes=ranks, torch=torch.__version__, matmul_tflops=tflops, command=sys.argv)
+        for name, lines in records.items():
+            T = sum(line["text_tokens"] for line in lines) / len(lines)
+            costs, _ = costs_of(s, given, round(T), dtype)
+            rate = len(lines) / sum(1 / line["images_per_s"] for line in lines)
+            split = Counter()
+            for line in lines:
+                split.update(line["split_s"])
+            images = len(lines) * micro_steps * s.batch_size
+            limit = rate / ranks / tflops / 1e12
+            report[name] = one = dict(
+                settings=runs[name], images_per_s=rate, text_tokens=T, xut_mfu=limit * costs["step"],
+                all_flops=limit * (costs["step"] + costs["vae"] + costs["text"]),
+                ms_per_image={part: 1000 * seconds / images for part, seconds in split.items()},
+                memory_gb=lines[-1]["memory_gb"])
+            print(f"{name} {' '.join(runs[name])}: {rate:.4g} images/s with {T:.0f} text tokens; of "
+                  f"{tflops:.4g} TFLOP/s XUT {one['xut_mfu']:.1%}, all {one['all_flops']:.1%}; peak "
+                  f"{one['memory_gb']:.2f} GB of GPU memory; ms an image: "
+                  + ", ".join(f"{part} {ms:.2f}" for part, ms in one["ms_per_image"].items()))
+        if s.baseline:
+            report["ratio"] = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
+            print(f"ratio: {report['ratio']:.2f}")
+    if rank == 0:
+        Path(s.out_dir, "bench.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        print(f"{s.out_dir}/bench.json: all of it")
 
 
 def main(argv):
@@ -953,7 +940,7 @@ def main(argv):
     if s.plan:
         return plan(s, given)
     try:
-        bench(argv, s, given, rank, ranks) if s.bench else train(argv, rank, ranks)
+        bench(argv, s, rank, ranks) if s.bench else train(argv, rank, ranks)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
