@@ -5,7 +5,7 @@
 
 train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
 in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
-matching; samplers; VAE; text encoder and captions; weights in and out; plumbing.
+matching; samplers; VAE; text encoder and captions; weights in and out; what it costs; plumbing.
 
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;

@@ -4758,6 +4758,9 @@ def test_the_bench_measures_two_processes(place, tmp_path):
 
 
 def test_the_plan_is_counted(capsys):
+    train.main([str(HERE / "configs" / "1024.py"), "--plan"])                         # without the stage before
+    told = capsys.readouterr().out
+    assert "XUT forward 4756.0" in told and "forward again 4756.0" in told
     train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilisation=0.5"])
     told = capsys.readouterr().out
     assert "XUT forward 253.3" in told and "VAE 272.7, text encoder 240.5" in told

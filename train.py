@@ -5,8 +5,11 @@
     python train.py configs/demo.py --resume                   # go on, bitwise, from the newest checkpoint
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
+    python train.py configs/256.py --plan --gpus=4             # hours, dollars, memory, before it begins
+    python train.py configs/256.py --bench=50 --baseline       # where the time goes here, on made-up data
 
-In order: settings; the data, their order, a look at them; checkpoints, log; the model; train, a flat loop.
+In order: settings; the data, their order, a look at them; checkpoints, log; the model; train, a flat loop;
+what it costs.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
 epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
@@ -150,7 +153,8 @@ def read_settings(argv, ranks=1):
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--log={s.log}", s.log, ("", "wandb", "tensorboard"), "place")
     before = Path(config_file).with_name(Path(s.init_from).name + ".py")    # configs/256.py of out/256
-    if s.init_from and not s.resume and not os.path.exists(s.init_from) and before.is_file():
+    fresh = s.init_from and not (s.resume or s.bench or s.plan)
+    if fresh and not os.path.exists(s.init_from) and before.is_file():
         raise hdm.UserError(f"--init_from={s.init_from}: none; train.py {before} makes it, or name another")
     return s, given
 
@@ -822,7 +826,8 @@ def plan(s, given):
     """Prints what the run costs on other machines, counted, and a guess of how much of their rate it gets."""
     costs, (parameters, *encoders) = costs_of(s, given, s.text_length)
     parts = {"XUT forward": costs["xut"], "and backward": costs["step"] - costs["xut"],
-             "forward again": costs["xut"] * s.checkpointing, "VAE": costs["vae"], "text encoder": costs["text"]}
+             "forward again": costs["xut"] * s.checkpointing, "VAE": costs["vae"],
+             "text encoder": costs["text"]}
     print(f"GFLOP of an image of {s.image_size} px with {s.text_length} text tokens: "
           + ", ".join(f"{name} {flops / 1e9:.1f}" for name, flops in parts.items()))
     limit = s.gpus * s.tflops * 1e12 / sum(parts.values())
