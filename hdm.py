@@ -50,6 +50,11 @@ from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 
 
+def to_device(x, device):
+    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
+    return x.to(device, non_blocking="cuda" in str(device))
+
+
 class UserError(Exception):
     """A mistake that its user can mend: shown as one line `error: ...` with exit code 2, no traceback."""
 
@@ -676,30 +681,31 @@ def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance)
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
-STRIP = 2 ** 25                # numbers: of larger pictures (from 1024 px on) the VAE works in strips of rows
+STRIP = 2 ** 25                # numbers; on a picture that is larger inside, alone, the VAE works in strips
 
 
 def in_strips(f, x):
     """f(x), a convolution of reach 1 and what is done to each cell before it, with little memory for the
-    latter where x (B, C, h, w) is large: strips of rows, one more on each side, give the same numbers.
+    latter where x (1, C, h, w) is large: strips of rows, one more on each side, give the same numbers.
     """
-    height, rows = x.shape[2], max(8, STRIP // (x.shape[1] * x.shape[3]))
-    if height <= rows:
+    if len(x) > 1 or x.numel() <= STRIP:
         return f(x)
-    out = None
+    height, rows, out = x.shape[2], max(8, STRIP // (x.shape[1] * x.shape[3])), None
     for top in range(0, height, rows):
         above, part = min(top, 1), x[:, :, max(top - 1, 0):top + rows + 1]
         y = f(part)
         zoom = y.shape[2] // part.shape[2]                   # 2 where f begins with an upsampling
         if out is None:
-            out = y.new_empty(*y.shape[:2], zoom * height, y.shape[3])
+            layout = torch.channels_last if y.is_contiguous(memory_format=torch.channels_last) else None
+            shape = *y.shape[:2], zoom * height, y.shape[3]
+            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout)
         out[:, :, zoom * top:zoom * (top + rows)] = y[:, :, zoom * above:zoom * (above + rows)]
     return out
 
 
 def norm_silu_conv(norm, conv, x):
     """conv(silu(norm(x))), the group norm's statistics always of all of x."""
-    if x[0].numel() <= STRIP:
+    if len(x) > 1 or x.numel() <= STRIP:                     # a batch of training is in a hurry
         return conv(F.silu(norm(x)))
     groups = [torch.var_mean(group.float(), (1, 2, 3), correction=0) for group in x.chunk(norm.num_groups, 1)]
     var, mean = (torch.stack(values, 1).repeat_interleave(x.shape[1] // norm.num_groups, 1)[..., None, None]
@@ -869,7 +875,7 @@ class VAE(nn.Module):
                     latents_std=self.std)
 
     def statistics(self, z):
-        return (torch.tensor(numbers, dtype=z.dtype).view(1, -1, 1, 1).to(z.device, non_blocking=True)
+        return (to_device(torch.tensor(numbers, dtype=z.dtype).view(1, -1, 1, 1), z.device)
                 for numbers in (self.mean, self.std))
 
     @torch.no_grad()
@@ -878,7 +884,7 @@ class VAE(nn.Module):
         weight = self.quant_conv.weight
         with torch.autocast(weight.device.type, enabled=False):                       # float16 overflows here
             out = self.quant_conv(self.encoder(images.to(weight.dtype)))
-        mean, logvar = out.float().chunk(2, dim=1)
+        mean, logvar = out.float().contiguous().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images, sample=False, generator=None, noise=None):
@@ -894,7 +900,7 @@ class VAE(nn.Module):
     def latents(self, z, logvar, noise=None):
         """The moments, (B, C, h, w) each -> normalised latents: the mean, or with noise a draw."""
         if noise is not None:
-            z = z + torch.exp(logvar / 2) * noise.to(z.device, non_blocking=True)
+            z = z + torch.exp(logvar / 2) * to_device(noise, z.device)
         mean, std = self.statistics(z)
         return (z - mean) / std
 
@@ -904,7 +910,8 @@ class VAE(nn.Module):
         mean, std = self.statistics(latents)
         weight = self.post_quant_conv.weight
         with torch.autocast(weight.device.type, enabled=False):
-            return self.decoder(self.post_quant_conv((latents * std + mean).to(weight.dtype))).float()
+            z = self.post_quant_conv((latents * std + mean).to(weight.dtype))
+            return self.decoder(z).float().contiguous()
 
     def decode_each(self, latents):
         """decode for little memory: image by image, and again in float32 what is not finite."""
@@ -971,15 +978,16 @@ class TextEncoder:
         """What tokenize gives -> states and mask of T tokens each, as above."""
         tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
         mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids])
-        tokens, mask = (x.to(self.model.device, non_blocking=True) for x in (tokens, mask))
-        window = getattr(self.model.config, "sliding_window", None)
-        if window is None or T <= window:
+        tokens, mask = (to_device(x, self.model.device) for x in (tokens, mask))
+        config, ready = self.model.config, mask.long()
+        rotary = hasattr(config, "rope_theta") or hasattr(config, "rope_parameters")  # others read positions
+        if min(map(len, ids)) == T:                          # from the mask
+            ready = None
+        elif rotary and T <= (getattr(config, "sliding_window", None) or T):
             # Made ready here: of a (B, T) mask transformers asks on the host whether it pads, and waits.
             causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
             ready = torch.zeros(len(ids), 1, T, T, dtype=self.model.dtype, device=mask.device)
             ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(ready.dtype).min)
-        else:
-            ready = mask.long()
         with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
             states = self.model(input_ids=tokens, attention_mask=ready, use_cache=False)
         return states.last_hidden_state, mask
@@ -1219,7 +1227,8 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
     if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
         dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
     with naming(path, "not a VAE"):
-        return load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
+        vae = load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
+    return vae.to(memory_format=torch.channels_last)         # what 16-bit convolutions are fast in
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
@@ -1350,20 +1359,21 @@ def count_flops(f):
 def saved_bytes(f):
     """Bytes that autograd keeps of f() for its backward pass, shared ones once, parameters not."""
     kept = {}
-    def keep(x):
-        kept[x.untyped_storage()._cdata] = x                 # held: an address is not to be used again
-        return x
+    def keep(x):                                             # held: an address is not to be used again
+        return kept.setdefault(x.untyped_storage()._cdata, x)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         f()
     return sum(x.untyped_storage().nbytes() for x in kept.values() if not isinstance(x, nn.Parameter))
 
 
+@mock.patch.object(Block, "checkpointing", False)            # what is computed again is counted by the caller
+@mock.patch(f"{__name__}.STRIP", math.inf)                   # nor rows that strips share
 def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16):
     """What a training image with a latent of side x side cells and T text tokens costs, as a dict.
 
     FLOPs: xut, forward; step, XUT forward and backward; vae, its encoder; text, the text encoder (modules on
-    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes; and
-    checkpointed, where blocks are: the input of each, and all of one.
+    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes; or
+    checkpointed, where blocks are: the input of each, and all of one; and shared, weights in 16 bit.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     with torch.device("meta"):
@@ -1378,13 +1388,13 @@ def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torc
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model = XUT(config)
         one, two = (saved_bytes(lambda: flow_loss(model, **blank_inputs(config, n, side, T, tread_rate)))
-                    for n in (1, 2))                         # weights in 16 bit are kept once for all images
+                    for n in (1, 2))
     tokens = (side // config.patch_size) ** 2
     inside = config.depth * (config.enc_blocks + config.dec_blocks)
     outside = config.pre_blocks + config.post_blocks
     states = outside * (T + tokens) + inside * (T + tokens - math.floor(tokens * tread_rate))
     checkpointed = states * config.dim * dtype.itemsize + (two - one) / (inside + outside)
-    return costs | dict(bytes=two - one, checkpointed=checkpointed)
+    return costs | dict(bytes=two - one, checkpointed=checkpointed, shared=2 * one - two)
 
 
 def matmul_tflops(device, dtype):
@@ -1394,8 +1404,7 @@ def matmul_tflops(device, dtype):
     best = math.inf
     for _ in range(6):                                       # the first one warms up
         clock = time.perf_counter()
-        c = a @ b
-        c[0, 0].item()                                       # waits for it
+        (a @ b)[0, 0].item()                                 # waits for it
         best = min(best, time.perf_counter() - clock)
     return 2e-12 * n ** 3 / best
 

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -148,6 +149,11 @@ def read_settings(argv, ranks=1):
         near = max(1, round(s.global_batch / s.batch_size / ranks)) * s.batch_size * ranks
         raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size x processes = "
                             f"{s.batch_size} x {ranks}; {near} is")
+    for name, most in dict(text_lengths=4, memory_budget=1, utilisation=1).items():
+        if getattr(s, name) > most:
+            raise hdm.UserError(f"--{name}={getattr(s, name)}: at most {most}")
+    if s.latents and not s.vae:
+        raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
     if not s.tag_separator.strip():
         raise hdm.UserError("--tag_separator=: $$, or a comma, is needed")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
@@ -290,7 +296,7 @@ def padded_lengths(s):
 def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
     """A collated batch -> the arguments of hdm.flow_loss, through the frozen encoders; the host waits for
     nothing. lap is told what has just been done."""
-    batch = {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    batch = {name: hdm.to_device(value, device) if isinstance(value, torch.Tensor) else value
              for name, value in batch.items()}
     if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
         moments = batch["moments"].float().split(vae.latent_channels, dim=1)
@@ -309,7 +315,7 @@ def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
         mask = torch.arange(max(own)) < torch.tensor(own)[:, None] if min(own) < max(own) else None
     lap("text")
     inputs = {name: batch[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in batch}
-    return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if mask is None else mask.to(device, non_blocking=True))
+    return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if mask is None else hdm.to_device(mask, device))
 
 
 class Laps:
@@ -558,7 +564,7 @@ def deal(index, epochs, s, first, last, rank, ranks):
             yield from items[start:start + s.batch_size]
 
 
-def compile_blocks(model, network, s, autocast, device, side):
+def compile_blocks(model, s, autocast, device, side):
     """Compiles XUT's blocks for every shape that training will meet, before the first step."""
     found = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang++", "cl")), None)
     print(f"compile: by {found}" if found else "compile: no compiler found, running eagerly")
@@ -568,7 +574,9 @@ def compile_blocks(model, network, s, autocast, device, side):
     lengths = padded_lengths(s)
     mixed = [] if s.mask_padding else [(T, True) for T in lengths[1:]]                # shorter ones beside T
     blocks = [module for module in model.modules() if isinstance(module, hdm.Block)]
-    torch._dynamo.config.recompile_limit = 100               # 8 would do silently without from the ninth on
+    torch._dynamo.config.recompile_limit = 100               # with 8 it would do without from the ninth on
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.optimize_ddp = False                # block by block, exchange overlaps anyway
     torch._functorch.config.activation_memory_budget = s.memory_budget
     try:
         for block in blocks:                                 # all alike: compiled once, used by all
@@ -576,10 +584,12 @@ def compile_blocks(model, network, s, autocast, device, side):
         for T, masked in [(T, s.mask_padding) for T in lengths] + mixed:
             inputs = hdm.blank_inputs(model.config, s.batch_size, side, T, s.tread_rate, masked, device)
             with autocast:
-                hdm.flow_loss(network, **inputs).backward()
+                hdm.flow_loss(model, **inputs).backward()
         torch.compiler.set_stance("fail_on_recompile")       # a shape that was forgotten is an error
     except Exception as error:
-        print(f"compile: failed, running eagerly ({hdm.first_line(error)})")
+        if "out of memory" in str(error):
+            raise
+        print(f"compile: failed, running eagerly ({hdm.first_line(error.__cause__ or error)})")
         for block in blocks:
             del block.compute
     model.zero_grad(set_to_none=True)
@@ -590,6 +600,8 @@ def train(argv, rank=0, ranks=1):
     device = hdm.pick_device(s.device)
     kind = device.split(":")[0]                              # what autocast and the scaler want to know
     dtype = hdm.pick_dtype(s.dtype, device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)                        # events and memory are then this one's
     if kind == "cpu":
         torch.set_flush_denormal(True)                       # numbers below 1e-38 can cost tenfold
         with contextlib.suppress(AttributeError, OSError, TypeError):   # glibc's alone: freed memory is kept,
@@ -658,7 +670,7 @@ def train(argv, rank=0, ranks=1):
         network = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     if s.compile:
-        compile_blocks(model, network, s, autocast, device, s.image_size // samples.factor)
+        compile_blocks(model, s, autocast, device, s.image_size // samples.factor)
 
     # Since the last line of metrics: sums of losses and their number by tenths of t; seconds
     window = state.get("window", torch.zeros(2, 10)).to(device)
@@ -808,8 +820,12 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
     """-> hdm.image_costs of the run with T text tokens; the numbers of parameters of XUT, VAE, text encoder.
     Encoders that are not at hand are taken for the published ones."""
     import transformers
+    if away := [name for name in (s.vae, s.text_encoder) if name and not at_hand(name)]:
+        print(f"not at hand, counted as the published one: {', '.join(away)}")
     text = transformers.Qwen3Config(**hdm.QWEN3)
-    text = transformers.AutoConfig.from_pretrained(s.text_encoder) if at_hand(s.text_encoder) else text
+    if at_hand(s.text_encoder):
+        with hdm.naming(s.text_encoder, "no text encoder"):
+            text = transformers.AutoConfig.from_pretrained(s.text_encoder)
     vae = hdm.load_vae(s.vae).to("meta") if s.vae and at_hand(s.vae) else None
     with torch.device("meta"):
         vae = vae or (hdm.VAE() if s.vae else None)
@@ -817,6 +833,7 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
         config, text = hdm.XUTConfig(**preset | encoders | explicit), transformers.AutoModel.from_config(text)
         numbers = [sum(p.numel() for p in module.parameters()) if module else 0
                    for module in (hdm.XUT(config), vae, text)]
+    hdm.check_size(s.image_size, s.image_size, config, vae)
     side = s.image_size // (vae.factor if vae else 1)
     text = text.float()
     return hdm.image_costs(config, side, T, s.tread_rate, None if s.latents else vae, text, dtype), numbers
@@ -824,7 +841,8 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
 
 def plan(s, given):
     """Prints what the run costs on other machines, counted, and a guess of how much of their rate it gets."""
-    costs, (parameters, *encoders) = costs_of(s, given, s.text_length)
+    dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
+    costs, (parameters, *encoders) = costs_of(s, given, s.text_length, dtype)
     parts = {"XUT forward": costs["xut"], "and backward": costs["step"] - costs["xut"],
              "forward again": costs["xut"] * s.checkpointing, "VAE": costs["vae"],
              "text encoder": costs["text"]}
@@ -837,12 +855,12 @@ def plan(s, given):
               f"{hours:.1f} h, {s.gpus * hours:.1f} GPU-hours, "
               f"{s.dollars_per_gpu_hour * s.gpus * hours:,.0f} dollars")
     exchanged = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters                         # ring, float32
-    fixed = 4e-9 * parameters * (5 if s.ema else 4) + 2e-9 * sum(encoders)
+    fixed = 4 * parameters * (5 if s.ema else 4) + dtype.itemsize * sum(encoders) + costs["shared"]
     each = 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
-    fits = (f"{gb} GB {max(0, int((gb - 1 - fixed) / each))}" for gb in (8, 12, 16, 24, 32))
+    fits = (f"{gb} GB {max(0, int((gb - 1 - 1e-9 * fixed) / each))}" for gb in (8, 12, 16, 24, 32))
     print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images\n"
-          f"memory: {fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an image of "
-          f"a micro-step (counted, eager): {fixed + s.batch_size * each:.1f} GB, batch_size {s.batch_size}\n"
+          f"memory: {1e-9 * fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an image "
+          f"of a micro-step (counted, eager): {1e-9 * fixed + s.batch_size * each:.1f} GB with {s.batch_size}\n"
           f"batch_size at most, with 1 GB to spare: {', '.join(fits)}")
 
 
@@ -895,18 +913,22 @@ def bench(argv, s, rank, ranks):
         steps = s.bench // micro_steps
         warm = 1 + steps // 5
         flags += ["--validation=0", "--init_from=", "--resume=false", "--log_every=1", "--eval_every=0",
-                  "--sample_every=0", "--save_every=0", f"--max_steps={steps + warm}",
+                  "--sample_every=0", "--save_every=0", "--milestone_every=0", "--max_hours=0", "--log=",
+                  f"--max_steps={steps + warm}",
                   f"--global_batch={micro_steps * s.batch_size * ranks}"]
         plain = ["--compile=false", "--text_lengths=1", "--checkpointing=true", "--vae_chunk=4"]
         runs = {"as configured": [], "baseline": plain} if s.baseline else {"as configured": []}
         records = {}
         for name, more in runs.items():
+            gc.collect()                                     # compiled blocks refer to themselves
             if "cuda" in device:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             train([*argv, *flags, *more, f"--out_dir={folder / name}"], rank, ranks)
             gather(None)
-            records[name] = read_metrics(folder / name)[warm:]
+            records[name] = read_metrics(folder / name)[1 + warm:]                    # 1: before any step
+            if len(records[name]) < steps:
+                raise hdm.UserError(f"--bench={s.bench}: stopped before it was done")
         s, given = read_settings([*argv, *flags], ranks)
         tflops = hdm.matmul_tflops(device, dtype)
         report = dict(device=torch.cuda.get_device_name() if "cuda" in device else device, dtype=str(dtype),
@@ -914,11 +936,11 @@ def bench(argv, s, rank, ranks):
         for name, lines in records.items():
             T = sum(line["text_tokens"] for line in lines) / len(lines)
             costs, _ = costs_of(s, given, round(T), dtype)
-            rate = len(lines) / sum(1 / line["images_per_s"] for line in lines)
             split = Counter()
             for line in lines:
                 split.update(line["split_s"])
-            images = len(lines) * micro_steps * s.batch_size
+            images = len(lines) * micro_steps * s.batch_size                          # of this process
+            rate = ranks * images / sum(split.values())
             limit = rate / ranks / tflops / 1e12
             report[name] = one = dict(
                 settings=runs[name], images_per_s=rate, text_tokens=T, xut_mfu=limit * costs["step"],
