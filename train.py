@@ -859,8 +859,8 @@ def plan(s, given):
     each = 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
     fits = (f"{gb} GB {max(0, int((gb - 1 - 1e-9 * fixed) / each))}" for gb in (8, 12, 16, 24, 32))
     print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images\n"
-          f"memory: {1e-9 * fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an image "
-          f"of a micro-step (counted, eager): {1e-9 * fixed + s.batch_size * each:.1f} GB with {s.batch_size}\n"
+          f"memory: {1e-9 * fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an "
+          f"image of a micro-step (counted, eager): {1e-9 * fixed + s.batch_size * each:.1f} GB in all\n"
           f"batch_size at most, with 1 GB to spare: {', '.join(fits)}")
 
 
