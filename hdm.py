@@ -1389,19 +1389,19 @@ def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torc
         model = XUT(config)
         one, two = (saved_bytes(lambda: flow_loss(model, **blank_inputs(config, n, side, T, tread_rate)))
                     for n in (1, 2))
-    tokens = (side // config.patch_size) ** 2
+    tokens = inputs["pos"].shape[1]
+    through = tokens if inputs["keep"] is None else inputs["keep"].shape[1]           # the U
     inside = config.depth * (config.enc_blocks + config.dec_blocks)
     outside = config.pre_blocks + config.post_blocks
-    states = outside * (T + tokens) + inside * (T + tokens - math.floor(tokens * tread_rate))
+    states = outside * (T + tokens) + inside * (T + through)
     checkpointed = states * config.dim * dtype.itemsize + (two - one) / (inside + outside)
     return costs | dict(bytes=two - one, checkpointed=checkpointed, shared=2 * one - two)
 
 
 def matmul_tflops(device, dtype):
     """The device's own rate of large matrix products, in TFLOP/s: the best of five tries."""
-    n = 8192 if "cuda" in str(device) else 2048
+    n, best = 8192 if "cuda" in str(device) else 2048, math.inf
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    best = math.inf
     for _ in range(6):                                       # the first one warms up
         clock = time.perf_counter()
         (a @ b)[0, 0].item()                                 # waits for it

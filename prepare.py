@@ -628,8 +628,6 @@ class Latents:
     """The cache of a run; a UserError names the command that makes the right one."""
 
     def __init__(self, s, index, vae):
-        if vae is None:
-            raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
         folder = latents_folder(s.data, index, vae, s.image_size)
         for self.folder in folder, folder + "_mean":
             if all(is_whole(shard(self.folder, i)) for i in range(0, len(index), SHARD)):

@@ -9,7 +9,8 @@
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In this file, in order: the settings; prompts; the text in a picture's file; drawing; the page; commands.
+In this file, in order: the settings; prompts; the text in a picture's file; drawing; the page; the weights
+for other programs; commands.
 """
 import contextlib
 import hashlib

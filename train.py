@@ -309,7 +309,8 @@ def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
     lap("vae")
     ids = te.tokenize(batch["caption"], s.text_length)
     # Each caption keeps the pads up to its own length and no more, whatever stands beside it in the batch.
-    own = [next(length for length in padded_lengths(s) if length >= len(row)) for row in ids]
+    lengths = padded_lengths(s)
+    own = [lengths[bisect.bisect_left(lengths, len(row))] for row in ids]
     ctx, mask = te.encode(ids, max(own))
     if not s.mask_padding:
         mask = torch.arange(max(own)) < torch.tensor(own)[:, None] if min(own) < max(own) else None
@@ -595,8 +596,7 @@ def compile_blocks(model, s, autocast, device, side):
     model.zero_grad(set_to_none=True)
 
 
-def train(argv, rank=0, ranks=1):
-    s, given = read_settings(argv, ranks)
+def train(s, given, rank, ranks):
     device = hdm.pick_device(s.device)
     kind = device.split(":")[0]                              # what autocast and the scaler want to know
     dtype = hdm.pick_dtype(s.dtype, device)
@@ -924,7 +924,8 @@ def bench(argv, s, rank, ranks):
             if "cuda" in device:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            train([*argv, *flags, *more, f"--out_dir={folder / name}"], rank, ranks)
+            own = [*argv, *flags, *more, f"--out_dir={folder / name}"]
+            train(*read_settings(own, ranks), rank, ranks)
             gather(None)
             records[name] = read_metrics(folder / name)[1 + warm:]                    # 1: before any step
             if len(records[name]) < steps:
@@ -967,13 +968,12 @@ def main(argv):
     if s.plan:
         return plan(s, given)
     try:
-        bench(argv, s, rank, ranks) if s.bench else train(argv, rank, ranks)
+        bench(argv, s, rank, ranks) if s.bench else train(s, given, rank, ranks)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        batch_size = read_settings(argv)[0].batch_size
-        raise hdm.UserError(f"out of memory: --batch_size={max(1, batch_size // 2)} in place of {batch_size} "
-                            f"(the global batch stays), or --checkpointing") from error
+        raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
+                            f"{s.batch_size} (the global batch stays), or --checkpointing") from error
 
 
 if __name__ == "__main__":
