@@ -205,7 +205,7 @@ NAME_COLUMNS = ("file_name", "file", "path", "filename", "id")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
-# files that its caption comes from; stamp: of all these; image: of file alone; lines: of its caption file;
+# files that its caption comes from; stamp: of these three; image: of file alone; lines: of its caption file;
 # source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move a picture
 # across the split.
 Picture = namedtuple(
@@ -236,9 +236,9 @@ def printable(text):
     return text.encode(errors="backslashreplace").decode()  # names on disk, and captions, can be any bytes
 
 
-def stamp_of(*files):
-    """64 bits of the sizes and times of files: unchanged means not edited."""
-    stats = [(info.st_size, info.st_mtime_ns) for info in map(os.stat, files)]
+def stamp_of(*files, key=()):
+    """64 bits of a key and of the sizes and times of files: unchanged means not edited."""
+    stats = [*key, *((info.st_size, info.st_mtime_ns) for info in map(os.stat, files))]
     return int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=8).digest(), "little")
 
 
@@ -396,11 +396,11 @@ def walk(top, report):
             yield files
 
 
-def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
+def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
     """Yields a Picture for each captioned image of a folder, a tar or a table; others go into the report.
 
-    known: from name, file, texts, stamp and place to the Picture of an earlier scan, whose files are not
-    opened again, or None. weight, number: the source's.
+    known: from a stamp to the Picture of an earlier scan, whose files are not opened again, or None. weight,
+    number: the source's.
     """
     top = os.path.abspath(source)
     suffix = os.path.splitext(top)[1].lower() if os.path.isfile(top) else ""
@@ -441,15 +441,17 @@ def scan(source, report, s, known=lambda *what: None, weight=1.0, number=0):
                 spans = {end: files[stem + end][1] for end in ends}
                 texts = tuple(text for text in (table, *(span[0] for span in spans.values()))
                               if text not in ("", file))  # a tar may hold them, too
-                stamp = stamp_of(file, *texts)
-                place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
-                picture = known(name, file, texts, stamp, place)
+                stamp = stamp_of(file, *texts, key=(name, file, texts))
+                picture = known(stamp)
                 if picture is None:
+                    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
                     caption, lines = read_texts(caption, spans, s)
                     with open_at(file, offset, length) as stream:
                         sides = measure_image(stream, length, s.verify)
                     picture = Picture(name, file, texts, caption, offset, length, *sides, weight, stamp,
                                       stamp_of(file), lines, number, place)
+                if kind := refusal(picture, s):
+                    raise hdm.UserError(kind)
                 kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
@@ -477,7 +479,7 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            assert about["format"] == 3, "of another format"
+            assert about["format"] == 4, "of another format"
             records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
             assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
@@ -496,24 +498,11 @@ class Index:
         name, file, caption, *texts = entry.split("\0")
         return Picture(name, file, tuple(texts), caption, *(record[name].item() for name in NUMBERS))
 
-    def after(self, place, first, stop):
-        """The first of records first .. stop - 1 whose place is not below this one."""
-        return first + bisect.bisect_left(range(first, stop), place, key=lambda i: self.records[i]["place"])
-
-    def known(self, name, file, texts, stamp, place):
-        """The Picture of all these, or None."""
-        for _, first, stop in self.about["groups"]:
-            i = self.after(place, first, stop)
-            while i < stop and (picture := self[i]).name == name:
-                if (picture.file, picture.texts, picture.stamp) == (file, texts, stamp):
-                    return picture
-                i += 1
-
     def split(self, validation):
         """-> the training part, [(first record, number, weight)], and at most 512 held-out records."""
         parts, held = [], []
         for weight, first, stop in self.about["groups"]:
-            middle = self.after(validation, first, stop)
+            middle = bisect.bisect_left(self.records["place"], validation, first, stop)
             parts += [(middle, stop - middle, weight)] if middle < stop else []
             held += range(first, min(middle, first + 512))
         return parts, sorted(held, key=lambda i: self.records[i]["place"])[:512]
@@ -522,7 +511,7 @@ class Index:
         """Whether the files of a picture are not as they were indexed, or gone."""
         picture = self[i]
         with contextlib.suppress(OSError):
-            return stamp_of(picture.file, *picture.texts) != picture.stamp
+            return stamp_of(picture.file, *picture.texts, key=picture[:3]) != picture.stamp
         return True
 
     def read(self, i, side=None):
@@ -551,27 +540,28 @@ def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
     options = [s.caption, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
-    known = old.known if old and old.about["options"] == options else lambda *what: None
-    report, raw, several = Report(), io.BytesIO(), 0  # raw: 96 bytes an image, until they are sorted
+    same = old and old.about["options"] == options
+    stamps, numbers = np.unique(old.records["stamp"] if same else np.zeros(0, "<u8"), return_index=True)
+    def known(stamp):
+        i = np.searchsorted(stamps, np.uint64(stamp))
+        return old[numbers[i]] if i < len(stamps) and stamps[i] == np.uint64(stamp) else None
+
+    report, raw = Report(), io.BytesIO()         # raw: 96 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for number, (source, weight) in enumerate(sources):
             for picture in scan(source, report, s, known, weight, number):
-                if kind := refusal(picture, s):
-                    report.add(kind, picture.name)
-                    continue
                 entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
                 entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
                 record = *picture[4:], text.tell(), len(entry)
                 raw.write(np.array(record, RECORD).tobytes())
                 text.write(entry)
-                several += picture.lines > 1
         size = text.tell()
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
-    if several:
-        print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
     if report:
         print(report)
     records = np.frombuffer(raw.getbuffer(), RECORD)
+    if several := (records["lines"] > 1).sum():
+        print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
     if not len(records):
         raise hdm.UserError(f"{' '.join(source for source, _ in sources)}: no image with a caption (.txt, "
                             f".caption, .json, a table of them) is left to train on")
@@ -579,7 +569,7 @@ def build_index(sources, s, folder=None, old=None):
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
-    about = dict(format=3, identity=identity, options=options, groups=groups, sizes=[len(records), size])
+    about = dict(format=4, identity=identity, options=options, groups=groups, sizes=[len(records), size])
     if folder is None:
         return Index(records, data, about)
     records.tofile(Path(folder, "records.bin"))
