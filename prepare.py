@@ -5,7 +5,7 @@
     python prepare.py PATH ... --out=data/mine --latents     # and a cache of VAE latents
     python prepare.py text_encoder PATH --out=data/my_te     # a tokenizer and a tiny LM for PATH's captions
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
-    python prepare.py judge --ckpt=out/demo --grid=grid.png  # how many unseen captions are drawn right
+    python prepare.py judge --ckpt=out/demo                  # how many unseen captions are drawn right
 
 In order: the settings; what the demo shows; its data set; the text encoder; captioned images as they lie on
 people's disks; the index; the cache of latents; the judge; commands.
@@ -18,7 +18,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -33,13 +32,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, features
-from safetensors import SafetensorError, safe_open
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import hdm
-from sample import gather, generate, image_grid
+from sample import gather, generate
 
 
 @dataclass
@@ -83,11 +82,9 @@ class DataSettings:
 
 @dataclass
 class JudgeSettings:
-    ckpt: str = "out/demo"                # train.py's OUT_DIR or one checkpoint
-    seeds: int = 8                        # pictures per caption, drawn from seeds 0, 1, ...
-    unseen: str = "data/demo_unseen.txt"  # captions to draw, one a line
-    grid: str = ""                        # a PNG of all pictures: a row per caption, a column per seed
-    camera: bool = False                  # measure instead how far shifts and zooms move the shape
+    ckpt: str = "out/demo"          # train.py's OUT_DIR or one checkpoint
+    seeds: int = 8                  # pictures of each unseen caption, drawn from seeds 0, 1, ...
+    camera: bool = False            # measure instead how far shifts and zooms move the shape
 
 
 # ---- what the demo shows ----------------------------------------------------------------------------------
@@ -181,9 +178,7 @@ def make_demo(settings):
                 place = height / 2, width / 2, CENTRED_RADIUS[words[0]] * max(height, width)
             Image.fromarray(draw(*words, height, width, *place)).save(pictures / f"{i:05d}.png")
             (pictures / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
-        partial = encoder.with_name("unseen.txt")
-        partial.write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
-        partial.replace(out + "_unseen.txt")
+    Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
     print(f"{settings.count} pictures in {settings.out}; beside it _unseen.txt and _te, the text encoder")
 
 
@@ -258,7 +253,7 @@ def measure_image(stream, length, verify=False):
     UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
     end, BMP and AVIF do not), does not decode.
     """
-    formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF"] + ["AVIF"] * features.check("avif")         # by content
+    formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"]  # by content
     ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
     trouble = "no readable header" if length else "zero bytes"
     try:
@@ -321,7 +316,7 @@ def read_table(path, span, template, rows, report):
                 name = next((str(row[key]) for key in NAME_COLUMNS if row.get(key) not in (None, "")), "")
                 key = os.path.normpath(os.path.join(os.path.dirname(path), name.replace("\\", "/")))
                 if not name or key in rows or key in new:
-                    raise hdm.UserError("duplicate name" if name else "row names no image")
+                    raise hdm.UserError("duplicate name" if name else "row without a file_name, path or id")
                 both = suffix == ".json" and {"caption", "tags"} <= row.keys()  # as kohya uses them
                 new[key] = row_caption(row, template or "{caption} ||| {tags}" * both), span[0]
     if missing := set(re.findall(COLUMN, template)) - columns:
@@ -403,16 +398,14 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
     number: the source's.
     """
     top = os.path.abspath(source)
-    suffix = os.path.splitext(top)[1].lower() if os.path.isfile(top) else ""
-    root, given = top if os.path.isdir(top) else os.path.dirname(top), suffix in TABLES
-    if root != top and not given and suffix != ".tar":
+    given = os.path.isfile(top) and top.lower().endswith(TABLES)
+    root = top if os.path.isdir(top) else os.path.dirname(top)
+    if root != top and not top.lower().endswith((".tar", *TABLES)):
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
-    rows, used, counts, stems, sidecar = {}, set(), Counter(), Counter(), s.sidecar or "\0"  # in no name
+    rows, counts, stems, sidecar = {}, Counter(), Counter(), s.sidecar or "\0"         # which is in no name
     if given:
         with hdm.naming(source, "not a table of images"):
             read_table(top, (top, 0, 0), s.caption, rows, report)
-            if not rows:
-                raise hdm.UserError(f"no row names an image, in a column {', '.join(NAME_COLUMNS)}")
         for path in itertools.chain.from_iterable(walk(root, Report())):
             stems[os.path.basename(os.path.splitext(path)[0])] += path.endswith(IMAGES)
     for files in walk(root if given else top, report):
@@ -430,17 +423,16 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                 keys = [path, stem]
                 if stems[os.path.basename(stem)] == 1:  # then a row may omit its image's folder
                     keys += [os.path.join(root, os.path.basename(key)) for key in keys]
-                key = next((key for key in keys if key in rows), None)
-                used.add(key)
-                caption, table = rows.get(key, ("", ""))
+                row = next((key for key in keys if key in rows), None)
+                caption, table = rows.pop(row, ("", ""))
                 ends = [end for end in (TEXTS[::-1] if s.caption else TEXTS)
                         if stem + end in files and not (stem + end).endswith(sidecar)][:not table]
                 ends += [sidecar] * (stem + sidecar in files)
                 if not table and (given or not ends):
                     raise hdm.UserError("not in the table" if given else "no caption")
                 spans = {end: files[stem + end][1] for end in ends}
-                texts = tuple(text for text in (table, *(span[0] for span in spans.values()))
-                              if text not in ("", file))  # a tar may hold them, too
+                texts = {table, *(span[0] for span in spans.values())} - {"", file}   # a tar may hold them, too
+                texts = tuple(sorted(texts))
                 stamp = stamp_of(file, *texts, key=(name, file, texts))
                 picture = known(stamp)
                 if picture is None:
@@ -456,8 +448,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
                 yield picture._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
-    for key in rows.keys() - used:
-        report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
+    for key, (_, table) in rows.items():
+        report.add("row without an image", f"{table}: {os.path.relpath(key, root)}")
     how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
     print(printable(f"images: {how} in {source}"))
 
@@ -608,19 +600,13 @@ def shard(folder, i):
     return Path(folder, f"{i // SHARD:06d}.safetensors")
 
 
-def is_whole(file):
-    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt"):
-        return True
-    return False
-
-
 class Latents:
     """The cache of a run; a UserError names the command that makes the right one."""
 
     def __init__(self, s, index, vae):
         folder = latents_folder(s.data, index, vae, s.image_size)
         for self.folder in folder, folder + "_mean":
-            if all(is_whole(shard(self.folder, i)) for i in range(0, len(index), SHARD)):
+            if all(shard(self.folder, i).exists() for i in range(0, len(index), SHARD)):
                 return
         out = "" if index.folder else " --out=data/index"
         raise hdm.UserError(
@@ -641,25 +627,20 @@ def encode_latents(s, vae, device, rank, ranks):
     folder = latents_folder(s.out, index, vae, s.image_size) + "_mean" * s.mean_only
     hdm.make_folder(folder, "--out")
     channels = vae.latent_channels * (1 if s.mean_only else 2)
-    def shape(i):                                # of a record's latent: height, width
-        width, height = hdm.scaled_sides(index[i].width, index[i].height, s.image_size)
-        return height // vae.factor, width // vae.factor
+    sides = np.stack([index.records[name].astype(int) for name in ("height", "width")], axis=1)
+    cells = sides * s.image_size // sides.min(1, keepdims=True) // vae.factor  # (n, 2): the latents' sides
     def whole(i):                                # i, its picture, scaled and cut to whole cells; or None
-        height, width = (side * vae.factor for side in shape(i))
         try:
-            picture = index.read(i, s.image_size)[:, :height, :width]
-            if index.changed(i) or picture.shape[1:] != (height, width):
-                raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
-            return i, picture
+            picture = index.read(i, s.image_size)
         except hdm.UserError as error:
-            print(f"warning: {error}; no latents of it", flush=True)
+            return print(f"warning: {error}; no latents of it", flush=True)
+        height, width = (side // vae.factor * vae.factor for side in picture.shape[1:])
+        return i, picture[:, :height, :width]
 
-    todo = {}
-    for first in range(0, len(index), SHARD):
-        if not is_whole(file := shard(folder, first)):
-            todo[file] = sorted(range(first, min(first + SHARD, len(index))), key=shape)
-    gb = 2e-9 * channels * sum(math.prod(shape(i)) for records in todo.values() for i in records)
-    free, pictures = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo.values()))
+    todo = [range(first, min(first + SHARD, len(index))) for first in range(0, len(index), SHARD)
+            if not shard(folder, first).exists()]
+    gb = 2e-9 * channels * sum(cells[numbers].prod(1).sum() for numbers in todo)
+    free, pictures = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo))
     if gb > free:
         raise hdm.UserError(f"--latents: {gb:.2f} GB are needed in {folder}, {free:.2f} are free")
     trial = torch.zeros(s.batch_size, 3, s.image_size, s.image_size, device=device)
@@ -671,15 +652,17 @@ def encode_latents(s, vae, device, rank, ranks):
           f"{free:.0f} are free; about {hours:.2f} h on {ranks} x {device} if the disk keeps up", flush=True)
     gather(None)                                 # all have seen the same files
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
-        for file in tqdm(list(todo)[rank::ranks], disable=rank > 0):
-            latents, ready = {}, filter(None, pool.map(whole, todo[file]))
+        for numbers in tqdm(todo[rank::ranks], disable=rank > 0):
+            alike = sorted(numbers, key=lambda i: tuple(cells[i]))
+            latents, ready = {}, filter(None, pool.map(whole, alike))
             for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
                 while batch := list(itertools.islice(same, s.batch_size)):
                     pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
                     moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
                     latents.update((str(i), moment.clone()) for (i, _), moment in zip(batch, moments))
-            save_file(latents, file.with_suffix(".partial"))
-            file.with_suffix(".partial").replace(file)
+            partial = shard(folder, numbers[0]).with_suffix(".partial")
+            save_file(latents, partial)
+            partial.replace(shard(folder, numbers[0]))
     gather(None)
 
 
@@ -712,13 +695,14 @@ def look(image):
 
 
 def judge(image):
-    """What a (height, width, 3) uint8 picture shows, from its pixels alone. Medians, and least squares on the
-    soft coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets a guess."""
+    """(height, width, 3) uint8 -> the (size, colour, shape, background) that it shows. Medians, and least
+    squares on the soft coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets
+    a guess."""
     ground, ink, share = look(image)
     places, masks, lengths = templates(*share.shape)
     fits = lengths - 2 * (masks @ share.ravel())             # |mask - share|^2 less a constant
     size, shape, _, _ = places[np.argmin(fits)]
-    return dict(size=size, colour=nearest(ink, COLOURS), shape=shape, background=nearest(ground, BACKGROUNDS))
+    return size, nearest(ink, COLOURS), shape, nearest(ground, BACKGROUNDS)
 
 
 def place_and_size(image):
@@ -730,44 +714,35 @@ def place_and_size(image):
 def judge_camera(draw, side):
     """How draw(zoom=, x_shift=, y_shift=), pictures whose longer side is `side` pixels, moves and sizes the
     shapes, against what the camera promises."""
-    plain = np.array([place_and_size(image) for image in draw()])
+    def measure(**camera):
+        return np.array([place_and_size(image) for image in draw(**camera)])          # (n, 3)
+    plain = measure()
     print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
-    for name, value in (("x_shift", 0.25), ("x_shift", -0.25), ("y_shift", 0.25), ("y_shift", -0.25),
-                        ("zoom", 1.33), ("zoom", 0.75)):
-        seen = np.array([place_and_size(image) for image in draw(**{name: value})])
-        zoom = value if name == "zoom" else 1
-        size = (seen[:, 2] / plain[:, 2] / zoom).mean()
-        moved, right = "", ""
-        if name != "zoom":
-            steps = (seen - plain)[:, "yx".index(name[0])] / (-value * side / 2)
-            moved, right = f"{steps.mean():.2f}", f"{100 * (steps > 0).mean():.1f}"
-        print(f"{name + '=' + str(value):<16}{moved:>18}{right:>12}{size:>17.2f}")
+    for axis, value in itertools.product("xy", (0.25, -0.25)):
+        seen = measure(**{f"{axis}_shift": value})
+        moved = (seen - plain)[:, "yx".index(axis)] / (-value * side / 2)
+        size = (seen / plain)[:, 2].mean()
+        print(f"{axis}_shift={value:<8}{moved.mean():>18.2f}{100 * (moved > 0).mean():>12.1f}{size:>17.2f}")
+    for zoom in (1.33, 0.75):
+        size = (measure(zoom=zoom) / plain)[:, 2].mean() / zoom
+        print(f"zoom={zoom:<41}{size:>17.2f}")
 
 
 def judge_checkpoint(settings):
-    meaning = {CAPTION.format(*words): dict(zip(ATTRIBUTES, words)) for words in COMBINATIONS}
-    file = Path(settings.unseen)
-    captions = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    if not captions or not set(captions) <= set(meaning):
-        raise hdm.UserError(f"--unseen={file}: no file of demo captions; python prepare.py demo writes it")
     model, vae, defaults = hdm.load_model(settings.ckpt)
-    prompts = [line for line in captions for _ in range(settings.seeds)]
-    seeds = list(range(settings.seeds)) * len(captions)
+    asked = [words for words in UNSEEN for _ in range(settings.seeds)]
+    prompts = [CAPTION.format(*words) for words in asked]
+    seeds = list(range(settings.seeds)) * len(UNSEEN)
     draw = functools.partial(generate, model, vae, hdm.load_text_encoder(defaults), prompts, seeds, defaults)
     if settings.camera:
         return judge_camera(draw, defaults["image_size"])
-    images = draw()
-    right = np.array([[seen[name] == meaning[line][name] for name in ATTRIBUTES]
-                      for line, seen in zip(prompts, map(judge, images))])
+    right = np.array([judge(image) for image in draw()]) == asked      # (n, 4)
     right = np.column_stack([right, right.all(1)]).sum(0)
-    print(f"{settings.ckpt}: {len(captions)} captions x {settings.seeds} seeds")
+    print(f"{settings.ckpt}: {len(UNSEEN)} captions x {settings.seeds} seeds")
     print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
     rows = ATTRIBUTES | {"all four": COMBINATIONS}
     for (name, choices), n in zip(rows.items(), right):
-        print(f"{name:<12}{n:>6}{len(images):>6}{100 * n / len(images):>7.1f}{100 / len(choices):>10.1f}")
-    if settings.grid:
-        Path(settings.grid).parent.mkdir(parents=True, exist_ok=True)
-        image_grid(images, settings.seeds, scale=2).save(settings.grid, "PNG")
+        print(f"{name:<12}{n:>6}{len(seeds):>6}{100 * n / len(seeds):>7.1f}{100 / len(choices):>10.1f}")
 
 
 # ---- the command line -----------------------------------------------------------------------------------
@@ -780,8 +755,7 @@ def prepare(s, *paths):
         raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
     sources = []
     for path in paths:                           # PATH or PATH=WEIGHT
-        head, equals, weight = path.rpartition("=")
-        head, weight = (head, weight) if equals and not os.path.exists(path) else (path, "1")
+        head, weight = (path, "1") if os.path.exists(path) else path.rpartition("=")[::2]
         if not os.path.exists(head) or hdm.setting_value(path, weight, float) <= 0:
             raise hdm.UserError(f"{path}: no such file or folder, or a weight that is not above 0")
         sources.append((head, float(weight)))
@@ -817,16 +791,15 @@ COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, J
 
 
 def main(argv):
-    name = argv[0] if argv else ""
+    name, *rest = argv or [""]
     if argv in (["--help"], ["-h"]):
         return print(__doc__)
-    if name in COMMANDS:
-        command, settings, positionals = COMMANDS[name]
-    elif name.startswith("--") or os.path.exists(name.rpartition("=")[0] or name):
-        command, settings, positionals, argv = prepare, DataSettings, ("PATH ...",), ["", *argv]
+    if name not in COMMANDS and (name.startswith("--") or os.path.exists(name.rpartition("=")[0] or name)):
+        command, settings, positionals, rest = prepare, DataSettings, ("PATH ...",), argv
     else:
         hdm.check_name(f"prepare.py {name}", name, COMMANDS, "path or command")
-    words, values = hdm.parse_args(argv[1:], [settings], positionals, doc=__doc__)
+        command, settings, positionals = COMMANDS[name]
+    words, values = hdm.parse_args(rest, [settings], positionals, doc=__doc__)
     settings = settings(**values)
     for name, least in LEAST.items():
         if getattr(settings, name, least) < least:
