@@ -139,7 +139,7 @@ def draw(size, colour, shape, background, height, width, cy, cx, r=None):
     return np.rint(ground + share * (COLOURS[colour] - ground)).astype(np.uint8)
 
 
-# ---- the demo data set ------------------------------------------------------------------------------------
+# ---- the demo data set, the text encoder ------------------------------------------------------------------
 @contextlib.contextmanager
 def whole_folder(out):
     """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
@@ -182,7 +182,6 @@ def make_demo(settings):
     print(f"{settings.count} pictures in {settings.out}; beside it _unseen.txt and _te, the text encoder")
 
 
-# ---- the text encoder -------------------------------------------------------------------------------------
 def text_encoder(settings, source):
     index = open_index(source)
     captions = (hdm.parse_caption(index[i].caption) for i in range(len(index)))  # all alternatives' words
@@ -221,10 +220,6 @@ class Report(dict):
             yield
         except (hdm.UserError, OSError, ValueError, RecursionError, csv.Error) as error:
             self.add(error if isinstance(error, hdm.UserError) else "unreadable", path)
-
-    def __str__(self):
-        return "\n".join(f"{entry['count']:>11,} left out: {kind}, as {entry['paths'][0]!r}"
-                         for kind, entry in sorted(self.items()))
 
 
 def printable(text):
@@ -353,9 +348,8 @@ def tar_files(path, report):
     with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
         size = os.path.getsize(path)
         for member in itertools.takewhile(lambda member: member.offset_data + member.size <= size, tar):
-            plain = member.isreg() and not member.issparse()
             name = os.path.normpath("/" + member.name)  # no ../ leads out of the tar
-            yield path + name, (path, member.offset_data, member.size) if plain else None
+            yield path + name, (path, member.offset_data, member.size) if member.isreg() else None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) == bytes(512):  # tarfile is silent about some ends that are none
             return
@@ -402,6 +396,7 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
     root = top if os.path.isdir(top) else os.path.dirname(top)
     if root != top and not top.lower().endswith((".tar", *TABLES)):
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
+    order = [end for end in (TEXTS[::-1] if s.caption else TEXTS) if end != s.sidecar]
     rows, counts, stems, sidecar = {}, Counter(), Counter(), s.sidecar or "\0"         # which is in no name
     if given:
         with hdm.naming(source, "not a table of images"):
@@ -425,13 +420,12 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                     keys += [os.path.join(root, os.path.basename(key)) for key in keys]
                 row = next((key for key in keys if key in rows), None)
                 caption, table = rows.pop(row, ("", ""))
-                ends = [end for end in (TEXTS[::-1] if s.caption else TEXTS)
-                        if stem + end in files and not (stem + end).endswith(sidecar)][:not table]
+                ends = [end for end in order if stem + end in files][:not table]
                 ends += [sidecar] * (stem + sidecar in files)
                 if not table and (given or not ends):
                     raise hdm.UserError("not in the table" if given else "no caption")
                 spans = {end: files[stem + end][1] for end in ends}
-                texts = {table, *(span[0] for span in spans.values())} - {"", file}   # a tar may hold them, too
+                texts = {table, *(span[0] for span in spans.values())} - {"", file}  # a tar may hold them
                 texts = tuple(sorted(texts))
                 stamp = stamp_of(file, *texts, key=(name, file, texts))
                 picture = known(stamp)
@@ -536,7 +530,7 @@ def build_index(sources, s, folder=None, old=None):
     stamps, numbers = np.unique(old.records["stamp"] if same else np.zeros(0, "<u8"), return_index=True)
     def known(stamp):
         i = np.searchsorted(stamps, np.uint64(stamp))
-        return old[numbers[i]] if i < len(stamps) and stamps[i] == np.uint64(stamp) else None
+        return old[numbers[i]] if np.uint64(stamp) in stamps[i:i + 1] else None
 
     report, raw = Report(), io.BytesIO()         # raw: 96 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
@@ -549,8 +543,8 @@ def build_index(sources, s, folder=None, old=None):
                 text.write(entry)
         size = text.tell()
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
-    if report:
-        print(report)
+    for kind, entry in sorted(report.items()):
+        print(f"{entry['count']:>11,} left out: {kind}, as {entry['paths'][0]!r}")
     records = np.frombuffer(raw.getbuffer(), RECORD)
     if several := (records["lines"] > 1).sum():
         print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
@@ -608,11 +602,10 @@ class Latents:
         for self.folder in folder, folder + "_mean":
             if all(shard(self.folder, i).exists() for i in range(0, len(index), SHARD)):
                 return
-        out = "" if index.folder else " --out=data/index"
+        then = "" if index.folder else ", then --data=data/index"
         raise hdm.UserError(
-            f"--latents: {folder}, of these pictures and this VAE, is not there or not whole: python "
-            f"prepare.py {s.data}{out} --latents --image_size={s.image_size} --vae={s.vae}"
-            f"{out and '; --data=data/index'}")
+            f"--latents: {folder}, of these pictures and this VAE, is not there or not whole: "
+            f"python prepare.py {s.data} --latents --image_size={s.image_size} --vae={s.vae}{then}")
 
     def read(self, i, side=None):
         """-> the moments of record i, (C or 2 C, height, width) float16."""
@@ -705,26 +698,24 @@ def judge(image):
     return size, nearest(ink, COLOURS), shape, nearest(ground, BACKGROUNDS)
 
 
-def place_and_size(image):
-    """The shape's centre of mass (y, x), in pixels, and the square root of its area."""
-    inside = look(image)[2] > 0.5
-    return np.array([*(axis.mean() for axis in np.nonzero(inside)), inside.sum() ** 0.5])
+def places_and_sizes(images):
+    """(n, 3): each shape's centre of mass (y, x), in pixels, and the square root of its area."""
+    masks = [look(image)[2] > 0.5 for image in images]
+    return np.array([[*np.argwhere(mask).mean(0), mask.sum() ** 0.5] for mask in masks])
 
 
 def judge_camera(draw, side):
     """How draw(zoom=, x_shift=, y_shift=), pictures whose longer side is `side` pixels, moves and sizes the
     shapes, against what the camera promises."""
-    def measure(**camera):
-        return np.array([place_and_size(image) for image in draw(**camera)])          # (n, 3)
-    plain = measure()
+    plain = places_and_sizes(draw())
     print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
     for axis, value in itertools.product("xy", (0.25, -0.25)):
-        seen = measure(**{f"{axis}_shift": value})
+        seen = places_and_sizes(draw(**{f"{axis}_shift": value}))
         moved = (seen - plain)[:, "yx".index(axis)] / (-value * side / 2)
         size = (seen / plain)[:, 2].mean()
         print(f"{axis}_shift={value:<8}{moved.mean():>18.2f}{100 * (moved > 0).mean():>12.1f}{size:>17.2f}")
     for zoom in (1.33, 0.75):
-        size = (measure(zoom=zoom) / plain)[:, 2].mean() / zoom
+        size = (places_and_sizes(draw(zoom=zoom)) / plain)[:, 2].mean() / zoom
         print(f"zoom={zoom:<41}{size:>17.2f}")
 
 

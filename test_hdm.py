@@ -2120,8 +2120,7 @@ def scanned(source, **options):
             data = file.read(one.length)
         assert len(data) == one.length
         assert hdm.load_image(io.BytesIO(data)).size == (one.width, one.height), one
-    json.dumps(report)
-    str(report).encode()
+    json.dumps(report, ensure_ascii=False).encode()
     return {one.name: one.caption for one in found}, {kind: report[kind]["count"] for kind in report}
 
 
@@ -2540,7 +2539,7 @@ def test_report_lists_a_thousand():
     ("before", "x ||| y", "some words, a $$ b, x, y"), ("before", "one\ntwo", "some words, a $$ b, one"),
     ("after", " ", "some words, a $$ b"), ("before", None, "some words, a $$ b")])
 def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
-    files = {"a.png": PNG, "a.nl.txt": "some\n\nwords, a $$ b\n", "a.nl.png": PNG,
+    files = {"a.png": PNG, "a.nl.txt": "some\n\nwords, a $$ b\n", "c.png": PNG,
              "b.png": PNG, "b.txt": "x", "b.nl.txt": " "}
     files |= {"a.txt": text} if text is not None else {}
     write_files(tmp_path / "f", files)
@@ -4800,7 +4799,7 @@ def test_the_centred_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(
         size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
         image = np.asarray(Image.open(path))
         height, width, _ = image.shape
-        y, x, root = prepare.place_and_size(image)
+        (y, x, root), = prepare.places_and_sizes([image])
         canvases[height, width] += 1
         assert abs(x - (width - 1) / 2) < 0.3
         assert shape == "triangle" or abs(y - (height - 1) / 2) < 0.3
