@@ -450,9 +450,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
 
 # ---- the index: what training reads; images stay where they are ------------------------------------------
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
-NUMBERS = Picture._fields[4:]
 RECORD = np.dtype([(name, "<f8" if name in ("weight", "place") else "<u8")
-                   for name in (*NUMBERS, "text", "bytes")])
+                   for name in (*Picture._fields[4:], "text", "bytes")])
 
 
 class Index:
@@ -478,11 +477,10 @@ class Index:
         return len(self.records)
 
     def __getitem__(self, i):
-        record = self.records[i]
-        start, length = int(record["text"]), int(record["bytes"])
+        *numbers, start, length = self.records[i].item()
         entry = self.text[start:start + length].tobytes().decode(errors="surrogateescape")
         name, file, caption, *texts = entry.split("\0")
-        return Picture(name, file, tuple(texts), caption, *(record[name].item() for name in NUMBERS))
+        return Picture(name, file, tuple(texts), caption, *numbers)
 
     def split(self, validation):
         """-> the training part, [(first record, number, weight)], and at most 512 held-out records."""
@@ -783,9 +781,7 @@ COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, J
 
 def main(argv):
     name, *rest = argv or [""]
-    if argv in (["--help"], ["-h"]):
-        return print(__doc__)
-    if name not in COMMANDS and (name.startswith("--") or os.path.exists(name.rpartition("=")[0] or name)):
+    if name not in COMMANDS and (name.startswith("-") or os.path.exists(name.rpartition("=")[0] or name)):
         command, settings, positionals, rest = prepare, DataSettings, ("PATH ...",), argv
     else:
         hdm.check_name(f"prepare.py {name}", name, COMMANDS, "path or command")
