@@ -248,13 +248,12 @@ def measure_image(stream, length, verify=False):
     UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
     end, BMP and AVIF do not), does not decode.
     """
-    formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"]  # by content
     ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
     trouble = "no readable header" if length else "zero bytes"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
-            image = Image.open(stream, formats=formats)
+            image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
             start = stream.tell()
             # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
             turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
@@ -428,8 +427,7 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                 texts = {table, *(span[0] for span in spans.values())} - {"", file}  # a tar may hold them
                 texts = tuple(sorted(texts))
                 stamp = stamp_of(file, *texts, key=(name, file, texts))
-                picture = known(stamp)
-                if picture is None:
+                if (picture := known(stamp)) is None:
                     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
                     caption, lines = read_texts(caption, spans, s)
                     with open_at(file, offset, length) as stream:
@@ -580,9 +578,8 @@ def latents_folder(data, index, vae, image_size):
     the pictures' names and files, not of captions. In it 000007.safetensors: by the numbers of 512 records
     their moments (C or 2 C, height, width), float16."""
     digest = hashlib.sha256(repr((vae.mean, vae.std)).encode())
-    for name, weight in vae.state_dict().items():
-        if name.startswith(("encoder", "quant_conv")):
-            digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+        digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
@@ -686,9 +683,8 @@ def look(image):
 
 
 def judge(image):
-    """(height, width, 3) uint8 -> the (size, colour, shape, background) that it shows. Medians, and least
-    squares on the soft coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets
-    a guess."""
+    """(height, width, 3) uint8 -> (size, colour, shape, background). Medians, and least squares on the soft
+    coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets a guess."""
     ground, ink, share = look(image)
     places, masks, lengths = templates(*share.shape)
     fits = lengths - 2 * (masks @ share.ravel())             # |mask - share|^2 less a constant
