@@ -1088,7 +1088,8 @@ def test_wrong_lines_of_a_config_are_named(tmp_path, text, words):
 
 @pytest.mark.parametrize("main, argv, classes", [
     (train.main, [], train.CLASSES), (sample.main, [], [sample.Picture, sample.Sampling]),
-    (prepare.main, ["demo"], [prepare.DemoSettings]), (prepare.main, ["judge"], [prepare.JudgeSettings])])
+    (prepare.main, ["demo"], [prepare.DemoSettings]), (prepare.main, ["judge"], [prepare.JudgeSettings]),
+    (prepare.main, [], [prepare.DataSettings])])
 def test_help_shows_every_setting_with_its_default_and_comment(main, argv, classes, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*argv, "--help"])
