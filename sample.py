@@ -74,7 +74,7 @@ class Picture:                     # a line of --prompts may end in any of these
             if value is not None and not low <= value <= high:
                 raise hdm.UserError(f"--{name}={value}: from {low} to {high}")
         if self.mask and not self.init_image:
-            raise hdm.UserError(f"--mask={self.mask}: says what to draw anew in --init_image, which is missing")
+            raise hdm.UserError(f"--mask={self.mask}: says what to draw anew in --init_image; it is missing")
 
 
 @dataclass
@@ -148,23 +148,19 @@ def fill_slots(template, slots):
     return text.rstrip(", ")
 
 
-def read_slots(text):
-    with hdm.naming(f"--slots={text}", 'neither a json file nor json such as {"artist": "..."}'):
-        text = text if text.lstrip().startswith("{") or not text else Path(text).read_text(encoding="utf-8")
-        slots = json.loads(text or "{}")
-        assert all(isinstance(words, str) for words in slots.values()), "each part must be a text"
-        return slots
-
-
 def read_jobs(s, p, load_tipo):
     """-> a Job for each picture, in order, each with its own seed."""
-    lines, slots = [Job(**vars(p), prompt=prompt) for prompt in s.prompt], read_slots(s.slots)
+    lines, slots = [Job(**vars(p), prompt=prompt) for prompt in s.prompt], {}
     if s.prompts:
         with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
             text = sys.stdin.read() if s.prompts == "-" else Path(s.prompts).read_text(encoding="utf-8-sig")
         lines += [prompt_line(line.strip(), p) for line in text.splitlines()
                   if line.strip() and not line.lstrip().startswith("#")]
     if s.slots:
+        with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
+            given = s.slots.lstrip().startswith("{")
+            slots = json.loads(s.slots if given else Path(s.slots).read_text(encoding="utf-8"))
+            assert all(isinstance(words, str) for words in slots.values()), "each part must be a text"
         lines.append(Job(**vars(p), prompt=fill_slots(s.format, slots)))
         print(f"prompt: {lines[-1].prompt}")
     if not lines:
@@ -180,7 +176,7 @@ def read_jobs(s, p, load_tipo):
             line = replace(line, seed=random.SystemRandom().randrange(2 ** 32))
             print(f"seed {line.seed}: {line.prompt}")
         prompt, negative = (re.sub(r"\\([()])", r"\1", text).encode(errors="replace").decode()
-                            for text in (line.prompt, line.negative_prompt))          # argv can hold any bytes
+                            for text in (line.prompt, line.negative_prompt))   # argv can hold any bytes
         jobs += [replace(line, prompt=prompt, negative_prompt=negative, num_images=1, seed=line.seed + i)
                  for i in range(line.num_images)]
     if s.tipo:
@@ -422,7 +418,8 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
         x = times[0] * noise + (1 - times[0]) * known
     if anew is not None:                                     # a latent cell is drawn if any of its pixels is
         anew = np.array(fitted(anew.convert("L"), p, Image.NEAREST)) > 127
-        cells = torch.nn.functional.max_pool2d(torch.from_numpy(anew)[None, None].float(), factor).to(device) > 0
+        cells = torch.from_numpy(anew)[None, None].to(device).float()
+        cells = torch.nn.functional.max_pool2d(cells, factor) > 0
 
     def velocity(x, t):
         v = guidance(x, t)
@@ -446,22 +443,22 @@ def gather(thing):
     return things
 
 
+def deal(things):
+    """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
+    if not torch.distributed.is_initialized():
+        return things
+    return things[torch.distributed.get_rank()::torch.distributed.get_world_size()]
+
+
 def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
-    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture."""
+    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture.
+    Under torchrun each process draws its part, and gets all."""
     p = resolved(Job(**how), settings, model, vae)
-    jobs = [replace(p, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds)]
+    jobs = deal([replace(p, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds)])
     texts = encode_texts(te, jobs)
-    return np.stack([image for batch in batches(jobs, batch_size)
-                     for image, _ in draw(model, vae, texts, batch)])
-
-
-def generate_dealt(model, vae, te, prompts, seeds, settings, **how):
-    """generate, with the prompts dealt over the processes: the list of all pictures, on each of them."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    mine = slice(torch.distributed.get_rank() if ranks > 1 else 0, None, ranks)
-    images = generate(model, vae, te, prompts[mine], seeds[mine], settings, **how) if prompts[mine] else []
+    images = [image for batch in batches(jobs, batch_size) for image, _ in draw(model, vae, texts, batch)]
     parts = gather(images)
-    return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
+    return np.stack([parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))])
 
 
 def advise(p, side):
@@ -472,9 +469,9 @@ def advise(p, side):
               f"least as high, or wider than high, at most {side} high, of {side}x{side} pixels or more")
 
 
-def draw_files(model, vae, get_te, jobs, settings, s, common, watch, share=slice(None)):
-    """Draws jobs and writes each as a new file of s.out, in it its settings and common, those of the whole
-    program. Yields each Job with its picture and path. All jobs are looked at, those in share drawn.
+def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
+    """Draws this process's part of jobs and writes each as a new file of s.out, in it its settings and
+    common, those of the whole program. Yields the paths.
 
     get_te() loads the text encoder; unless others hold it, it is gone before the first step. watch is called
     at each step with how many are done, in parts of one, and with what x0 (B, C, h, w) looks like.
@@ -488,7 +485,7 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch, share=slice
         if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
             print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
     del te                                                   # its memory goes to the pictures
-    for batch in batches(jobs[share], s.batch_size):
+    for batch in batches(deal(jobs), s.batch_size):
         drawn = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
         for job, (image, latent) in zip(batch, drawn):
             path = Path(s.out, f"{job.number:05d}-{job.seed}.{s.file_type}")
@@ -498,7 +495,7 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch, share=slice
             path = write_new(path, encode_file(image, s.file_type, text, about))
             if s.latents_out:
                 write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
-            yield job, image, path
+            yield path
         done += len(batch)
 
 
@@ -561,6 +558,7 @@ ROWS = ("prompt", "negative_prompt", "ratio", "width height steps num_images", "
         "zoom x_shift y_shift", "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
 SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
 RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
+ENLARGED = "img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
 def sides(ratio, size, step):
@@ -570,12 +568,6 @@ def sides(ratio, size, step):
     return [math.ceil(side / step) * step for side in (width, width * h / w)]
 
 
-def enlarged(images):
-    """Pictures (height, width, 3) uint8 of one size -> all in one, the small ones large enough to be seen."""
-    columns = math.ceil(len(images) ** 0.5)
-    return image_grid(images, columns, max(1, 512 // columns // max(images[0].shape)), gap=0)
-
-
 def preview(vae, latents):
     """What latents look like, at little cost: a shrunk latent is nearly the latent of the shrunk picture, to
     which the published VAE was trained down to a quarter (arXiv 2502.09509)."""
@@ -583,7 +575,7 @@ def preview(vae, latents):
         shrink = min(1, 32 / max(latents.shape[2:]))
         size = [math.ceil(side * shrink) for side in latents.shape[2:]]
         latents = vae.decode(torch.nn.functional.interpolate(latents, size, mode="area"))
-    return enlarged(to_uint8(latents))
+    return image_grid(to_uint8(latents), math.ceil(len(latents) ** 0.5), gap=0)
 
 
 def page(model, vae, get_te, settings, s, p, common):
@@ -594,9 +586,8 @@ def page(model, vae, get_te, settings, s, p, common):
     uploads = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)
     os.environ.update(GRADIO_TEMP_DIR=uploads.name, GRADIO_ANALYTICS_ENABLED="False")
     import gradio as gr
-    from starlette.middleware import Middleware, base
-    p, prompt = resolved(p, settings, model, vae), [*s.prompt, fill_slots(s.format, read_slots(s.slots))][0]
-    start = vars(p) | dict(prompt=prompt, tipo=bool(s.tipo))
+    p = resolved(p, settings, model, vae)
+    start = vars(p) | dict(prompt="".join(s.prompt[:1]), tipo=bool(s.tipo))
     get_te, get_tipo = cache(get_te), cache(load_tipo)
     get_te()                                                 # now; TIPO when it is first switched on
     controls, drawn, news, stopping = {}, [], [], threading.Event()
@@ -623,9 +614,9 @@ def page(model, vae, get_te, settings, s, p, common):
             progress(done / len(jobs))
             if not news:                                     # else the page has yet to show the last one
                 news.append(preview(vae, x0))
-        for _, image, path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
+        for path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
             drawn.insert(0, (path, path.name))
-            news[:] = [enlarged([image])]
+            news[:] = [path]
         return f"{len(jobs)} in {s.out}"
 
     @told()
@@ -635,12 +626,6 @@ def page(model, vae, get_te, settings, s, p, common):
             gr.Warning("drawn by another model: this page keeps its own")
         kept = start | kept | dict(prompt=kept["prompt"][0], tipo=False)              # its words are in it
         return [kept[name] for name in controls]
-
-    async def seal(request, call_next):                      # tells the browser to ask nobody else
-        response = await call_next(request)
-        own = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-        response.headers["Content-Security-Policy"] = own
-        return response
 
     async def fetch_nothing(url, *request):                  # as gradio would for whoever names it a URL
         raise gr.routes.HTTPException(403, "no URL is fetched here")
@@ -661,7 +646,7 @@ def page(model, vae, get_te, settings, s, p, common):
         with gr.Column():
             with gr.Row():
                 draw_button, stop_button = gr.Button("draw", variant="primary"), gr.Button("stop")
-            state = gr.HTML(min_height=80)
+            state = gr.Textbox(label="drawn", lines=2)
             image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
             gallery = gr.Gallery(lambda: list(drawn), show_label=False, columns=4)
         inputs, quiet = list(controls.values()), dict(show_progress="hidden")
@@ -677,8 +662,7 @@ def page(model, vae, get_te, settings, s, p, common):
         blocks.launch(server_name=address[1], server_port=int(address[2]), share=False, quiet=True,
                       prevent_thread_lock=True, show_error=True, footer_links=[], run_history=False,
                       theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                      app_kwargs=dict(middleware=[Middleware(base.BaseHTTPMiddleware, dispatch=seal)]),
-                      allowed_paths=[str(Path(s.out).absolute())])
+                      allowed_paths=[str(Path(s.out).absolute())], css=ENLARGED)
     print(f"page: http://{address[0]} until Ctrl-C", flush=True)
     blocks.block_thread()
     stopping.set()
@@ -747,22 +731,6 @@ def read_sheet(text, jobs):
     return cells, len(columns), list(columns), list(rows)
 
 
-def plan(s, p):
-    """What is to be drawn, and how its grid looks: numbered jobs; columns; labels above and to the left."""
-    tops, sides = (), ()
-    if s.ui or s.export:
-        jobs, columns = [Job(**vars(p))], 1
-    else:
-        jobs = read_jobs(s, p, load_tipo)
-        columns = p.num_images if p.num_images > 1 else min(len(jobs), 8)
-    if s.sheet:
-        jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
-    hdm.make_folder(s.out, "--out")
-    with hdm.naming(f"--out={s.out}", "no files can be written there"):
-        tempfile.TemporaryFile(dir=s.out).close()
-    return number(jobs, Path(s.out)), columns, tops, sides
-
-
 def main(argv):
     if argv and not argv[0].startswith("-"):
         raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
@@ -781,14 +749,22 @@ def main(argv):
     rank, ranks = hdm.start_ranks()
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
-    jobs, columns, tops, sides = gather(plan(s, p) if rank == 0 else None)[0]         # the others' standard
-    files, images = {job.ckpt: hdm.find_weights(job.ckpt, s.ema) for job in jobs}, [] # input is not theirs
+    jobs = [Job(**vars(p))]                                  # of --ui and --export
+    if not s.ui and not s.export:                            # the first process reads and rolls dice for all
+        jobs = gather(read_jobs(s, p, load_tipo) if rank == 0 else None)[0]
+    columns, tops, sides = p.num_images if p.num_images > 1 else min(len(jobs), 8), (), ()
+    if s.sheet:
+        jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
+    hdm.make_folder(s.out, "--out")
+    with hdm.naming(f"--out={s.out}", "no files can be written there"):
+        tempfile.TemporaryFile(dir=s.out).close()
+    jobs, paths = gather(number(jobs, Path(s.out)))[0], []
+    files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
     for ckpt, file in files.items():
-        with hdm.naming(file, "no weights that can be read"):
-            digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()       # mapped: no copy of it
+        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
+        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
-        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
         if vae is None and model.config.in_channels != 3:
             raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
@@ -796,19 +772,18 @@ def main(argv):
             if rank == 0:
                 export(s.export, model, vae, settings, s.force)
             return print(f"{s.export}: written, in float16")
-        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         get_te = partial(hdm.load_text_encoder, settings, device, dtype)
+        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         if s.ui:
             return page(model, vae, get_te, settings, s, p, common)
-        todo, mine = [job for job in jobs if job.ckpt == ckpt], slice(rank, None, ranks)
-        with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or None) as bar:
-            for job, image, _ in draw_files(model, vae, get_te, todo, settings, s, common,
-                                            lambda done, x0: bar.update(done - bar.n), mine):
-                if s.sheet or job.number < jobs[0].number + 100:
-                    images.append((job.number, image))
+        todo = [job for job in jobs if job.ckpt == ckpt]
+        with tqdm(total=len(deal(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
+            paths += draw_files(model, vae, get_te, todo, settings, s, common,
+                                lambda done, x0: bar.update(done - bar.n))
         del model, vae                                       # room for the next checkpoint's
-    images = [image for _, image in sorted(sum(gather(images), []))]
-    if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
+    paths = sorted(sum(gather(paths), []))
+    if len(paths) > 1 and rank == 0:                         # a row for each prompt, small pictures enlarged
+        images = [np.array(Image.open(path)) for path in (paths if s.sheet else paths[:100])]
         sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
         write_new(Path(s.out, "grid.png"), encode_file(np.array(sheet), "png"))
     print(f"pictures: {len(jobs)} in {s.out}, from {jobs[0].number:05d} on")
