@@ -243,8 +243,9 @@ def load_tipo(name):
 
 
 # ---- the text in a picture's file --------------------------------------------------------------------------
-def parameters(job, model, digest):
+def parameters(job, digest):
     """Prompt and settings in AUTOMATIC1111's form, which many programs show."""
+    model = Path(job.ckpt).name.removesuffix(".safetensors")
     pairs = {"Steps": job.steps, "Sampler": SAMPLER_NAMES[job.sampler], "CFG scale": f"{job.cfg:g}",
              "Seed": job.seed, "Size": f"{job.width}x{job.height}", "Model hash": digest[:10], "Model": model}
     line = ", ".join(f"{key}: " + (json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", str(value))
@@ -329,12 +330,10 @@ def number(jobs, out):
 
 def load_source(p):
     """-> init_image and mask as PIL pictures of the same size, or None for what is not given."""
-    pictures = []
-    for name in ("init_image", "mask"):
-        path = getattr(p, name)
-        with hdm.naming(f"--{name}={path}", "not a picture that can be read"):
-            pictures.append(hdm.load_image(path) if path else None)
-    image, mask = pictures
+    with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
+        image = hdm.load_image(p.init_image) if p.init_image else None
+    with hdm.naming(f"--mask={p.mask}", "not a picture that can be read"):
+        mask = hdm.load_image(p.mask).convert("L") if p.mask else None
     if mask is not None and mask.size != image.size:
         raise hdm.UserError(f"--mask={p.mask}: {mask.width}x{mask.height} pixels, but --init_image has "
                             f"{image.width}x{image.height}; they must be the same")
@@ -417,7 +416,7 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
         times = times[-1 - round(p.steps * p.strength):]
         x = times[0] * noise + (1 - times[0]) * known
     if anew is not None:                                     # a latent cell is drawn if any of its pixels is
-        anew = np.array(fitted(anew.convert("L"), p, Image.NEAREST)) > 127
+        anew = np.array(fitted(anew, p, Image.NEAREST)) > 127
         cells = torch.from_numpy(anew)[None, None].to(device).float()
         cells = torch.nn.functional.max_pool2d(cells, factor) > 0
 
@@ -490,8 +489,7 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
         for job, (image, latent) in zip(batch, drawn):
             path = Path(s.out, f"{job.number:05d}-{job.seed}.{s.file_type}")
             about = json.dumps(asdict(replace(job, number=0)) | common)
-            name = Path(job.ckpt).name.removesuffix(".safetensors")
-            text = "" if s.no_metadata else parameters(job, name, common["model_hash"])
+            text = "" if s.no_metadata else parameters(job, common["model_hash"])
             path = write_new(path, encode_file(image, s.file_type, text, about))
             if s.latents_out:
                 write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
@@ -579,7 +577,7 @@ def preview(vae, latents):
 
 
 def page(model, vae, get_te, settings, s, p, common):
-    """Serves the page until Ctrl-C. The file routes see a folder of its uploads and s.out, nothing else."""
+    """Serves the page until Ctrl-C. Its file routes see s.out and a folder of uploads, nothing else."""
     address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
     if not address or not 0 < int(address[2]) < 2 ** 16:
         raise hdm.UserError(f"--ui={s.ui}: HOST:PORT is needed, such as 127.0.0.1:7860")
@@ -601,12 +599,12 @@ def page(model, vae, get_te, settings, s, p, common):
 
     @told()
     def draw_all(progress=gr.Progress(), *values):
+        stopping.clear()
         flags = [f"--{name}={value}" for name, value in zip(controls, values)]
         given = hdm.parse_args(flags, [Picture, Sampling])[1]
         asked = replace(s, prompt=given.pop("prompt"), prompts="", slots="",
                         tipo=given.pop("tipo") and (s.tipo or True))
         jobs = number(read_jobs(asked, Picture(**vars(p) | given), get_tipo), Path(s.out))
-        stopping.clear()
 
         def watch(done, x0):
             if stopping.is_set():
@@ -746,7 +744,7 @@ def main(argv):
     if s.batch_size < 1:
         raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
     hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
-    rank, ranks = hdm.start_ranks()
+    rank, _ = hdm.start_ranks()
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
     jobs = [Job(**vars(p))]                                  # of --ui and --export

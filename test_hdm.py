@@ -3330,8 +3330,8 @@ def test_metadata_can_be_left_out(kind, trained, tmp_path):
 
 
 def test_names_quoted_where_they_would_break_the_line():
-    job = sample.Job(prompt="a", steps=1, cfg=2.5, width=8, height=8)
-    text = sample.parameters(job, "my, model: 2\n", "0" * 64)
+    job = sample.Job(prompt="a", ckpt="my, model: 2\n", steps=1, cfg=2.5, width=8, height=8)
+    text = sample.parameters(job, "0" * 64)
     assert read_parameters(text)[2]["Model"] == "my, model: 2\n" and '"my, model: 2\\n"' in text
 
 
