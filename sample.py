@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import random
 import re
 import shlex
@@ -30,7 +29,6 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial, reduce
 from pathlib import Path
@@ -68,6 +66,21 @@ class Picture:                     # a line of --prompts may end in any of these
     init_image: str = ""           # picture to start from
     strength: float = 0.6          # share of the steps that are done on it
     mask: str = ""                 # picture of the same size: white is drawn anew, black stays
+
+    def __post_init__(self):
+        hdm.check_name(f"--sampler={self.sampler}", self.sampler, hdm.SAMPLERS, "sampler")
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise hdm.UserError(f"--{name}={value}: from {low} to {high}")
+        if self.mask and not self.init_image:
+            raise hdm.UserError(f"--mask={self.mask}: says what to draw anew in --init_image; it is missing")
+
+
+@dataclass
+class Job(Picture):                # one picture to draw
+    prompt: str = ""
+    number: int = 0                # of its file
 
 
 @dataclass
@@ -113,25 +126,13 @@ ENDING = dict(                     # tags that end a prompt: a guess at the comm
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------
-def check(p):
-    hdm.check_name(f"--sampler={p.sampler}", p.sampler, hdm.SAMPLERS, "sampler")
-    for name, (low, high) in LIMITS.items():
-        if getattr(p, name) is not None and not low <= getattr(p, name) <= high:
-            raise hdm.UserError(f"--{name}={getattr(p, name)}: from {low} to {high}")
-    if p.mask and not p.init_image:
-        raise hdm.UserError(f"--mask={p.mask}: says what to draw anew in --init_image, which is missing")
-
-
 def prompt_line(line, p):
-    """'PROMPT --key=value ...' -> the prompt, the Picture p with these values."""
-    text, overrides = re.fullmatch(r'(.*?)((?:(?:^|\s+)--\w+=(?:"[^"]*"|\S*))*)\s*', line).groups()
-    words = [flag + value.strip('"') for flag, value in re.findall(r'(--\w+=)("[^"]*"|\S*)', overrides)]
-    known = "|".join([*ALIASES, *("--" + one.name for one in fields(Picture))])
-    if found := re.search(rf"(?<!\S)({known})(?![\w-])", text):
-        raise hdm.UserError(f"--prompts, {line!r}: {found[1]} must stand at the end of its line, as "
-                            f'{found[1]}=VALUE or {found[1]}="SOME WORDS"')
+    """'PROMPT --key=value ...' -> the Job of this prompt, p with these values, quoted as in a shell."""
+    known = "|".join([*ALIASES, *(f"--{one.name}" for one in fields(Picture))])
+    text, *flags = re.split(rf"(?:^|\s+)(?=--\w+=|(?:{known})(?![\w-]))", line, maxsplit=1)
     with hdm.naming(f"--prompts, {line!r}", "settings in it that will not do"):
-        return text.strip(), replace(p, **hdm.parse_args(words, [Picture], aliases=ALIASES)[1])
+        values = hdm.parse_args(shlex.split(" ".join(flags)), [Picture], aliases=ALIASES)[1]
+        return Job(**vars(p) | values, prompt=text)
 
 
 def fill_slots(template, slots):
@@ -147,68 +148,65 @@ def fill_slots(template, slots):
     return text.rstrip(", ")
 
 
-def read_slots(text):
-    with hdm.naming(f"--slots={text}", 'neither a json file nor json such as {"artist": "..."}'):
-        text = text if text.lstrip().startswith("{") or not text else Path(text).read_text(encoding="utf-8")
-        slots = json.loads(text or "{}")
-        assert all(isinstance(words, str) for words in slots.values()), "each part must be a text"
-        return slots
-
-
-def read_jobs(s, p):
-    """-> [(prompt, Picture)], one for each picture, in order, each with its own seed."""
-    lines = [(prompt, p) for prompt in s.prompt]
+def read_jobs(s, p, load_tipo):
+    """-> a Job for each picture, in order, each with its own seed."""
+    lines, slots = [Job(**vars(p), prompt=prompt) for prompt in s.prompt], {}
     if s.prompts:
         with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
-            if s.prompts == "-":                             # which all processes share: the first reads it
-                first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-                text = gather(sys.stdin.read() if first else None)[0]
-            else:
-                text = Path(s.prompts).read_text(encoding="utf-8-sig")
+            text = sys.stdin.read() if s.prompts == "-" else Path(s.prompts).read_text(encoding="utf-8-sig")
         lines += [prompt_line(line.strip(), p) for line in text.splitlines()
                   if line.strip() and not line.lstrip().startswith("#")]
     if s.slots:
-        lines.append((fill_slots(s.format, read_slots(s.slots)), p))
-        print(f"prompt: {lines[-1][0]}")
+        with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
+            given = s.slots.lstrip().startswith("{")
+            slots = json.loads(s.slots if given else Path(s.slots).read_text(encoding="utf-8"))
+            assert all(isinstance(words, str) for words in slots.values()), "each part must be a text"
+        lines.append(Job(**vars(p), prompt=fill_slots(s.format, slots)))
+        print(f"prompt: {lines[-1].prompt}")
     if not lines:
         raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
-    texts = [text for prompt, p in lines for text in (prompt, p.negative_prompt)]
+    texts = [text for line in lines for text in (line.prompt, line.negative_prompt)]
     if any(re.search(r"\\[()]", text) for text in texts):
         print(r"prompts: \( and \) are taken for ( and )")
     if any(re.search(r"\([^()]+:\d*\.?\d+\)", text) for text in texts):
         print("prompts: weights as in (tag:1.2) are not known here, and read as text")
     jobs = []
-    for prompt, p in lines:
-        check(p)
-        if p.seed == -1:
-            p = replace(p, seed=gather(random.SystemRandom().randrange(2 ** 32))[0])
-            print(f"seed {p.seed}: {prompt}")
+    for line in lines:
+        if line.seed == -1:
+            line = replace(line, seed=random.SystemRandom().randrange(2 ** 32))
+            print(f"seed {line.seed}: {line.prompt}")
         prompt, negative = (re.sub(r"\\([()])", r"\1", text).encode(errors="replace").decode()
-                            for text in (prompt, p.negative_prompt))         # argv can hold any bytes
-        jobs += [(prompt, replace(p, negative_prompt=negative, num_images=1, seed=p.seed + i))
-                 for i in range(p.num_images)]
+                            for text in (line.prompt, line.negative_prompt))   # argv can hold any bytes
+        jobs += [replace(line, prompt=prompt, negative_prompt=negative, num_images=1, seed=line.seed + i)
+                 for i in range(line.num_images)]
+    if s.tipo:
+        expand = load_tipo(s.tipo)
+        jobs = [replace(job, prompt=expand(job, slots)) for job in jobs]
+        print("\n".join(f"prompt: {job.prompt}" for job in jobs))
     return jobs
 
 
-def tipo_request(prompt, p, slots):
-    """-> the text that TIPO goes on with; the prompt as slots of the model card's template."""
+def tipo_request(job, slots):
+    """-> the text that TIPO goes on with; the job's prompt as slots of the model card's template."""
     parts = dict.fromkeys(re.findall(r"<\|(.+?)\|>", Sampling.format), "")
     kinds = {tag.strip(): name for name, tags in (*ENDING.items(), *slots.items()) if name in parts
              for tag in tags.lower().replace("_", " ").split(",")}
-    for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", prompt))):
+    for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", job.prompt))):
         sentence = len(tag.split()) > 4                      # a guess
         kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
         parts[kind] += ", " * bool(parts[kind]) + tag
+    square = job.width is None or job.height is None         # as far as is known here
     lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
              "copyrights": parts["series"], "quality": parts["quality"],
-             "aspect_ratio": f"{p.width / p.height:.3f}", "target": "<|long|> <|tag_to_long|>",
+             "aspect_ratio": f"{1 if square else job.width / job.height:.3f}",
+             "target": "<|long|> <|tag_to_long|>",
              "tag": ", ".join(filter(None, (parts["special"], parts["general"])))}
     text = "".join(f"{name}: {value}\n" for name, value in lines.items() if value)
     return f"{text}long: {parts['natural language']}".rstrip(), parts
 
 
 def load_tipo(name):
-    """-> expand(prompt, p, slots): the prompt with what TIPO (arXiv 2411.08127) adds to it, or as it was.
+    """-> expand(job, slots): the job's prompt with what TIPO (arXiv 2411.08127) adds to it.
 
     name: hub id or folder of a causal LM with its tokenizer. On the CPU, in float32: a prompt and a seed get
     the same words on any device. Tags of the negative prompt are not among them.
@@ -218,43 +216,42 @@ def load_tipo(name):
     with hdm.naming(name, "no causal LM and tokenizer to be had for --tipo"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    ends = [i for i in range(len(tokenizer)) if i == tokenizer.eos_token_id or "\n" in tokenizer.decode([i])]
 
-    def expand(prompt, p, slots):
-        request, parts = tipo_request(prompt, p, slots)
-        banned = [tag.strip() for tag in p.negative_prompt.replace("_", " ").split(",") if tag.strip()]
-        forms = {lead + case(tag).replace(" ", joint) for tag in banned for lead in ("", " ")
-                 for joint in " _" for case in (str, str.lower, str.capitalize)}
-        ids = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
+    def expand(job, slots):
+        request, parts = tipo_request(job, slots)
+        negative = job.negative_prompt.lower().replace("_", " ").split(",")
+        banned = [tag.strip() for tag in negative if tag.strip()]
+        forms = [lead + form for tag in banned for lead in ("", " ") for form in (tag, tag.capitalize())]
         config = transformers.GenerationConfig(              # as TIPO's authors advise
             do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
-            max_new_tokens=TIPO_TOKENS, bad_words_ids=ids or None, eos_token_id=ends, pad_token_id=ends[0])
+            max_new_tokens=TIPO_TOKENS, stop_strings=["\n"], eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            bad_words_ids=[tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms] or None)
         inputs = tokenizer(request, return_tensors="pt")
         with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
-            torch.manual_seed(p.seed)
-            output = model.generate(**inputs, generation_config=config)[0]
+            torch.manual_seed(job.seed)
+            output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)[0]
         added = tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         reply = added.partition("\n")[0].strip()
         # A tag can also be spelt with other tokens than the tokenizer's: its sentence goes, and what follows.
         spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
         if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
             reply = reply[:reply.rfind(".", 0, match.start()) + 1]
-        if not reply:
-            print(f"--tipo: nothing to add to: {prompt}")
-            return prompt
         parts["natural language"] += " " + reply
         return fill_slots(Sampling.format, parts)
     return expand
 
 
 # ---- the text in a picture's file --------------------------------------------------------------------------
-def parameters(prompt, p, model, digest):
+def parameters(job, digest):
     """Prompt and settings in AUTOMATIC1111's form, which many programs show."""
-    pairs = {"Steps": p.steps, "Sampler": SAMPLER_NAMES[p.sampler], "CFG scale": f"{p.cfg:g}", "Seed": p.seed,
-             "Size": f"{p.width}x{p.height}", "Model hash": digest[:10], "Model": model}
+    model = Path(job.ckpt).name.removesuffix(".safetensors")
+    pairs = {"Steps": job.steps, "Sampler": SAMPLER_NAMES[job.sampler], "CFG scale": f"{job.cfg:g}",
+             "Seed": job.seed, "Size": f"{job.width}x{job.height}", "Model hash": digest[:10], "Model": model}
     line = ", ".join(f"{key}: " + (json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", str(value))
                                    else str(value)) for key, value in pairs.items())
-    return "\n".join([prompt, *[f"Negative prompt: {p.negative_prompt}"] * bool(p.negative_prompt), line])
+    negative = [f"Negative prompt: {job.negative_prompt}"] if job.negative_prompt else []
+    return "\n".join([job.prompt, *negative, line])
 
 
 def encode_file(image, kind, text="", about=""):
@@ -325,42 +322,40 @@ def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
     return sheet
 
 
-def first_free_number(out):
-    """One more than the highest number of a picture in the folder, so that none is overwritten."""
-    numbers = [int(match[1]) for path in out.iterdir() if (match := re.match(r"(\d+)-", path.name))]
-    return max(numbers, default=-1) + 1
+def number(jobs, out):
+    """jobs with the numbers of their files, above those in the folder, so that none is overwritten."""
+    taken = [int(match[1]) for path in out.iterdir() if (match := re.match(r"(\d+)-", path.name))]
+    return [replace(job, number=i) for i, job in enumerate(jobs, max(taken, default=-1) + 1)]
 
 
-def read_source(p):
-    """-> init_image (height, width, 3) uint8, and the mask (height, width) bool, True is drawn anew, or None.
-
-    Of a slightly larger picture the middle is taken as it is; others are scaled to cover and cut.
-    """
-    def fitted(image, method):
-        over = image.width - p.width, image.height - p.height
-        if 0 <= min(over) and max(over) < min(64, p.width / 4, p.height / 4):
-            return image.crop((over[0] // 2, over[1] // 2, over[0] // 2 + p.width, over[1] // 2 + p.height))
-        return ImageOps.fit(image, (p.width, p.height), method)
+def load_source(p):
+    """-> init_image and mask as PIL pictures of the same size, or None for what is not given."""
     with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
-        image = hdm.load_image(p.init_image)
-    source = np.array(fitted(image, Image.BICUBIC))
-    if not p.mask:
-        return source, None
+        image = hdm.load_image(p.init_image) if p.init_image else None
     with hdm.naming(f"--mask={p.mask}", "not a picture that can be read"):
-        mask = hdm.load_image(p.mask).convert("L")
-    if mask.size != image.size:
+        mask = hdm.load_image(p.mask).convert("L") if p.mask else None
+    if mask is not None and mask.size != image.size:
         raise hdm.UserError(f"--mask={p.mask}: {mask.width}x{mask.height} pixels, but --init_image has "
                             f"{image.width}x{image.height}; they must be the same")
-    return source, np.array(fitted(mask, Image.NEAREST)) > 127
+    return image, mask
+
+
+def fitted(image, p, method):
+    """A PIL picture in the size of p. Of a slightly larger one the middle is taken as it is, pixel by pixel;
+    others are scaled to cover and cut."""
+    over = image.width - p.width, image.height - p.height
+    if 0 <= min(over) and max(over) < min(64, p.width / 4, p.height / 4):
+        left, top = over[0] // 2, over[1] // 2
+        return image.crop((left, top, left + p.width, top + p.height))
+    return ImageOps.fit(image, (p.width, p.height), method)
 
 
 def resolved(p, settings, model, vae):
     """p with numbers in place of None; a size or a picture that will not do is refused."""
-    check(p)
     width = height = settings["image_size"]
-    if p.init_image:
-        with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
-            width, height = hdm.load_image(p.init_image).size
+    image, _ = load_source(p)
+    if image is not None:
+        width, height = image.size
         if max(width, height) > 2 * settings["image_size"]:  # such as a photo's: more than the model can do
             width, height = hdm.scaled_sides(width, height, settings["image_size"])
         step = model.config.patch_size * (1 if vae is None else vae.factor)
@@ -369,33 +364,38 @@ def resolved(p, settings, model, vae):
                shift=settings["t_shift"])
     p = replace(p, **{name: value for name, value in own.items() if getattr(p, name) is None})
     hdm.check_size(p.height, p.width, model.config, vae)
-    if p.init_image:
-        read_source(p)
-        if round(p.steps * p.strength) < 1:
-            raise hdm.UserError(f"--strength={p.strength}: of {p.steps} steps none would be done; above "
-                                f"{0.5 / p.steps:.3g} at least one is")
+    if p.init_image and round(p.steps * p.strength) < 1:
+        raise hdm.UserError(f"--strength={p.strength}: of {p.steps} steps none would be done; above "
+                            f"{0.5 / p.steps:.3g} at least one is")
     return p
 
 
 def encode_texts(te, jobs):
     """-> {text: states (1, T, ctx_dim) on the CPU} of all prompts and negative prompts."""
-    texts = dict.fromkeys(text for _, prompt, p in jobs for text in (prompt, p.negative_prompt))
+    texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
     return {text: te([text])[0].cpu() for text in texts}
 
 
+def batches(jobs, batch_size):
+    """Neighbours that are alike but for prompt and seed, at most batch_size at a time."""
+    for _, alike in itertools.groupby(jobs, key=lambda job: replace(job, prompt="", seed=0, number=0)):
+        while batch := list(itertools.islice(alike, batch_size)):
+            yield batch
+
+
 @torch.inference_mode()
-def draw(model, vae, texts, jobs, source, anew, watch):
-    """Clean latents (B, C, h, w) of jobs, [(number, prompt, Picture as resolved)] with other prompts and
-    seeds but else alike; texts as from encode_texts, source and anew from read_source, or None.
+def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
+    """Draws jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its picture
+    (height, width, 3) uint8 and its latent (C, h, w).
 
     All that is random comes from a picture's own seed, on the CPU: the same in any batch, on any device.
     watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then.
     """
-    p, config, device = jobs[0][2], model.config, model.in_patch.proj.weight.device
+    p, config, device = jobs[0], model.config, model.in_patch.proj.weight.device
     factor = 1 if vae is None else vae.factor
     rows, cols = (side // factor // config.patch_size for side in (p.height, p.width))
     pos = (hdm.grid_positions(rows, cols, config.pos) + torch.tensor([p.y_shift, p.x_shift])) / p.zoom
-    generators = [torch.Generator().manual_seed(own.seed) for _, _, own in jobs]
+    generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     shape = config.in_channels, p.height // factor, p.width // factor
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
@@ -403,48 +403,34 @@ def draw(model, vae, texts, jobs, source, anew, watch):
         return [torch.cat([hdm.pick_tokens(1, rows * cols, rate, generator) for generator in generators]
                           ).to(device) if rate else None for rate in (p.tread_cond, p.tread_uncond)]
     ctx, mask = reduce(lambda some, one: hdm.stack_texts(*some, *one),
-                       [(texts[prompt].to(device), None) for _, prompt, _ in jobs])
+                       [(texts[job.prompt].to(device), None) for job in jobs])
     uncond = texts[p.negative_prompt].to(device).repeat(len(jobs), 1, 1)
     guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, pos=pos, picks=picks,
                             aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
                             interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
-    times, x = hdm.sampling_times(p.steps, p.shift), noise
+    times, x, (source, anew) = hdm.sampling_times(p.steps, p.shift), noise, load_source(p)
     if source is not None:
+        source = np.array(fitted(source, p, Image.BICUBIC))
         known = torch.from_numpy(source).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
         known = known if vae is None else vae.encode(known)
         times = times[-1 - round(p.steps * p.strength):]
         x = times[0] * noise + (1 - times[0]) * known
-        if anew is not None:                                 # a latent cell is drawn if any of its pixels is
-            anew = torch.nn.functional.max_pool2d(torch.from_numpy(anew)[None, None].float(), factor) > 0
-            anew = anew.to(device)
+    if anew is not None:                                     # a latent cell is drawn if any of its pixels is
+        anew = np.array(fitted(anew, p, Image.NEAREST)) > 127
+        cells = torch.from_numpy(anew)[None, None].to(device).float()
+        cells = torch.nn.functional.max_pool2d(cells, factor) > 0
 
     def velocity(x, t):
         v = guidance(x, t)
         if anew is not None:                                 # what stays goes straight from noise to itself
-            v = torch.where(anew, v, noise - known)
+            v = torch.where(cells, v, noise - known)
         watch(t, x - t * v)
         return v
     x = hdm.SAMPLERS[p.sampler](velocity, x, times)
     watch(0, x)
-    return x
-
-
-def pictures(model, vae, texts, jobs, batch_size, watch=lambda done, x0: None):
-    """Draws jobs, [(number, prompt, Picture as resolved)], neighbours alike together, and yields each with
-    its picture (height, width, 3) uint8 and its latent (C, h, w). watch is called at each step with how many
-    are done, in parts of one, and with what x0 (B, C, h, w) looks like."""
-    done = 0
-    for p, alike in itertools.groupby(jobs, key=lambda job: replace(job[2], seed=0)):
-        source, anew = read_source(p) if p.init_image else (None, None)
-        while batch := list(itertools.islice(alike, batch_size)):
-            latents = draw(model, vae, texts, batch, source, anew,
-                           lambda t, x0: watch(done + len(x0) * (1 - t), x0))
-            done += len(batch)
-            for job, latent in zip(batch, latents):          # the VAE takes one at a time: less memory
-                image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None]))[0]
-                if anew is not None:
-                    image = np.where(anew[..., None], image, source)
-                yield job, image, latent
+    for latent in x:                                         # the VAE takes one at a time: less memory
+        image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None]))[0]
+        yield image if anew is None else np.where(anew[..., None], image, source), latent
 
 
 def gather(thing):
@@ -456,21 +442,22 @@ def gather(thing):
     return things
 
 
+def deal(things):
+    """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
+    if not torch.distributed.is_initialized():
+        return things
+    return things[torch.distributed.get_rank()::torch.distributed.get_world_size()]
+
+
 def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
-    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture."""
-    p = resolved(Picture(**how), settings, model, vae)
-    jobs = [(i, prompt, replace(p, seed=seed)) for i, (prompt, seed) in enumerate(zip(prompts, seeds))]
-    drawn = pictures(model, vae, encode_texts(te, jobs), jobs, batch_size)
-    return np.stack([image for _, image, _ in drawn])
-
-
-def generate_dealt(model, vae, te, prompts, seeds, settings, **how):
-    """generate, with the prompts dealt over the processes: the list of all pictures, on each of them."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    mine = slice(torch.distributed.get_rank() if ranks > 1 else 0, None, ranks)
-    images = generate(model, vae, te, prompts[mine], seeds[mine], settings, **how) if prompts[mine] else []
+    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture.
+    Under torchrun each process draws its part, and gets all."""
+    p = resolved(Job(**how), settings, model, vae)
+    jobs = deal([replace(p, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds)])
+    texts = encode_texts(te, jobs)
+    images = [image for batch in batches(jobs, batch_size) for image, _ in draw(model, vae, texts, batch)]
     parts = gather(images)
-    return [parts[i % ranks][i // ranks] for i in range(len(prompts))]
+    return np.stack([parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))])
 
 
 def advise(p, side):
@@ -481,36 +468,33 @@ def advise(p, side):
               f"least as high, or wider than high, at most {side} high, of {side}x{side} pixels or more")
 
 
-def draw_files(model, vae, get_te, get_tipo, jobs, settings, s, common, watch, share=slice(None)):
-    """Draws jobs, [(number, prompt, Picture)], and writes each as a new file of s.out, in it its settings and
-    common, those of the whole program. Yields each one's number, picture and path.
+def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
+    """Draws this process's part of jobs and writes each as a new file of s.out, in it its settings and
+    common, those of the whole program. Yields the paths.
 
-    get_te() loads the text encoder, get_tipo(), where it is not None, TIPO: when they are needed, and unless
-    others hold them they are gone before the first step. All jobs are looked at, those in share drawn.
+    get_te() loads the text encoder; unless others hold it, it is gone before the first step. watch is called
+    at each step with how many are done, in parts of one, and with what x0 (B, C, h, w) looks like.
     """
-    jobs = [(i, prompt, resolved(p, settings, model, vae)) for i, prompt, p in jobs]
-    for p in {(p.width, p.height): p for _, _, p in jobs}.values():
+    jobs, done = [resolved(job, settings, model, vae) for job in jobs], 0
+    for p in {(job.width, job.height): job for job in jobs}.values():
         advise(p, settings["image_size"])
-    if get_tipo:
-        expand, slots = get_tipo(), read_slots(s.slots)
-        jobs = [(i, expand(prompt, p, slots), p) for i, prompt, p in jobs]
-        print("\n".join(f"prompt: {prompt}" for _, prompt, _ in jobs))
-        del expand
     te = get_te()
     texts = encode_texts(te, jobs)
     for text in texts:
         if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
             print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
     del te                                                   # its memory goes to the pictures
-    for (number, prompt, p), image, latent in pictures(model, vae, texts, jobs[share], s.batch_size, watch):
-        path = Path(s.out, f"{number:05d}-{p.seed}.{s.file_type}")
-        about = json.dumps(dict(asdict(p), prompt=prompt, **common))
-        name = Path(p.ckpt).name.removesuffix(".safetensors")
-        text = "" if s.no_metadata else parameters(prompt, p, name, common["model_hash"])
-        path = write_new(path, encode_file(image, s.file_type, text, about))
-        if s.latents_out:
-            write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
-        yield number, image, path
+    for batch in batches(deal(jobs), s.batch_size):
+        drawn = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
+        for job, (image, latent) in zip(batch, drawn):
+            path = Path(s.out, f"{job.number:05d}-{job.seed}.{s.file_type}")
+            about = json.dumps(asdict(replace(job, number=0)) | common)
+            text = "" if s.no_metadata else parameters(job, common["model_hash"])
+            path = write_new(path, encode_file(image, s.file_type, text, about))
+            if s.latents_out:
+                write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
+            yield path
+        done += len(batch)
 
 
 def catch_signals(worker=None):
@@ -572,6 +556,7 @@ ROWS = ("prompt", "negative_prompt", "ratio", "width height steps num_images", "
         "zoom x_shift y_shift", "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
 SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
 RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
+ENLARGED = "img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
 def sides(ratio, size, step):
@@ -581,12 +566,6 @@ def sides(ratio, size, step):
     return [math.ceil(side / step) * step for side in (width, width * h / w)]
 
 
-def enlarged(images):
-    """Pictures (height, width, 3) uint8 of one size -> all in one, the small ones large enough to be seen."""
-    columns = math.ceil(len(images) ** 0.5)
-    return image_grid(images, columns, max(1, 512 // columns // max(images[0].shape)), gap=0)
-
-
 def preview(vae, latents):
     """What latents look like, at little cost: a shrunk latent is nearly the latent of the shrunk picture, to
     which the published VAE was trained down to a quarter (arXiv 2502.09509)."""
@@ -594,79 +573,57 @@ def preview(vae, latents):
         shrink = min(1, 32 / max(latents.shape[2:]))
         size = [math.ceil(side * shrink) for side in latents.shape[2:]]
         latents = vae.decode(torch.nn.functional.interpolate(latents, size, mode="area"))
-    return enlarged(to_uint8(latents))
+    return image_grid(to_uint8(latents), math.ceil(len(latents) ** 0.5), gap=0)
 
 
 def page(model, vae, get_te, settings, s, p, common):
-    """Serves a web page at s.ui that draws with this model, until Ctrl-C; its controls begin with p. It
-    fetches nothing from elsewhere; what can be read through it are copies of what was drawn or uploaded."""
+    """Serves the page until Ctrl-C. Its file routes see s.out and a folder of uploads, nothing else."""
     address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
     if not address or not 0 < int(address[2]) < 2 ** 16:
         raise hdm.UserError(f"--ui={s.ui}: HOST:PORT is needed, such as 127.0.0.1:7860")
-    copies = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)   # all gradio sees
-    os.environ.update(GRADIO_TEMP_DIR=copies.name, GRADIO_ANALYTICS_ENABLED="False")
+    uploads = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)
+    os.environ.update(GRADIO_TEMP_DIR=uploads.name, GRADIO_ANALYTICS_ENABLED="False")
     import gradio as gr
-    from starlette.middleware import Middleware, base
-    p, prompt = resolved(p, settings, model, vae), [*s.prompt, fill_slots(s.format, read_slots(s.slots))][0]
-    start = asdict(p) | dict(prompt=prompt, tipo=bool(s.tipo))
-    get_te, get_tipo = cache(get_te), cache(lambda: load_tipo(s.tipo or True))
+    p = resolved(p, settings, model, vae)
+    start = vars(p) | dict(prompt="".join(s.prompt[:1]), tipo=bool(s.tipo))
+    get_te, get_tipo = cache(get_te), cache(load_tipo)
     get_te()                                                 # now; TIPO when it is first switched on
-    controls, drawn, stopping = {}, [], threading.Event()
+    controls, drawn, news, stopping = {}, [], [], threading.Event()
 
     @contextlib.contextmanager
     def told():                                              # a UserError's line, where gradio shows errors
         try:
             yield
         except hdm.UserError as error:
-            line = re.sub(f"--from_image={copies.name}/.*/", "", str(error))          # of an uploaded file
-            raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
-    def draw_all(*values):
-        news, share = queue.SimpleQueue(), 0
+    @told()
+    def draw_all(progress=gr.Progress(), *values):
         stopping.clear()
+        flags = [f"--{name}={value}" for name, value in zip(controls, values)]
+        given = hdm.parse_args(flags, [Picture, Sampling])[1]
+        asked = replace(s, prompt=given.pop("prompt"), prompts="", slots="",
+                        tipo=given.pop("tipo") and (s.tipo or True))
+        jobs = number(read_jobs(asked, Picture(**vars(p) | given), get_tipo), Path(s.out))
 
         def watch(done, x0):
             if stopping.is_set():
-                raise InterruptedError
-            if news.empty():                                 # else the page is still busy with the last one
-                news.put((done, preview(vae, x0), None))
+                raise hdm.UserError("stopped")
+            progress(done / len(jobs))
+            if not news:                                     # else the page has yet to show the last one
+                news.append(preview(vae, x0))
+        for path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
+            drawn.insert(0, (path, path.name))
+            news[:] = [path]
+        return f"{len(jobs)} in {s.out}"
 
-        def work():
-            drawing = draw_files(model, vae, get_te, tipo, jobs, settings, s, common, watch)
-            with contextlib.suppress(InterruptedError):
-                for done, (_, image, path) in enumerate(drawing, 1):
-                    news.put((done, enlarged([image]), path))
-        with told(), ThreadPoolExecutor(1) as worker:
-            flags = [f"--{name}={value}" for name, value in zip(controls, values)]
-            given = hdm.parse_args(flags, [Picture, Sampling])[1]
-            prompt, tipo = given.pop("prompt"), get_tipo if given.pop("tipo") else None
-            jobs = read_jobs(replace(s, prompt=prompt, prompts="", slots=""), replace(p, **given))
-            jobs = [(i, *job) for i, job in enumerate(jobs, first_free_number(Path(s.out)))]
-            end = worker.submit(work)
-            end.add_done_callback(news.put)
-            for done, image, path in iter(news.get, end):
-                share = max(share, done / len(jobs))         # all steps of a batch come before its pictures
-                if path:
-                    drawn.insert(0, (shutil.copy(path, copies.name), path.name))
-                bar = f'<progress value={share} style="width: 100%"></progress>'
-                yield bar, image, list(drawn) if path else gr.skip()
-            end.result()
-
+    @told()
     def take_settings(file):
-        with told():
-            kept, digest = read_settings(file)
-        stays = common | dict(init_image=p.init_image, mask=p.mask)
-        kept = start | common | kept | dict(prompt=kept["prompt"][0], model_hash=digest)
-        kept["tipo"] = False                                 # its words are in the prompt
-        if other := ", ".join(name for name in stays if kept[name] != stays[name]):
-            gr.Warning(f"drawn with another {other}: this page keeps its own")
+        kept, digest = read_settings(file)
+        if digest != common["model_hash"]:
+            gr.Warning("drawn by another model: this page keeps its own")
+        kept = start | kept | dict(prompt=kept["prompt"][0], tipo=False)              # its words are in it
         return [kept[name] for name in controls]
-
-    async def seal(request, call_next):                      # tells the browser to ask nobody else
-        response = await call_next(request)
-        own = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-        response.headers["Content-Security-Policy"] = own
-        return response
 
     async def fetch_nothing(url, *request):                  # as gradio would for whoever names it a URL
         raise gr.routes.HTTPException(403, "no URL is fetched here")
@@ -687,12 +644,13 @@ def page(model, vae, get_te, settings, s, p, common):
         with gr.Column():
             with gr.Row():
                 draw_button, stop_button = gr.Button("draw", variant="primary"), gr.Button("stop")
-            bar = gr.HTML()
+            state = gr.Textbox(label="drawn", lines=2)
             image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
             gallery = gr.Gallery(lambda: list(drawn), show_label=False, columns=4)
         inputs, quiet = list(controls.values()), dict(show_progress="hidden")
-        gr.on([draw_button.click, controls["prompt"].submit], draw_all, inputs, [bar, image, gallery],
-              api_name="draw", **quiet)
+        gr.on([draw_button.click, controls["prompt"].submit], draw_all, inputs, state, api_name="draw")
+        gr.Timer(0.5).tick(lambda: (news.pop(), list(drawn)) if news else gr.skip(), None, [image, gallery],
+                           api_name="news", **quiet)
         stop_button.click(stopping.set, queue=False, api_name="stop")
         upload.upload(take_settings, upload, inputs, api_name="settings", **quiet)
         step = model.config.patch_size * (1 if vae is None else vae.factor)
@@ -702,11 +660,10 @@ def page(model, vae, get_te, settings, s, p, common):
         blocks.launch(server_name=address[1], server_port=int(address[2]), share=False, quiet=True,
                       prevent_thread_lock=True, show_error=True, footer_links=[], run_history=False,
                       theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                      app_kwargs=dict(middleware=[Middleware(base.BaseHTTPMiddleware, dispatch=seal)]))
+                      allowed_paths=[str(Path(s.out).absolute())], css=ENLARGED)
     print(f"page: http://{address[0]} until Ctrl-C", flush=True)
     blocks.block_thread()
     stopping.set()
-    copies.cleanup()
 
 
 # ---- the weights for other programs ------------------------------------------------------------------------
@@ -724,28 +681,26 @@ def export(path, model, vae, settings, force=False):
                             f"it, with its settings in the header, for sample.py alone")
     if path.exists():
         raise hdm.UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
-    modules = dict(transformer=model) | ({} if vae is None else dict(vae=vae))
-    parts = {part: {"model." * (part == "transformer") + name: value.half()
-                    for name, value in module.state_dict().items()} for part, module in modules.items()}
-    large = [name for tensors in parts.values() for name in tensors if not hdm.is_finite(tensors[name])]
-    if large:
+    tensors = {f"unet.model.{name}": value.half() for name, value in model.state_dict().items()}
+    configs = dict(transformer=asdict(config))
+    if vae is not None:
+        tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
+        tensors |= {name: torch.tensor(numbers).half()[None, :, None, None]
+                    for name, numbers in dict(vae_mean=vae.mean, vae_std=vae.std).items()}
+        configs["vae"] = vae.diffusers_config()
+    if large := [name for name, value in tensors.items() if not hdm.is_finite(value)]:
         raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
     settings = dict(settings, vae="" if vae is None else "vae")           # load_model finds it where it lies
     with (hdm.naming(path, "cannot be written"),
           tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
         whole = Path(partial, path.name)                     # gets its place when it is complete
         if path.suffix.lower() == ".safetensors":
-            tensors = {dict(transformer="unet.", vae="vae.")[part] + name: value
-                       for part in parts for name, value in parts[part].items()}
-            if vae is not None:
-                for name, value in dict(vae_mean=vae.mean, vae_std=vae.std).items():
-                    tensors[name] = torch.tensor(value).half()[None, :, None, None]
             hdm.save_model(whole, tensors, settings)
         else:
-            for part, tensors in parts.items():
+            for part, own in configs.items():
                 (whole / part).mkdir(parents=True)
-                hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", tensors, settings)
-                own = asdict(config) if part == "transformer" else vae.diffusers_config()
+                inside = hdm.part_of(tensors, dict(transformer="unet.", vae="vae.")[part])
+                hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", inside, settings)
                 (whole / part / "config.json").write_text(json.dumps(own), encoding="utf-8")
             encoder = Path(settings["text_encoder"])
             if encoder.is_dir():                             # else a hub id, which the header names
@@ -758,8 +713,8 @@ def export(path, model, vae, settings, force=False):
 
 # ---- commands ----------------------------------------------------------------------------------------------
 def read_sheet(text, jobs):
-    """'steps=8,16;cfg=1,2' -> a job for each cell, row by row; the columns; labels above and to the left."""
-    axes, (prompt, p) = [{"": {}}], jobs[0]                  # labels and what they set
+    """'steps=8,16;cfg=1,2' -> a Job for each cell, row by row; the columns; labels above and to the left."""
+    axes = [{"": {}}]                                        # labels and what they set
     with hdm.naming(f"--sheet={text}", "settings that will not do"):
         for part in text.split(";"):
             name, _, values = part.strip().partition("=")
@@ -767,8 +722,8 @@ def read_sheet(text, jobs):
             axes.append({one: hdm.parse_args(["--" + one], [Picture], aliases=ALIASES)[1] for one in words})
         rows, columns = axes[-2:]
         pairs = itertools.product(rows.values(), columns.values())
-        cells = [(prompt, replace(p, **row, **column)) for row, column in pairs]
-    if len(axes) > 3 or len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for _, cell in cells):
+        cells = [replace(jobs[0], **row, **column) for row, column in pairs]
+    if len(axes) > 3 or len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells):
         raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one picture, whose "
                             f"seed is not -1")
     return cells, len(columns), list(columns), list(rows)
@@ -789,25 +744,25 @@ def main(argv):
     if s.batch_size < 1:
         raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
     hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
-    rank, ranks = hdm.start_ranks()
+    rank, _ = hdm.start_ranks()
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
-    out, images, tops, sides = Path(s.out), [], (), ()
-    jobs = [("", p)] if s.ui or s.export else read_jobs(s, p)
-    columns = p.num_images if p.num_images > 1 else min(len(jobs), 8)
+    jobs = [Job(**vars(p))]                                  # of --ui and --export
+    if not s.ui and not s.export:                            # the first process reads and rolls dice for all
+        jobs = gather(read_jobs(s, p, load_tipo) if rank == 0 else None)[0]
+    columns, tops, sides = p.num_images if p.num_images > 1 else min(len(jobs), 8), (), ()
     if s.sheet:
         jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
-    hdm.make_folder(out, "--out")
-    with hdm.naming(f"--out={out}", "no files can be written there"):
-        tempfile.TemporaryFile(dir=out).close()
-    files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(p.ckpt for _, p in jobs)}
-    first = gather(first_free_number(out))[0]
+    hdm.make_folder(s.out, "--out")
+    with hdm.naming(f"--out={s.out}", "no files can be written there"):
+        tempfile.TemporaryFile(dir=s.out).close()
+    jobs, paths = gather(number(jobs, Path(s.out)))[0], []
+    files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
     for ckpt, file in files.items():
-        with hdm.naming(file, "no weights that can be read"):
-            digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()       # mapped: no copy of it
+        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
+        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
-        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
         if vae is None and model.config.in_channels != 3:
             raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
@@ -815,25 +770,21 @@ def main(argv):
             if rank == 0:
                 export(s.export, model, vae, settings, s.force)
             return print(f"{s.export}: written, in float16")
-        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         get_te = partial(hdm.load_text_encoder, settings, device, dtype)
+        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         if s.ui:
             return page(model, vae, get_te, settings, s, p, common)
-        get_tipo = partial(load_tipo, s.tipo) if s.tipo else None
-        todo = [(i, *job) for i, job in enumerate(jobs, first) if job[1].ckpt == ckpt]
-        mine = slice(rank, None, ranks)
-        with tqdm(total=len(todo[mine]), unit_scale=True, disable=rank > 0 or None) as bar:
-            drawn = draw_files(model, vae, get_te, get_tipo, todo, settings, s, common,
-                               lambda done, x0: bar.update(done - bar.n), mine)
-            for i, image, _ in drawn:
-                if s.sheet or i < first + 100:
-                    images.append((i, image))
+        todo = [job for job in jobs if job.ckpt == ckpt]
+        with tqdm(total=len(deal(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
+            paths += draw_files(model, vae, get_te, todo, settings, s, common,
+                                lambda done, x0: bar.update(done - bar.n))
         del model, vae                                       # room for the next checkpoint's
-    images = [image for _, image in sorted(sum(gather(images), []))]
-    if len(jobs) > 1 and rank == 0:                          # a row for each prompt, small pictures enlarged
+    paths = sorted(sum(gather(paths), []))
+    if len(paths) > 1 and rank == 0:                         # a row for each prompt, small pictures enlarged
+        images = [np.array(Image.open(path)) for path in (paths if s.sheet else paths[:100])]
         sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
-        write_new(out / "grid.png", encode_file(np.array(sheet), "png"))
-    print(f"pictures: {len(jobs)} in {out}, from {first:05d} on")
+        write_new(Path(s.out, "grid.png"), encode_file(np.array(sheet), "png"))
+    print(f"pictures: {len(jobs)} in {s.out}, from {jobs[0].number:05d} on")
 
 
 if __name__ == "__main__":

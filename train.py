@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import hdm
 from prepare import Latents, open_at, open_index
-from sample import catch_signals, gather, generate_dealt, image_grid, plot, read_metrics, tracker
+from sample import catch_signals, gather, generate, image_grid, plot, read_metrics, tracker
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
@@ -704,8 +704,7 @@ def train(s, given, rank, ranks):
                 val_loss = sum(gather(sum(losses))) / len(held_out)
                 troubles.hear(sum(gather(heard), []))
             if due(s.sample_every):                          # the same prompts and seeds each time
-                images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings,
-                                        batch_size=s.batch_size)
+                images = generate(shown, vae, te, prompts, range(len(prompts)), settings, s.batch_size)
                 if rank == 0:
                     with if_the_disk_allows("a sheet of previews"):
                         sheet = image_grid(images, 4, scale=max(1, 128 // s.image_size))
