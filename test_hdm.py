@@ -1370,7 +1370,7 @@ def test_lr_warms_up_linearly_and_ends_at_one_percent():
 
 def stream(data, training=True, pos="long_side", latents=None, **settings):
     """The samples that train.py would read from a folder of pictures, or from an index."""
-    s = SimpleNamespace(**train.DEFAULTS | TINY | dict(validation=0.0) | settings)
+    s = SimpleNamespace(**vars(train.Settings()) | TINY | dict(validation=0.0) | settings)
     index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
     parts, held = index.split(s.validation)
     places = train.Epochs(parts, s.seed) if training else held or list(range(len(index)))
@@ -2547,9 +2547,9 @@ def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
     options = dict(sidecar=".nl.txt", sidecar_place=place, caption_lines="choose")
     for source, inner in (("f", ""), ("t", "t.tar/")):
         found, report = scanned(tmp_path / source, **options)
-        drawn = {name: hdm.draw_caption(text, None, train.Data) for name, text in found.items()}
+        drawn = {name: hdm.draw_caption(text, None, train.Settings()) for name, text in found.items()}
         assert drawn == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
-        s = SimpleNamespace(**vars(train.Data) | dict(tag_separator=","))  # what is beside it stays
+        s = train.Settings(tag_separator=",")                # what is beside it stays
         text = hdm.draw_caption(found[inner + "a.png"], random.Random(0), s)
         assert (text.startswith if place == "before" else text.endswith)("some words, a $$ b")
     sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
@@ -2562,7 +2562,7 @@ def test_a_sidecar_beside_a_tables_image(tmp_path):
     write_files(tmp_path, {"metadata.jsonl": '{"file_name": "a.png", "tags": "x, y"}',
                            "a.png": PNG, "a.nl.txt": "words"})
     found, report = scanned(tmp_path, sidecar=".nl.txt")
-    assert hdm.draw_caption(found["a.png"], None, train.Data) == "x, y, words" and not report
+    assert hdm.draw_caption(found["a.png"], None, train.Settings()) == "x, y, words" and not report
     one, = scan(tmp_path, sidecar=".nl.txt")
     assert one.texts == (str(tmp_path / "metadata.jsonl"), str(tmp_path / "a.nl.txt"))
     assert one.stamp == prepare.stamp_of(one.file, *one.texts)
@@ -2601,7 +2601,7 @@ def test_an_update_opens_only_what_changed(tmp_path, monkeypatch):
                            "3.nl.txt", "4.png", "4.txt", "new.png", "new.caption"}
     assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == {
         "1.png", "2.png", "3.png", "4.png", "new.png", "gone.png"}
-    assert (hdm.draw_caption(after["1.png"].caption, None, train.Data), after["2.png"].width) == (
+    assert (hdm.draw_caption(after["1.png"].caption, None, train.Settings()), after["2.png"].width) == (
         "new caption, x", 9)
     moved = Path(shutil.copytree(tmp_path, tmp_path.with_name("moved")))              # copies keep the times
     assert all(one.file.startswith(str(moved)) for one in scan(moved, sidecar=".nl.txt", known=known))
@@ -4660,7 +4660,7 @@ def test_costs_of_an_image_are_those_of_a_step(dtype, monkeypatch):
 
 def test_the_encoders_are_counted():
     """SDXL's encoder at 256 px, 273 GFLOP, and 256 tokens of a Qwen3-0.6B, 241, of 596.0M parameters."""
-    s = SimpleNamespace(**train.DEFAULTS | dict(vae="x/y", text_encoder="x/y"))
+    s = train.Settings(vae="x/y", text_encoder="x/y")
     costs, numbers = train.costs_of(s, {}, 256)
     assert costs["vae"] / 1e9 == pytest.approx(273, rel=0.002)
     assert costs["text"] / 1e9 == pytest.approx(241, rel=0.003)

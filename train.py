@@ -33,7 +33,6 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -51,7 +50,8 @@ from sample import catch_signals, gather, generate_dealt, image_grid, plot, read
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
 
 @dataclasses.dataclass
-class Run:
+class Settings:
+    # The run
     out_dir: str = "out/run"       # checkpoints, metrics.jsonl, run.json and samples/ go here
     init_from: str = ""            # weights to start from: a run, a checkpoint, a published file, a hub id
     resume: bool | str = False     # bare: go on from the newest checkpoint of out_dir; or a checkpoint's path
@@ -70,10 +70,7 @@ class Run:
     keep_ckpts: int = 3            # how many of the newest checkpoints stay; 0: all
     milestone_every: int = 0       # images; the first checkpoint after each multiple always stays; 0: none
     log: str = ""                  # metrics go to wandb or tensorboard as well, if installed
-
-
-@dataclasses.dataclass
-class Data:
+    # The data
     data: str = "data/train"       # what prepare.py wrote, or a source of captioned images as it takes it
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id; "": train on pixels
     text_encoder: str = hdm.TEXT_ENCODER   # folder or hub id of a causal LM
@@ -91,10 +88,7 @@ class Data:
     latents: bool = False          # read prepare.py's cache of VAE latents in place of the pictures
     vae_chunk: int = 0             # pictures that the VAE takes at a time; 0: a micro-step's
     max_unreadable: float = 0.05   # share of the pictures; when more of them cannot be read, the run ends
-
-
-@dataclasses.dataclass
-class Optim:
+    # The training
     preset: str = "base"           # small, base or large: an XUTConfig, which the settings below change
     images: int = 152_500_000      # the stage's length in images seen (published at 256 px: 20 x 7.624M)
     batch_size: int = 32           # images in one micro-step of one process
@@ -111,10 +105,7 @@ class Optim:
     ema: float = 0.9999            # decay of the averaged weights, a step; 0: no average
     sample_steps: int = 24         # Euler steps of previews, and sample.py's default for the checkpoint
     sample_cfg: float = 3.0        # guidance, likewise
-
-
-@dataclasses.dataclass
-class Bench:
+    # What it costs
     bench: int = 0                 # in place of training: measure so many steps, on made-up data
     baseline: bool = False         # ... and again with the settings of a plain eager trainer: the ratio
     caption_tokens: int = 128      # ... the captions' mean length; they are uniform from 1/2 to 3/2 of it
@@ -125,8 +116,7 @@ class Bench:
     dollars_per_gpu_hour: float = 0.35     # ... likewise a guess
 
 
-CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
-DEFAULTS = {field.name: field.default for cls in CLASSES[:4] for field in dataclasses.fields(cls)}
+CLASSES = Settings, hdm.XUTConfig
 LEAST = dict.fromkeys(("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths",
                        "log_every", "sample_steps", "caption_tokens", "gpus"), 1)     # of other numbers: 0
 LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), 1e-12)
@@ -136,10 +126,10 @@ MOST |= dict.fromkeys(("caption_dropout", "tag_dropout", "group_dropout", "valid
 
 
 def read_settings(argv, ranks=1):
-    """-> the settings of Run, Data and Optim as one flat namespace, and the {name: value} that were given."""
+    """-> the Settings, and the {name: value} that were given, also of XUTConfig."""
     (config_file,), flags = hdm.parse_args(argv, CLASSES, ["CONFIG"], __doc__)
     given = hdm.read_config(config_file, CLASSES) | flags
-    s = SimpleNamespace(**DEFAULTS | {name: given[name] for name in given if name in DEFAULTS})
+    s = Settings(**{name: given[name] for name in given if hasattr(Settings, name)})
     for name, value in vars(s).items():
         least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
         if isinstance(value, (int, float)) and not least <= value <= most:
@@ -359,8 +349,7 @@ def dry_run(index, s, tokenizer):
         print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
     cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
-    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
-    texts = [hdm.draw_caption(index[i].caption, None, Data) for i in some]
+    texts = [hdm.draw_caption(index[epochs[i][2]].caption, None, Settings) for i in range(min(n, 20_000))]
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
           f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
@@ -373,7 +362,7 @@ def dry_run(index, s, tokenizer):
         with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
             hashes.append(hashlib.sha256(stream.read()).digest())
     print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
-    run = SimpleNamespace(**DEFAULTS | dict(vae="", tread_rate=0.0, image_size=s.image_size))
+    run = Settings(vae="", tread_rate=0.0, image_size=s.image_size)
     config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
     samples = Samples(index, epochs, None, run, config, 1, training=True)
     for i in range(min(48, n)):
@@ -411,7 +400,7 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
     with if_the_disk_allows(f"{final}, which takes {gb:.2f} GB where {free:.2f} are free; older ones stay"):
         partial.mkdir()
         hdm.save_model(partial / "model.safetensors", model.state_dict(), settings)
-        if ema is not None:
+        if ema is not model:
             hdm.save_model(partial / "ema.safetensors", ema.state_dict(), settings)
         torch.save(state, partial / "train.pt")
         if milestone:                                        # marked as never to be deleted
@@ -480,7 +469,7 @@ def build_model(s, given, vae, ctx_dim, device):
     source = s.resume or s.init_from
     if source:
         model, _, old = hdm.load_model(source, device, ema=not s.resume, with_vae=False)
-        model = copy.deepcopy(model)                         # in a mapped file sums round as tensors are aligned
+        model = copy.deepcopy(model)                         # aligned as any: else sums round another way
         print(f"weights: {source}" + f", step {old['step']:,}, {old['images']:,} images" * bool(old["step"]))
     else:                                                    # the encoders' two numbers win over the preset's
         model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
@@ -497,32 +486,29 @@ def build_model(s, given, vae, ctx_dim, device):
     return model.train()
 
 
-class Troubles:
-    """What goes wrong with the data, told once: pictures that cannot be read or have changed, a slow disk."""
-
-    def __init__(self, s, pictures):
-        self.s, self.pictures, self.heard, self.told, self.unreadable = s, pictures, [], set(), set()
-
-    def once(self, kind, text):
-        if kind not in self.told:
-            print(f"warning: {text}", flush=True)
-        self.told.add(kind)
-
-    def tell(self, waited):
-        """What all processes heard, "trouble" of Samples, since the last time; waited: the share of it."""
-        for texts, changed in sum(gather(self.heard), []):
-            for line in filter(None, "\n".join(texts).split("\n")):
-                self.once(line, f"{line}; the next in order takes its place")
-                self.unreadable.add(line)
-            for name in filter(None, changed):
-                self.once("changed", f"{name} or its caption is not as it was indexed: run prepare.py again")
-        self.heard = []
-        if waited > 0.1:
-            self.once("slow", f"{waited:.0%} of the time is spent waiting for data; what may help: more "
-                      f"--workers (now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
-        if len(self.unreadable) > math.ceil(self.s.max_unreadable * self.pictures):
-            raise hdm.UserError(f"{len(self.unreadable)} of {self.pictures:,} pictures cannot be read, more "
-                                f"than --max_unreadable={self.s.max_unreadable}, such as {line}")
+def tell_troubles(s, heard, told, pictures, waited):
+    """Warns once each of pictures that cannot be read, of one that has changed and of slow data -> how many
+    cannot be read. heard: "trouble" of this process's Samples, emptied; told: the warnings so far, by kind;
+    waited: the share of the time."""
+    new = {}
+    for texts, changed in sum(gather(heard), []):
+        lines = filter(None, "\n".join(texts).split("\n"))
+        new |= {line: f"{line}; the next in order takes its place" for line in lines}
+        new |= {"changed": f"{name} or its caption is not as it was indexed: run prepare.py again"
+                for name in changed if name}
+    if waited > 0.1:
+        new["slow"] = (f"{waited:.0%} of the time is spent waiting for data; what may help: more --workers "
+                       f"(now {s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
+    for kind in new:
+        if kind not in told:
+            print(f"warning: {new[kind]}", flush=True)
+    told.update(new)
+    heard.clear()
+    unreadable = told.keys() - {"changed", "slow"}
+    if len(unreadable) > math.ceil(s.max_unreadable * pictures):
+        raise hdm.UserError(f"{len(unreadable)} of {pictures:,} pictures cannot be read, more than "
+                            f"--max_unreadable={s.max_unreadable}, such as {min(unreadable)}")
+    return len(unreadable)
 
 
 def deal(index, epochs, s, first, last, rank, ranks):
@@ -595,13 +581,13 @@ def train(s, given, rank, ranks):
     te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
     model = build_model(s, given, vae, te.dim, device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else None
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else model
     optimizer = torch.optim.AdamW(hdm.parameter_groups(model), fused=True)
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     if s.resume:
         optimizer.load_state_dict(state.pop("optimizer"))
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())                # empty: was not fp16
-        if ema is not None:
+        if s.ema:
             ema.load_state_dict(hdm.read_tensors(hdm.find_weights(s.resume, ema=True))[0])
 
     # The data, the plan
@@ -648,7 +634,7 @@ def train(s, given, rank, ranks):
     window, laps = state.get("window", torch.zeros(2, 10)).to(device), Laps(kind, state.get("seconds"))
     bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
     lr, norm, T, stop, began = lr_at(start, s, total), None, 0.0, False, time.monotonic()
-    troubles = Troubles(s, epochs.pictures)
+    heard, told = [], {}                                     # troubles with the data
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
                      position=position, next_epoch=epochs.next_epoch(position), pictures=epochs.pictures,
@@ -661,7 +647,7 @@ def train(s, given, rank, ranks):
         # What is due after `step` steps: held-out loss, previews, a line of metrics, a checkpoint
         def due(every):                                      # a resumed run has done its first step's already
             return every > 0 and (step % every == 0 or step == total) and (step > start or step == 0)
-        shown, val_loss = model if ema is None else ema, None
+        val_loss = None
         settings.update(step=step, images=seen)
         model.eval()
         eagerly = torch.compiler.set_stance("force_eager") if s.compile else contextlib.nullcontext()
@@ -670,11 +656,11 @@ def train(s, given, rank, ranks):
                 val_loss = 0.0
                 for batch in held_batches:
                     inputs = loss_inputs(batch, vae, te, s, device)
-                    val_loss += hdm.flow_loss(shown, **inputs, reduction="none").sum().item()
-                    troubles.heard.append(batch["trouble"])
+                    val_loss += hdm.flow_loss(ema, **inputs, reduction="none").sum().item()
+                    heard.append(batch["trouble"])
                 val_loss = sum(gather(val_loss)) / len(held_out)
             if due(s.sample_every):                          # the same prompts and seeds each time
-                images = generate_dealt(shown, vae, te, prompts, range(len(prompts)), settings,
+                images = generate_dealt(ema, vae, te, prompts, range(len(prompts)), settings,
                                         batch_size=s.batch_size)
                 if rank == 0:
                     with if_the_disk_allows("a sheet of previews"):
@@ -691,12 +677,13 @@ def train(s, given, rank, ranks):
                                     f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
             count, split = sum(sums[1]), laps.read()
             seconds = sum(split.values())
-            troubles.tell(split["data"] / seconds if step - start > s.log_every else 0)   # but at the start
+            waited = split["data"] / seconds if step - start > s.log_every else 0         # but at the start
+            unreadable = tell_troubles(s, heard, told, epochs.pictures, waited)
             record = dict(
                 step=step, images=seen, lr=lr, val_loss=val_loss, skipped=skipped, data_s=split["data"],
                 loss=sum(sums[0]) / count if count else None,
                 grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
-                images_per_s=count / seconds if seconds else None, unreadable=len(troubles.unreadable),
+                images_per_s=count / seconds if seconds else None, unreadable=unreadable,
                 loss_by_t=[a / b if b else None for a, b in zip(*sums)], split_s=split, text_tokens=T,
                 memory_gb=torch.cuda.max_memory_allocated(device if kind == "cuda" else None) / 1e9)  # or 0
             words = [f"step {step}/{last}"] + [f"{name} {record[name]:.4g}" for name in (
@@ -726,7 +713,7 @@ def train(s, given, rank, ranks):
                 break
             batch = next(batches)
             laps("data")
-            troubles.heard.append(batch["trouble"])
+            heard.append(batch["trouble"])
             network.require_backward_grad_sync = micro == micro_steps                 # DDP's: once a step
             inputs = loss_inputs(batch, vae, te, s, device, laps)
             with autocast:
@@ -751,7 +738,7 @@ def train(s, given, rank, ranks):
         optimizer.zero_grad(set_to_none=True)
         window += torch.where(finite, stats, 0)
         bad = torch.stack([bad[0] + ~finite, (bad[1] + 1) * ~finite])
-        if ema is not None:
+        if s.ema:
             decay = min(s.ema, (1 + step) / (10 + step))     # short at first: the init is soon forgotten
             torch._foreach_lerp_(list(ema.parameters()), [p.data for p in model.parameters()], 1 - decay)
         seen, position = seen + s.global_batch, position + s.global_batch
@@ -784,10 +771,9 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
     import transformers
     if away := [name for name in (s.vae, s.text_encoder) if name and not at_hand(name)]:
         print(f"not at hand, counted as the published one: {', '.join(away)}")
-    text = transformers.Qwen3Config(**hdm.QWEN3)
-    if at_hand(s.text_encoder):
-        with hdm.naming(s.text_encoder, "no text encoder"):
-            text = transformers.AutoConfig.from_pretrained(s.text_encoder)
+    with hdm.naming(s.text_encoder, "no text encoder"):
+        text = (transformers.AutoConfig.from_pretrained(s.text_encoder) if at_hand(s.text_encoder)
+                else transformers.Qwen3Config(**hdm.QWEN3))
     vae = hdm.load_vae(s.vae, "meta") if at_hand(s.vae) else None
     with torch.device("meta"):
         vae = vae or (hdm.VAE() if s.vae else None)
@@ -817,29 +803,29 @@ def plan(s, given):
               f"{s.dollars_per_gpu_hour * s.gpus * hours:,.0f} dollars")
     exchanged = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters                         # ring, float32
     fixed = 4 * parameters * (5 if s.ema else 4) + dtype.itemsize * sum(encoders) + costs["shared"]
-    each = 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
-    fits = (f"{gb} GB {max(0, int((gb - 1 - 1e-9 * fixed) / each))}" for gb in (8, 12, 16, 24, 32))
+    fixed, each = 1e-9 * fixed, 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
+    fits = ", ".join(f"{gb} GB {max(0, int((gb - 1 - fixed) / each))}" for gb in (8, 12, 16, 24, 32))
     print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images\n"
-          f"memory: {1e-9 * fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an "
-          f"image of a micro-step (counted, eager): {1e-9 * fixed + s.batch_size * each:.1f} GB in all\n"
-          f"batch_size at most, with 1 GB to spare: {', '.join(fits)}")
+          f"memory: {fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an image of "
+          f"a micro-step (counted, eager): {fixed + s.batch_size * each:.1f} GB in all\n"
+          f"batch_size at most, with 1 GB to spare: {fits}")
 
 
 def make_up(s, folder):
     """Pictures and captions, random encoders of the published shapes for those not at hand, and, for a run on
     latents, a cache of zeros -> the settings that name them."""
     rng, words = np.random.default_rng(0), "red large open small happy old round quiet long bright".split()
-    made, captions = dict(data=str(folder / "data")), []
+    made = dict(data=str(folder / "data"))
     (folder / "data").mkdir()
     for i in range(64):
         size = rng.permutation([s.image_size, s.image_size * rng.integers(2, 5) // 2]).tolist()
         image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
         image.resize(size, Image.BICUBIC).save(folder / "data" / f"{i}.jpg")
-        captions.append(" ".join(rng.choice(words, round(s.caption_tokens * rng.uniform(0.5, 1.5)))))
-        (folder / "data" / f"{i}.txt").write_text(captions[-1])
+        tokens = round(s.caption_tokens * rng.uniform(0.5, 1.5))
+        (folder / "data" / f"{i}.txt").write_text(" ".join(rng.choice(words, tokens)))
     if not at_hand(s.text_encoder):
         made["text_encoder"] = str(folder / "text_encoder")
-        hdm.make_text_encoder(captions, made["text_encoder"], **hdm.QWEN3)
+        hdm.make_text_encoder([*words, " ".join(2 * words)], made["text_encoder"], **hdm.QWEN3)
     if s.vae and not at_hand(s.vae):
         made["vae"] = str(folder / "vae.safetensors")
         save_file(hdm.VAE().state_dict(), made["vae"])
@@ -874,7 +860,7 @@ def bench(s, given, rank, ranks):
                      save_every=0, max_steps=0, max_hours=0.0, log="", global_batch=global_batch,
                      images=(warm + steps) * global_batch)
         for name, changes in runs.items():
-            run = SimpleNamespace(**vars(s) | made_up | plain | changes | dict(out_dir=str(folder / name)))
+            run = dataclasses.replace(s, **made_up, **plain, **changes, out_dir=str(folder / name))
             gc.collect()                                     # compiled blocks refer to themselves
             if "cuda" in device:
                 torch.cuda.empty_cache()
