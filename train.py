@@ -850,21 +850,22 @@ def bench(s, given, rank, ranks):
     runs = {"as configured": {}}
     if s.baseline:
         runs["baseline"] = dict(compile=False, text_lengths=1, checkpointing=True, vae_chunk=4)
+    name = torch.cuda.get_device_name(device) if "cuda" in device else device
     tflops = hdm.matmul_tflops(device, dtype)
-    report = dict(device=torch.cuda.get_device_name() if "cuda" in device else device, dtype=str(dtype),
-                  processes=ranks, torch=torch.__version__, matmul_tflops=tflops, command=sys.argv)
+    report = dict(device=name, dtype=str(dtype), processes=ranks, torch=torch.__version__,
+                  matmul_tflops=tflops, command=shlex.join(sys.argv))
     with tempfile.TemporaryDirectory(dir=s.out_dir, prefix="bench-") as folder:
         folder = Path(gather(folder)[0])                     # the first process's, for all
         made_up = gather(make_up(s, folder) if rank == 0 else None)[0]
-        plain = dict(validation=0.0, init_from="", resume=False, log_every=1, eval_every=0, sample_every=0,
+        fixed = dict(validation=0.0, init_from="", resume=False, log_every=1, eval_every=0, sample_every=0,
                      save_every=0, max_steps=0, max_hours=0.0, log="", global_batch=global_batch,
                      images=(warm + steps) * global_batch)
         for name, changes in runs.items():
-            run = dataclasses.replace(s, **made_up, **plain, **changes, out_dir=str(folder / name))
+            run = dataclasses.replace(s, **made_up, **fixed, **changes, out_dir=str(folder / name))
             gc.collect()                                     # compiled blocks refer to themselves
             if "cuda" in device:
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(device)
             train(run, given, rank, ranks)
             gather(None)
             lines = read_metrics(run.out_dir)[1 + warm:]     # 1: before any step
@@ -897,7 +898,7 @@ def main(argv):
     if s.plan:
         return plan(s, given)
     try:
-        (bench if s.bench else train)(s, given, rank, ranks)
+        bench(s, given, rank, ranks) if s.bench else train(s, given, rank, ranks)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
