@@ -33,26 +33,25 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import hdm
-from prepare import Latents, open_at, open_index
+from prepare import Latents, latents_folder, open_at, open_index, shard
 from sample import catch_signals, gather, generate, image_grid, plot, read_metrics, tracker
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
 
 @dataclasses.dataclass
-class Run:
+class Settings:
+    # The run
     out_dir: str = "out/run"       # checkpoints, metrics.jsonl, run.json and samples/ go here
     init_from: str = ""            # weights to start from: a run, a checkpoint, a published file, a hub id
     resume: bool | str = False     # bare: go on from the newest checkpoint of out_dir; or a checkpoint's path
@@ -71,10 +70,7 @@ class Run:
     keep_ckpts: int = 3            # how many of the newest checkpoints stay; 0: all
     milestone_every: int = 0       # images; the first checkpoint after each multiple always stays; 0: none
     log: str = ""                  # metrics go to wandb or tensorboard as well, if installed
-
-
-@dataclasses.dataclass
-class Data:
+    # The data
     data: str = "data/train"       # what prepare.py wrote, or a source of captioned images as it takes it
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id; "": train on pixels
     text_encoder: str = hdm.TEXT_ENCODER   # folder or hub id of a causal LM
@@ -92,10 +88,7 @@ class Data:
     latents: bool = False          # read prepare.py's cache of VAE latents in place of the pictures
     vae_chunk: int = 0             # pictures that the VAE takes at a time; 0: a micro-step's
     max_unreadable: float = 0.05   # share of the pictures; when more of them cannot be read, the run ends
-
-
-@dataclasses.dataclass
-class Optim:
+    # The training
     preset: str = "base"           # small, base or large: an XUTConfig, which the settings below change
     images: int = 152_500_000      # the stage's length in images seen (published at 256 px: 20 x 7.624M)
     batch_size: int = 32           # images in one micro-step of one process
@@ -112,10 +105,7 @@ class Optim:
     ema: float = 0.9999            # decay of the averaged weights, a step; 0: no average
     sample_steps: int = 24         # Euler steps of previews, and sample.py's default for the checkpoint
     sample_cfg: float = 3.0        # guidance, likewise
-
-
-@dataclasses.dataclass
-class Bench:
+    # What it costs
     bench: int = 0                 # in place of training: measure so many steps, on made-up data
     baseline: bool = False         # ... and again with the settings of a plain eager trainer: the ratio
     caption_tokens: int = 128      # ... the captions' mean length; they are uniform from 1/2 to 3/2 of it
@@ -126,32 +116,28 @@ class Bench:
     dollars_per_gpu_hour: float = 0.35     # ... likewise a guess
 
 
-CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
-DEFAULTS = {field.name: field.default for cls in CLASSES[:4] for field in dataclasses.fields(cls)}
-POSITIVE = ("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths", "log_every",
-            "sample_steps", "lr", "clip", "t_shift", "memory_budget", "caption_tokens", "gpus", "tflops",
-            "utilisation")
-SHARES = ("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable", "tread_rate",
-          "ema", "beta1", "beta2")                           # in [0, 1)
+CLASSES = Settings, hdm.XUTConfig
+LEAST = dict.fromkeys(("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths",
+                       "log_every", "sample_steps", "caption_tokens", "gpus"), 1)     # of other numbers: 0
+LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), 1e-12)
+MOST = dict(text_lengths=4, memory_budget=1, utilisation=1)
+MOST |= dict.fromkeys(("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable",
+                       "tread_rate", "ema", "beta1", "beta2"), 0.999999)
 
 
 def read_settings(argv, ranks=1):
-    """-> the settings of Run, Data and Optim as one flat namespace, and the {name: value} that were given."""
+    """-> the Settings, and the {name: value} that were given, also of XUTConfig."""
     (config_file,), flags = hdm.parse_args(argv, CLASSES, ["CONFIG"], __doc__)
     given = hdm.read_config(config_file, CLASSES) | flags
-    s = SimpleNamespace(**DEFAULTS | {name: given[name] for name in given if name in DEFAULTS})
+    s = Settings(**{name: given[name] for name in given if hasattr(Settings, name)})
     for name, value in vars(s).items():
-        wrong = isinstance(value, (int, float)) and (value < 0 or value == 0 and name in POSITIVE)
-        if wrong or name in SHARES and value >= 1:
-            limit = "in [0, 1)" if name in SHARES else "above 0" if name in POSITIVE else "0 or more"
-            raise hdm.UserError(f"--{name}={value}: must be {limit}")
+        least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise hdm.UserError(f"--{name}={value}: from {least} to {most}")
     if s.global_batch % (s.batch_size * ranks):
         near = max(1, round(s.global_batch / s.batch_size / ranks)) * s.batch_size * ranks
         raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size x processes = "
                             f"{s.batch_size} x {ranks}; {near} is")
-    for name, most in dict(text_lengths=4, memory_budget=1, utilisation=1).items():
-        if getattr(s, name) > most:
-            raise hdm.UserError(f"--{name}={getattr(s, name)}: at most {most}")
     if s.latents and not s.vae:
         raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
     if not s.tag_separator.strip():
@@ -322,25 +308,25 @@ def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
 class Laps:
     """Seconds by what they went to; on CUDA by events, for which nothing waits until they are read."""
 
-    def __init__(self, kind):
-        self.cuda, self.marks = kind == "cuda", []
+    def __init__(self, kind, seconds):
+        self.cuda, self.marks, self.seconds = kind == "cuda", [], Counter(seconds)
 
     def __call__(self, name):
-        """The time since the last call went to `name`."""
+        """The time since the last call went to `name`; None: to nothing that is counted."""
         mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda:
             mark.record()
         self.marks.append((name, mark))
 
     def read(self):
-        """-> {name: seconds} since the last reading."""
+        """-> {name: seconds} since the beginning."""
         if self.cuda:
             torch.cuda.synchronize()
-        seconds = Counter()
         for (_, before), (name, mark) in zip(self.marks, self.marks[1:]):
-            seconds[name] += before.elapsed_time(mark) / 1000 if self.cuda else mark - before
+            if name is not None:
+                self.seconds[name] += before.elapsed_time(mark) / 1000 if self.cuda else mark - before
         self.marks = []
-        return dict(seconds)
+        return self.seconds
 
 
 def lr_at(step, s, total):
@@ -363,8 +349,7 @@ def dry_run(index, s, tokenizer):
         print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
     cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
-    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
-    texts = [hdm.draw_caption(index[i].caption, None, Data) for i in some]
+    texts = [hdm.draw_caption(index[epochs[i][2]].caption, None, Settings) for i in range(min(n, 20_000))]
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
           f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
@@ -377,7 +362,7 @@ def dry_run(index, s, tokenizer):
         with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
             hashes.append(hashlib.sha256(stream.read()).digest())
     print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
-    run = SimpleNamespace(**DEFAULTS | dict(vae="", tread_rate=0.0, image_size=s.image_size))
+    run = Settings(vae="", tread_rate=0.0, image_size=s.image_size)
     config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
     samples = Samples(index, epochs, None, run, config, 1, training=True)
     for i in range(min(48, n)):
@@ -409,22 +394,23 @@ def if_the_disk_allows(what):
 def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
     """Written under another name and renamed when complete: a folder named ckpt_* is always whole."""
     final = out_dir / f"ckpt_{settings['step']:08d}"
-    partial = out_dir / f"partial_{final.name}"
+    partial = out_dir / "partial_ckpt"
+    shutil.rmtree(partial, ignore_errors=True)               # of a run that was killed while saving
     free = shutil.disk_usage(out_dir).free / 1e9
     with if_the_disk_allows(f"{final}, which takes {gb:.2f} GB where {free:.2f} are free; older ones stay"):
         partial.mkdir()
         hdm.save_model(partial / "model.safetensors", model.state_dict(), settings)
-        if ema is not None:
+        if ema is not model:
             hdm.save_model(partial / "ema.safetensors", ema.state_dict(), settings)
         torch.save(state, partial / "train.pt")
         if milestone:                                        # marked as never to be deleted
             (partial / "milestone").touch()
         for part in ("text_encoder", "vae"):                 # small ones go where the run's folder goes
-            files = list(Path(settings[part]).glob("*")) if os.path.isdir(settings[part]) else []
-            if files and sum(file.stat().st_size for file in files) < 100e6:
-                shutil.copytree(settings[part], partial / part)
-                if part == "text_encoder" and Path(settings[part]).with_name("tokenizer").is_dir():
-                    shutil.copytree(Path(settings[part]).with_name("tokenizer"), partial / "tokenizer")
+            source, there = Path(settings[part]), os.path.isdir(settings[part])
+            if there and sum(file.stat().st_size for file in source.rglob("*")) < 100e6:
+                shutil.copytree(source, partial / part)
+                if part == "text_encoder" and source.with_name("tokenizer").is_dir():
+                    shutil.copytree(source.with_name("tokenizer"), partial / "tokenizer")
         for path in (*partial.rglob("*"), partial) if os.name != "nt" else ():        # Windows cannot
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)                             # a power cut leaves no name without its content
@@ -459,12 +445,8 @@ def load_state(s, identity, epochs, ranks):
 def open_log(out_dir, s, config, start):
     """The folder is this run's: run.json, metrics.jsonl less what a resumed run writes again or never had."""
     lock = FileLock(out_dir / "lock")                        # free when this process ends, however it ends
-    try:
+    with hdm.naming(f"--out_dir={out_dir}", "another run is at work there"):
         lock.acquire(timeout=0)
-    except Timeout as error:
-        raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
-    for partial in out_dir.glob("partial_ckpt_*"):           # of a run that was killed while saving
-        shutil.rmtree(partial)
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
                versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
@@ -478,20 +460,16 @@ def open_log(out_dir, s, config, start):
 
 # ---- The model, the loop --------------------------------------------------------------------------------
 
-def model_settings(s, given, vae, ctx_dim):
-    """-> settings of XUTConfig: the preset's, those that were given, those that the encoders determine."""
+def build_model(s, given, vae, ctx_dim, device):
+    """-> XUT in float32 from --resume, --init_from or the preset; given: the settings that were named."""
+    torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
     preset = dataclasses.asdict(hdm.PRESETS[s.preset])
     explicit = {name: given[name] for name in given if name in preset}
-    return preset, explicit, dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=ctx_dim)
-
-
-def build_model(s, given, vae, te, device):
-    """-> XUT in float32 from --resume, --init_from or the preset."""
-    torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
-    preset, explicit, encoders = model_settings(s, given, vae, te.dim)
+    encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=ctx_dim)
     source = s.resume or s.init_from
     if source:
         model, _, old = hdm.load_model(source, device, ema=not s.resume, with_vae=False)
+        model = copy.deepcopy(model)                         # aligned as any: else sums round another way
         print(f"weights: {source}" + f", step {old['step']:,}, {old['images']:,} images" * bool(old["step"]))
     else:                                                    # the encoders' two numbers win over the preset's
         model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
@@ -508,46 +486,29 @@ def build_model(s, given, vae, te, device):
     return model.train()
 
 
-def print_plan(s, model, start, last, total, ranks, devices, held_out, epochs):
-    """What will happen, before step 0. -> GB of a checkpoint: weights, moments, average, in float32."""
-    parameters = sum(p.numel() for p in model.parameters())
-    gb = 4e-9 * parameters * (4 if s.ema else 3)
-    kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
-    kept += s.images // (s.milestone_every or s.images + 1)
-    print(f"{parameters:,} parameters, {ranks} x {devices}; {epochs.pictures:,} pictures, {held_out:,} held "
-          f"out\n{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps {start:,} to {last:,} of "
-          f"{total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x "
-          f"{s.global_batch // s.batch_size // ranks} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, at most "
-          f"{kept}: {gb * kept:.2f} GB; free: {shutil.disk_usage(s.out_dir).free / 1e9:.2f} GB", flush=True)
-    return gb
-
-
-class Troubles:
-    """What goes wrong with the data, told once: pictures that cannot be read or have changed, a slow disk."""
-
-    def __init__(self, s, pictures):
-        self.s, self.pictures, self.unreadable, self.told = s, pictures, set(), set()
-
-    def once(self, kind, text):
-        if kind not in self.told:
-            print(f"warning: {text}", flush=True)
-        self.told.add(kind)
-
-    def hear(self, batches):                                 # "trouble" of Samples, of all processes
-        unreadable = [line for texts, _ in batches for text in texts for line in text.splitlines()]
-        for line in unreadable:
-            self.once(line, f"{line}; the next in order takes its place")
-        for name in (name for _, names in batches for name in names if name):
-            self.once("changed", f"{name} or its caption is not as it was indexed: run prepare.py again")
-        self.unreadable.update(unreadable)
-        if len(self.unreadable) > math.ceil(self.s.max_unreadable * self.pictures):
-            raise hdm.UserError(f"{len(self.unreadable)} of {self.pictures:,} pictures cannot be read, more "
-                                f"than --max_unreadable={self.s.max_unreadable}, such as {unreadable[0]}")
-
-    def waited(self, share, steps):
-        if share > 0.1 and steps > self.s.log_every:         # the loaders' start does not count
-            self.once("slow", f"{share:.0%} of the time is spent waiting for data; what may help: more "
-                      f"--workers (now {self.s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
+def tell_troubles(s, heard, told, pictures, waited):
+    """Warns once each of pictures that cannot be read, of one that has changed and of slow data -> how many
+    cannot be read. heard: "trouble" of this process's Samples, emptied; told: the warnings so far, by kind;
+    waited: the share of the time."""
+    new = {}
+    for texts, changed in sum(gather(heard), []):
+        lines = filter(None, "\n".join(texts).split("\n"))
+        new |= {line: f"{line}; the next in order takes its place" for line in lines}
+        new |= {"changed": f"{name} or its caption is not as it was indexed: run prepare.py again"
+                for name in changed if name}
+    if waited > 0.1:
+        new["slow"] = (f"{waited:.0%} of the time is spent waiting for data; what may help: more --workers "
+                       f"(now {s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
+    for kind in new:
+        if kind not in told:
+            print(f"warning: {new[kind]}", flush=True)
+    told.update(new)
+    heard.clear()
+    unreadable = told.keys() - {"changed", "slow"}
+    if len(unreadable) > math.ceil(s.max_unreadable * pictures):
+        raise hdm.UserError(f"{len(unreadable)} of {pictures:,} pictures cannot be read, more than "
+                            f"--max_unreadable={s.max_unreadable}, such as {min(unreadable)}")
+    return len(unreadable)
 
 
 def deal(index, epochs, s, first, last, rank, ranks):
@@ -567,13 +528,10 @@ def deal(index, epochs, s, first, last, rank, ranks):
 
 def compile_blocks(model, s, autocast, device, side):
     """Compiles XUT's blocks for every shape that training will meet, before the first step."""
-    found = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang++", "cl")), None)
-    print(f"compile: by {found}" if found else "compile: no compiler found, running eagerly")
-    if not found:
-        return
     torch.compiler.set_stance("default")
     lengths = padded_lengths(s)
     mixed = [] if s.mask_padding else [(T, True) for T in lengths[1:]]                # shorter ones beside T
+    print(f"compile: XUT's blocks, for texts of {', '.join(map(str, lengths))} tokens", flush=True)
     blocks = [module for module in model.modules() if isinstance(module, hdm.Block)]
     torch._dynamo.config.recompile_limit = 100               # with 8 it would do without from the ninth on
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -590,7 +548,8 @@ def compile_blocks(model, s, autocast, device, side):
     except Exception as error:
         if "out of memory" in str(error):
             raise
-        print(f"compile: failed, running eagerly ({hdm.first_line(error.__cause__ or error)})")
+        why = getattr(error, "inner_exception", error)       # the backend's own
+        print(f"compile: failed, running eagerly ({hdm.first_line(why)})")
         for block in blocks:
             del block.compute
     model.zero_grad(set_to_none=True)
@@ -610,35 +569,29 @@ def train(s, given, rank, ranks):
     out_dir, existing = Path(s.out_dir), hdm.list_checkpoints(s.out_dir)
     if s.resume is True and not existing:
         raise hdm.UserError(f"--resume: no checkpoint in {out_dir}; leave it out to start a run there")
-    if existing and not s.resume:
-        raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
     if s.resume:                                             # a run: its newest checkpoint
         s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
+    if existing and Path(s.resume or "").name < existing[-1].name:                    # that would be lost
+        raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
     index, epochs, held_out, identity = open_data(s)
     state = load_state(s, identity, epochs, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
 
     # The frozen encoders, the model, its average, the optimiser
-    if rank > 0:                                             # rank 0 goes first: one download, then the cache
-        gather(None)
     te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
-    model = build_model(s, given, vae, te, device)
-    if rank == 0:
-        gather(None)
-    ema = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else None
+    model = build_model(s, given, vae, te.dim, device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else model
     optimizer = torch.optim.AdamW(hdm.parameter_groups(model), fused=True)
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     if s.resume:
         optimizer.load_state_dict(state.pop("optimizer"))
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())                # empty: was not fp16
-        if ema is not None:
+        if s.ema:
             ema.load_state_dict(hdm.read_tensors(hdm.find_weights(s.resume, ema=True))[0])
-    for group in optimizer.param_groups:                     # a resumed run's, too, are the command's
-        group.update(betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
     # The data, the plan
-    cache = (MadeUpLatents(vae) if s.bench else Latents(s, index, vae)) if s.latents else None
+    cache = Latents(s, index, vae) if s.latents else None
     samples = Samples(index, epochs, cache, s, model.config, vae.factor if vae else 1, training=True)
     held = Samples(index, held_out, cache, s, model.config, samples.factor, training=False)
     shown = held_out[:8] or [epochs[i][2] for i in range(8)]                          # in previews
@@ -648,18 +601,23 @@ def train(s, given, rank, ranks):
     last = min(total, s.max_steps) if s.max_steps else total
     if start >= last:
         raise hdm.UserError(f"--resume={s.resume}: at step {start} of {last}, so there is nothing to do")
-    if s.resume and existing and int(existing[-1].name[5:]) > start:
-        raise hdm.UserError(f"--out_dir={out_dir} holds the newer {existing[-1].name}; name another out_dir")
-    settings = dict(config=model.config, text_encoder=s.text_encoder, text_length=s.text_length, vae=s.vae,
+    inner = Path(s.vae, "vae")                               # of a larger folder
+    names = s.text_encoder, str(inner) if s.vae and inner.is_dir() else s.vae
+    text_path, vae_path = (os.path.abspath(name) if os.path.exists(name) else name for name in names)
+    settings = dict(config=model.config, text_encoder=text_path, text_length=s.text_length, vae=vae_path,
                     image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg, t_shift=s.t_shift)
-    for name in ("text_encoder", "vae"):                     # a path in full, a hub id as it is
-        paths = Path(settings[name], name), Path(settings[name])                      # inside a larger folder
-        path = next((path for path in paths if settings[name] and path.exists()), None)
-        settings[name] = str(path.absolute()) if path else settings[name]
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
-    gb = print_plan(s, model, start, last, total, ranks, f"{device}, {dtype}", len(held_out), epochs)
+    parameters = sum(p.numel() for p in model.parameters())
+    gb = 4e-9 * parameters * (4 if s.ema else 3)             # a checkpoint: weights, moments, average
+    kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
+    kept += s.images // (s.milestone_every or s.images + 1)
+    print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {epochs.pictures:,} pictures, "
+          f"{len(held_out):,} held out\n{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps "
+          f"{start:,} to {last:,} of {total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x "
+          f"{micro_steps} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
+          f"free: {shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
     stream = deal(index, epochs, s, position, position + (last - start) * s.global_batch, rank, ranks)
     held_batches = DataLoader(held, s.batch_size, sampler=range(rank, len(held_out), ranks))
     noted, deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
@@ -673,38 +631,36 @@ def train(s, given, rank, ranks):
         compile_blocks(model, s, autocast, device, s.image_size // samples.factor)
 
     # Since the last line of metrics: sums of losses and their number by tenths of t; seconds
-    window = state.get("window", torch.zeros(2, 10)).to(device)
-    seconds, waited, laps = state.get("seconds", 0.0), state.get("waited", 0.0), Laps(kind)
+    window, laps = state.get("window", torch.zeros(2, 10)).to(device), Laps(kind, state.get("seconds"))
     bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
     lr, norm, T, stop, began = lr_at(start, s, total), None, 0.0, False, time.monotonic()
-    troubles, said = Troubles(s, epochs.pictures), ([], [])  # said of the last batch
+    heard, told = [], {}                                     # troubles with the data
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
                      position=position, next_epoch=epochs.next_epoch(position), pictures=epochs.pictures,
-                     identity=identity, window=window, bad=bad, seconds=seconds, waited=waited,
+                     identity=identity, window=window, bad=bad, seconds=dict(laps.read()),
                      settings=vars(s) | dict(ranks=ranks))
         milestone = s.milestone_every and seen % s.milestone_every < s.save_every * s.global_batch
         return rank > 0 or save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts, milestone, gb)
 
-    for step in tqdm(range(start, last + 1), disable=rank > 0 or not sys.stderr.isatty()):
+    for step in range(start, last + 1):
         # What is due after `step` steps: held-out loss, previews, a line of metrics, a checkpoint
         def due(every):                                      # a resumed run has done its first step's already
             return every > 0 and (step % every == 0 or step == total) and (step > start or step == 0)
-        shown, val_loss = model if ema is None else ema, None
+        val_loss = None
         settings.update(step=step, images=seen)
         model.eval()
         eagerly = torch.compiler.set_stance("force_eager") if s.compile else contextlib.nullcontext()
         with torch.no_grad(), autocast, eagerly:             # of any shape
             if held_out and due(s.eval_every):               # with fixed noise and t: runs compare by it
-                losses, heard = [], []
+                val_loss = 0.0
                 for batch in held_batches:
                     inputs = loss_inputs(batch, vae, te, s, device)
-                    losses.append(hdm.flow_loss(shown, **inputs, reduction="none").sum().item())
+                    val_loss += hdm.flow_loss(ema, **inputs, reduction="none").sum().item()
                     heard.append(batch["trouble"])
-                val_loss = sum(gather(sum(losses))) / len(held_out)
-                troubles.hear(sum(gather(heard), []))
+                val_loss = sum(gather(val_loss)) / len(held_out)
             if due(s.sample_every):                          # the same prompts and seeds each time
-                images = generate(shown, vae, te, prompts, range(len(prompts)), settings, s.batch_size)
+                images = generate(ema, vae, te, prompts, range(len(prompts)), settings, s.batch_size)
                 if rank == 0:
                     with if_the_disk_allows("a sheet of previews"):
                         sheet = image_grid(images, 4, scale=max(1, 128 // s.image_size))
@@ -718,50 +674,46 @@ def train(s, given, rank, ranks):
                 (out_dir / "bad_images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
                 raise hdm.UserError(f"no finite loss or gradient since step {step - in_a_row}, of the images "
                                     f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
-            count = sum(sums[1])
+            count, split = sum(sums[1]), laps.read()
+            seconds = sum(split.values())
+            waited = split["data"] / seconds if step - start > s.log_every else 0         # but at the start
+            unreadable = tell_troubles(s, heard, told, epochs.pictures, waited)
             record = dict(
-                step=step, images=seen, lr=lr, val_loss=val_loss, skipped=skipped, data_s=waited,
+                step=step, images=seen, lr=lr, val_loss=val_loss, skipped=skipped, data_s=split["data"],
                 loss=sum(sums[0]) / count if count else None,
                 grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
-                images_per_s=count / seconds if seconds else None, unreadable=len(troubles.unreadable),
-                loss_by_t=[a / b if b else None for a, b in zip(*sums)], split_s=laps.read(), text_tokens=T,
+                images_per_s=count / seconds if seconds else None, unreadable=unreadable,
+                loss_by_t=[a / b if b else None for a, b in zip(*sums)], split_s=split, text_tokens=T,
                 memory_gb=torch.cuda.max_memory_allocated(device if kind == "cuda" else None) / 1e9)  # or 0
             words = [f"step {step}/{last}"] + [f"{name} {record[name]:.4g}" for name in (
                 "loss", "val_loss", "images_per_s", "skipped") if record[name]]
             left = (time.monotonic() - began) / max(1, step - start) * (last - step) / 60
             with if_the_disk_allows("a line of metrics"):
-                tqdm.write(" | ".join(words + [f"{left:.1f} min left"] * (step > start)))
-                sys.stdout.flush()
+                print(" | ".join(words + [f"{left:.1f} min left"] * (step > start)), flush=True)
                 if rank == 0:
                     with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
                     tell({key: value for key, value in record.items() if isinstance(value, float)}, step=step)
-            troubles.waited(waited / max(seconds, 1e-9), step - start)
         if step % s.log_every == 0:
-            window, seconds, waited = torch.zeros_like(window), 0.0, 0.0
+            window, laps = torch.zeros_like(window), Laps(kind, {})
         if due(s.save_every) and start < step < last:
             save()
         if step == last:
             break
 
         # One optimiser step
-        clock, lr, T = time.perf_counter(), lr_at(step, s, total), 0.0
-        laps("rest")
-        for group in optimizer.param_groups:
-            group["lr"] = lr / group["fan_in"]
+        laps(None)
+        lr, T = lr_at(step, s, total), 0.0
+        for group in optimizer.param_groups:                 # a resumed run's, too, are the command's
+            group.update(lr=lr / group["fan_in"], betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
         stats = torch.zeros_like(window)
         for micro in range(1, micro_steps + 1):
-            stops, batches_say = zip(*gather((bool(noted) or time.monotonic() > deadline, said)))
-            troubles.hear(batches_say)
-            if stop := any(stops):                           # all stop, or none
+            if stop := any(gather(bool(noted) or time.monotonic() > deadline)):       # all, or none
                 break
-            asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
             laps("data")
-            said = batch["trouble"]
-            if ranks > 1:                                    # gradients are exchanged once a step
-                network.require_backward_grad_sync = micro == micro_steps
+            heard.append(batch["trouble"])
+            network.require_backward_grad_sync = micro == micro_steps                 # DDP's: once a step
             inputs = loss_inputs(batch, vae, te, s, device, laps)
             with autocast:
                 losses = hdm.flow_loss(network, **inputs, reduction="none")           # (B,)
@@ -785,18 +737,15 @@ def train(s, given, rank, ranks):
         optimizer.zero_grad(set_to_none=True)
         window += torch.where(finite, stats, 0)
         bad = torch.stack([bad[0] + ~finite, (bad[1] + 1) * ~finite])
-        if ema is not None:
+        if s.ema:
             decay = min(s.ema, (1 + step) / (10 + step))     # short at first: the init is soon forgotten
             torch._foreach_lerp_(list(ema.parameters()), [p.data for p in model.parameters()], 1 - decay)
         seen, position = seen + s.global_batch, position + s.global_batch
         laps("optimiser")
-        if kind == "cuda" and (step + 1) % s.log_every == 0:
-            torch.cuda.synchronize(device)                    # its work runs behind; the clock is to see it
-        seconds += time.perf_counter() - clock
 
     if s.bench:
         return
-    if not any(path.name == f"ckpt_{step:08d}" for path in hdm.list_checkpoints(out_dir)) and not save():
+    if not (out_dir / f"ckpt_{step:08d}").is_dir() and not save():
         raise hdm.UserError(f"--out_dir={out_dir}: step {step} is not saved; make room, then --resume")
     gather(None)                                             # the others wait for rank 0's files
     if ranks > 1:
@@ -821,25 +770,23 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
     import transformers
     if away := [name for name in (s.vae, s.text_encoder) if name and not at_hand(name)]:
         print(f"not at hand, counted as the published one: {', '.join(away)}")
-    text = transformers.Qwen3Config(**hdm.QWEN3)
-    if at_hand(s.text_encoder):
-        with hdm.naming(s.text_encoder, "no text encoder"):
-            text = transformers.AutoConfig.from_pretrained(s.text_encoder)
-    vae = hdm.load_vae(s.vae).to("meta") if s.vae and at_hand(s.vae) else None
+    with hdm.naming(s.text_encoder, "no text encoder"):
+        text = (transformers.AutoConfig.from_pretrained(s.text_encoder) if at_hand(s.text_encoder)
+                else transformers.Qwen3Config(**hdm.QWEN3))
+    vae = hdm.load_vae(s.vae, "meta") if at_hand(s.vae) else None
     with torch.device("meta"):
         vae = vae or (hdm.VAE() if s.vae else None)
-        preset, explicit, encoders = model_settings(s, given, vae, text.hidden_size)
-        config, text = hdm.XUTConfig(**preset | encoders | explicit), transformers.AutoModel.from_config(text)
-        numbers = [sum(p.numel() for p in module.parameters()) if module else 0
-                   for module in (hdm.XUT(config), vae, text)]
-    hdm.check_size(s.image_size, s.image_size, config, vae)
+        text = transformers.AutoModel.from_config(text).float()
+        model = build_model(s, given, vae, text.config.hidden_size, "meta")
     side = s.image_size // (vae.factor if vae else 1)
-    text = text.float()
-    return hdm.image_costs(config, side, T, s.tread_rate, None if s.latents else vae, text, dtype), numbers
+    numbers = [sum(p.numel() for p in module.parameters()) if module else 0 for module in (model, vae, text)]
+    encoder = None if s.latents else vae
+    return hdm.image_costs(model.config, side, T, s.tread_rate, encoder, text, dtype), numbers
 
 
 def plan(s, given):
     """Prints what the run costs on other machines, counted, and a guess of how much of their rate it gets."""
+    s.init_from = s.resume = ""                              # what the weights are costs nothing
     dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
     costs, (parameters, *encoders) = costs_of(s, given, s.text_length, dtype)
     parts = {"XUT forward": costs["xut"], "and backward": costs["step"] - costs["xut"],
@@ -855,108 +802,91 @@ def plan(s, given):
               f"{s.dollars_per_gpu_hour * s.gpus * hours:,.0f} dollars")
     exchanged = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters                         # ring, float32
     fixed = 4 * parameters * (5 if s.ema else 4) + dtype.itemsize * sum(encoders) + costs["shared"]
-    each = 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
-    fits = (f"{gb} GB {max(0, int((gb - 1 - 1e-9 * fixed) / each))}" for gb in (8, 12, 16, 24, 32))
+    fixed, each = 1e-9 * fixed, 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
+    fits = ", ".join(f"{gb} GB {max(0, int((gb - 1 - fixed) / each))}" for gb in (8, 12, 16, 24, 32))
     print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images\n"
-          f"memory: {1e-9 * fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an "
-          f"image of a micro-step (counted, eager): {1e-9 * fixed + s.batch_size * each:.1f} GB in all\n"
-          f"batch_size at most, with 1 GB to spare: {', '.join(fits)}")
-
-
-class MadeUpLatents:
-    """A cache for --bench: moments of zero, as soon as they are asked for."""
-
-    def __init__(self, vae):
-        self.channels, self.factor = vae.latent_channels, vae.factor
-
-    def read(self, i, side):
-        return torch.zeros(2 * self.channels, side // self.factor, side // self.factor, dtype=torch.float16)
+          f"memory: {fixed:.2f} GB of weights, gradients, AdamW, EMA and encoders, {each:.3f} GB an image of "
+          f"a micro-step (counted, eager): {fixed + s.batch_size * each:.1f} GB in all\n"
+          f"batch_size at most, with 1 GB to spare: {fits}")
 
 
 def make_up(s, folder):
-    """Pictures and captions, and random encoders of the published shapes for those not at hand -> flags."""
+    """Pictures and captions, random encoders of the published shapes for those not at hand, and, for a run on
+    latents, a cache of zeros -> the settings that name them."""
     rng, words = np.random.default_rng(0), "red large open small happy old round quiet long bright".split()
+    made = dict(data=str(folder / "data"))
     (folder / "data").mkdir()
-    captions = []
     for i in range(64):
-        size = rng.permutation([s.image_size, s.image_size * rng.integers(2, 5) // 2])
+        size = rng.permutation([s.image_size, s.image_size * rng.integers(2, 5) // 2]).tolist()
         image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
-        image.resize(size.tolist(), Image.BICUBIC).save(folder / "data" / f"{i}.jpg")
-        n = round(s.caption_tokens * rng.uniform(0.5, 1.5))
-        captions.append(" ".join(rng.choice(words, n)))
-        (folder / "data" / f"{i}.txt").write_text(captions[-1])
-    flags = [f"--data={folder / 'data'}"]
+        image.resize(size, Image.BICUBIC).save(folder / "data" / f"{i}.jpg")
+        tokens = round(s.caption_tokens * rng.uniform(0.5, 1.5))
+        (folder / "data" / f"{i}.txt").write_text(" ".join(rng.choice(words, tokens)))
     if not at_hand(s.text_encoder):
-        hdm.make_text_encoder(captions, folder / "text_encoder", **hdm.QWEN3)
-        flags.append(f"--text_encoder={folder / 'text_encoder'}")
+        made["text_encoder"] = str(folder / "text_encoder")
+        hdm.make_text_encoder([*words, " ".join(2 * words)], made["text_encoder"], **hdm.QWEN3)
     if s.vae and not at_hand(s.vae):
-        (folder / "vae").mkdir()
-        vae = hdm.VAE()
-        save_file(vae.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
-        (folder / "vae" / "config.json").write_text(json.dumps(vae.diffusers_config()))
-        flags.append(f"--vae={folder / 'vae'}")
-    if flags[1:]:
-        print(f"bench: random weights of the published shapes for {', '.join(flags[1:])}")
-    return flags
+        made["vae"] = str(folder / "vae.safetensors")
+        save_file(hdm.VAE().state_dict(), made["vae"])
+    print(f"bench: made up, encoders with random weights: {made}")
+    if s.latents:
+        vae = hdm.load_vae(made.get("vae", s.vae))
+        file = shard(latents_folder(made["data"], open_index(made["data"]), vae, s.image_size), 0)
+        file.parent.mkdir()
+        shape = 2 * vae.latent_channels, s.image_size // vae.factor, s.image_size // vae.factor
+        save_file({str(i): torch.zeros(shape, dtype=torch.float16) for i in range(64)}, file)
+    return made
 
 
-def bench(argv, s, rank, ranks):
+def bench(s, given, rank, ranks):
     """Trains on made-up data; prints where the time went, and writes it to OUT_DIR/bench.json."""
     device = hdm.pick_device(s.device)
     dtype = hdm.pick_dtype(s.dtype, device)
     hdm.make_folder(s.out_dir, "--out_dir")
+    micro_steps = min(s.bench, s.global_batch // s.batch_size // ranks)
+    steps, global_batch = s.bench // micro_steps, micro_steps * s.batch_size * ranks
+    warm = 1 + steps // 5
+    runs = {"as configured": {}}
+    if s.baseline:
+        runs["baseline"] = dict(compile=False, text_lengths=1, checkpointing=True, vae_chunk=4)
+    name = torch.cuda.get_device_name(device) if "cuda" in device else device
+    tflops = hdm.matmul_tflops(device, dtype)
+    report = dict(device=name, dtype=str(dtype), processes=ranks, torch=torch.__version__,
+                  matmul_tflops=tflops, command=shlex.join(sys.argv))
     with tempfile.TemporaryDirectory(dir=s.out_dir, prefix="bench-") as folder:
         folder = Path(gather(folder)[0])                     # the first process's, for all
-        flags = gather(make_up(s, folder) if rank == 0 else None)[0]
-        micro_steps = min(s.bench, s.global_batch // s.batch_size // ranks)
-        steps = s.bench // micro_steps
-        warm = 1 + steps // 5
-        flags += ["--validation=0", "--init_from=", "--resume=false", "--log_every=1", "--eval_every=0",
-                  "--sample_every=0", "--save_every=0", "--milestone_every=0", "--max_hours=0", "--log=",
-                  f"--max_steps={steps + warm}",
-                  f"--global_batch={micro_steps * s.batch_size * ranks}"]
-        plain = ["--compile=false", "--text_lengths=1", "--checkpointing=true", "--vae_chunk=4"]
-        runs = {"as configured": [], "baseline": plain} if s.baseline else {"as configured": []}
-        records = {}
-        for name, more in runs.items():
+        made_up = gather(make_up(s, folder) if rank == 0 else None)[0]
+        fixed = dict(validation=0.0, init_from="", resume=False, log_every=1, eval_every=0, sample_every=0,
+                     save_every=0, max_steps=0, max_hours=0.0, log="", global_batch=global_batch,
+                     images=(warm + steps) * global_batch)
+        for name, changes in runs.items():
+            run = dataclasses.replace(s, **made_up, **fixed, **changes, out_dir=str(folder / name))
             gc.collect()                                     # compiled blocks refer to themselves
             if "cuda" in device:
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            own = [*argv, *flags, *more, f"--out_dir={folder / name}"]
-            train(*read_settings(own, ranks), rank, ranks)
+                torch.cuda.reset_peak_memory_stats(device)
+            train(run, given, rank, ranks)
             gather(None)
-            records[name] = read_metrics(folder / name)[1 + warm:]                    # 1: before any step
-            if len(records[name]) < steps:
+            lines = read_metrics(run.out_dir)[1 + warm:]     # 1: before any step
+            if len(lines) < steps:
                 raise hdm.UserError(f"--bench={s.bench}: stopped before it was done")
-        s, given = read_settings([*argv, *flags], ranks)
-        tflops = hdm.matmul_tflops(device, dtype)
-        report = dict(device=torch.cuda.get_device_name() if "cuda" in device else device, dtype=str(dtype),
-                      processes=ranks, torch=torch.__version__, matmul_tflops=tflops, command=sys.argv)
-        for name, lines in records.items():
-            T = sum(line["text_tokens"] for line in lines) / len(lines)
-            costs, _ = costs_of(s, given, round(T), dtype)
-            split = Counter()
-            for line in lines:
-                split.update(line["split_s"])
-            images = len(lines) * micro_steps * s.batch_size                          # of this process
-            rate = ranks * images / sum(split.values())
+            T = sum(line["text_tokens"] for line in lines) / steps
+            costs, _ = costs_of(run, given, round(T), dtype)
+            split = {part: sum(line["split_s"][part] for line in lines) for part in lines[0]["split_s"]}
+            rate = steps * global_batch / sum(split.values())
             limit = rate / ranks / tflops / 1e12
-            report[name] = one = dict(
-                settings=runs[name], images_per_s=rate, text_tokens=T, xut_mfu=limit * costs["step"],
+            report[name] = dict(
+                settings=changes, images_per_s=rate, text_tokens=T, xut_mfu=limit * costs["step"],
                 all_flops=limit * (costs["step"] + costs["vae"] + costs["text"]),
-                ms_per_image={part: 1000 * seconds / images for part, seconds in split.items()},
+                ms_per_image={part: 1000 * ranks * seconds / steps / global_batch
+                              for part, seconds in split.items()},
                 memory_gb=lines[-1]["memory_gb"])
-            print(f"{name} {' '.join(runs[name])}: {rate:.4g} images/s with {T:.0f} text tokens; of "
-                  f"{tflops:.4g} TFLOP/s XUT {one['xut_mfu']:.1%}, all {one['all_flops']:.1%}; peak "
-                  f"{one['memory_gb']:.2f} GB of GPU memory; ms an image: "
-                  + ", ".join(f"{part} {ms:.2f}" for part, ms in one["ms_per_image"].items()))
-        if s.baseline:
-            report["ratio"] = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
-            print(f"ratio: {report['ratio']:.2f}")
+    if s.baseline:
+        report["ratio"] = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
+    text = json.dumps(report, indent=1)
+    print(text)
     if rank == 0:
-        Path(s.out_dir, "bench.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        print(f"{s.out_dir}/bench.json: all of it")
+        Path(s.out_dir, "bench.json").write_text(text, encoding="utf-8")
 
 
 def main(argv):
@@ -967,7 +897,7 @@ def main(argv):
     if s.plan:
         return plan(s, given)
     try:
-        bench(argv, s, rank, ranks) if s.bench else train(s, given, rank, ranks)
+        bench(s, given, rank, ranks) if s.bench else train(s, given, rank, ranks)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
