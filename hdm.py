@@ -1069,7 +1069,7 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
 RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
 RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
 TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
-SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, t_shift=1.0)     # as advised for it; ours hold their own
+SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0)    # ours hold their own
 
 
 def first_line(error):
@@ -1277,7 +1277,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
     settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and
-    for sampling steps, cfg, t_shift. ema=True takes the averaged weights where the checkpoint has them.
+    for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged weights where the checkpoint has them.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_tensors(path)
@@ -1293,7 +1293,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
         return str(folder / part) if known and (folder / part).is_dir() else recorded
     if "hdm" in metadata:                                    # ours: the settings stand in the header
         with naming(path, "broken settings in its header"):
-            settings = json.loads(metadata["hdm"])
+            settings = SAMPLING | json.loads(metadata["hdm"])
             settings["config"] = XUTConfig(**settings["config"])
         settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
     else:                                                    # a published file, Lightning's, diffusers', bare
@@ -1578,6 +1578,8 @@ def run(main):
     """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
     try:
         main(sys.argv[1:])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()        # gloo's threads, left alone, may abort the exit
     except (Exception, KeyboardInterrupt) as error:
         if re.search("out of memory|can't allocate memory", str(error)) and isinstance(error, RuntimeError):
             error = UserError("out of memory: a lower --batch_size, a smaller picture or --dtype=bfloat16")

@@ -765,8 +765,6 @@ def prepare(s, *paths):
     gather(None)                                 # the others wait for it
     if s.latents:
         encode_latents(s, vae, device, rank, ranks)
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
 
 
 LEAST = dict(count=1, seed=0, vocab=257, seeds=1, max_ratio=1, image_size=1, text_length=1, batch_size=1,

@@ -55,7 +55,8 @@ class Picture:                     # a line of --prompts may end in any of these
     steps: int | None = None       # None: the checkpoint's own (published: 24)
     shift: float | None = None     # of time (train.py's t_shift); None: the checkpoint's own (published: 1)
     cfg: float | None = None       # guidance, 1 is none; None: the checkpoint's own (published: 3)
-    cfg_low: float = 0.0           # guidance acts at times t, 1 noise to 0 picture, from cfg_low ...
+    cfg_low: float | None = None   # guidance acts at times t, 1 noise to 0 picture, from cfg_low (None: the
+                                   # checkpoint's own; published: 0) ...
     cfg_high: float = 1.0          # ... to cfg_high
     cfg_rescale: float = 0.0       # 0 .. 1: how far guided contrast goes back to the unguided
     zoom: float = 1.0              # camera: above 1 nearer
@@ -361,7 +362,7 @@ def resolved(p, settings, model, vae):
         step = model.config.patch_size * (1 if vae is None else vae.factor)
         width, height = (max(step, side // step * step) for side in (width, height))
     own = dict(width=width, height=height, steps=settings["steps"], cfg=settings["cfg"],
-               shift=settings["t_shift"])
+               cfg_low=settings["cfg_low"], shift=settings["t_shift"])
     p = replace(p, **{name: value for name, value in own.items() if getattr(p, name) is None})
     hdm.check_size(p.height, p.width, model.config, vae)
     if p.init_image and round(p.steps * p.strength) < 1:
@@ -442,7 +443,7 @@ def gather(thing):
     return things
 
 
-def deal(things):
+def share(things):
     """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
     if not torch.distributed.is_initialized():
         return things
@@ -453,7 +454,7 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
     """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture.
     Under torchrun each process draws its part, and gets all."""
     p = resolved(Job(**how), settings, model, vae)
-    jobs = deal([replace(p, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds)])
+    jobs = share([replace(p, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds)])
     texts = encode_texts(te, jobs)
     images = [image for batch in batches(jobs, batch_size) for image, _ in draw(model, vae, texts, batch)]
     parts = gather(images)
@@ -484,7 +485,7 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
         if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
             print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
     del te                                                   # its memory goes to the pictures
-    for batch in batches(deal(jobs), s.batch_size):
+    for batch in batches(share(jobs), s.batch_size):
         drawn = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
         for job, (image, latent) in zip(batch, drawn):
             path = Path(s.out, f"{job.number:05d}-{job.seed}.{s.file_type}")
@@ -775,7 +776,7 @@ def main(argv):
         if s.ui:
             return page(model, vae, get_te, settings, s, p, common)
         todo = [job for job in jobs if job.ckpt == ckpt]
-        with tqdm(total=len(deal(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
+        with tqdm(total=len(share(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
             paths += draw_files(model, vae, get_te, todo, settings, s, common,
                                 lambda done, x0: bar.update(done - bar.n))
         del model, vae                                       # room for the next checkpoint's

@@ -41,6 +41,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import hdm
 from prepare import Latents, latents_folder, open_at, open_index, shard
@@ -50,8 +51,7 @@ from sample import catch_signals, gather, generate, image_grid, plot, read_metri
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
 
 @dataclasses.dataclass
-class Settings:
-    # The run
+class Run:
     out_dir: str = "out/run"       # checkpoints, metrics.jsonl, run.json and samples/ go here
     init_from: str = ""            # weights to start from: a run, a checkpoint, a published file, a hub id
     resume: bool | str = False     # bare: go on from the newest checkpoint of out_dir; or a checkpoint's path
@@ -70,7 +70,10 @@ class Settings:
     keep_ckpts: int = 3            # how many of the newest checkpoints stay; 0: all
     milestone_every: int = 0       # images; the first checkpoint after each multiple always stays; 0: none
     log: str = ""                  # metrics go to wandb or tensorboard as well, if installed
-    # The data
+
+
+@dataclasses.dataclass
+class Data:
     data: str = "data/train"       # what prepare.py wrote, or a source of captioned images as it takes it
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id; "": train on pixels
     text_encoder: str = hdm.TEXT_ENCODER   # folder or hub id of a causal LM
@@ -88,7 +91,10 @@ class Settings:
     latents: bool = False          # read prepare.py's cache of VAE latents in place of the pictures
     vae_chunk: int = 0             # pictures that the VAE takes at a time; 0: a micro-step's
     max_unreadable: float = 0.05   # share of the pictures; when more of them cannot be read, the run ends
-    # The training
+
+
+@dataclasses.dataclass
+class Optim:
     preset: str = "base"           # small, base or large: an XUTConfig, which the settings below change
     images: int = 152_500_000      # the stage's length in images seen (published at 256 px: 20 x 7.624M)
     batch_size: int = 32           # images in one micro-step of one process
@@ -105,7 +111,11 @@ class Settings:
     ema: float = 0.9999            # decay of the averaged weights, a step; 0: no average
     sample_steps: int = 24         # Euler steps of previews, and sample.py's default for the checkpoint
     sample_cfg: float = 3.0        # guidance, likewise
-    # What it costs
+    sample_cfg_low: float = 0.0    # ... at times t from here on alone: below, it sharpens mistakes, too
+
+
+@dataclasses.dataclass
+class Bench:
     bench: int = 0                 # in place of training: measure so many steps, on made-up data
     baseline: bool = False         # ... and again with the settings of a plain eager trainer: the ratio
     caption_tokens: int = 128      # ... the captions' mean length; they are uniform from 1/2 to 3/2 of it
@@ -116,13 +126,18 @@ class Settings:
     dollars_per_gpu_hour: float = 0.35     # ... likewise a guess
 
 
-CLASSES = Settings, hdm.XUTConfig
+@dataclasses.dataclass
+class Settings(Bench, Optim, Data, Run):
+    pass                           # all of them, flat
+
+
+CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
 LEAST = dict.fromkeys(("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths",
                        "log_every", "sample_steps", "caption_tokens", "gpus"), 1)     # of other numbers: 0
 LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), 1e-12)
 MOST = dict(text_lengths=4, memory_budget=1, utilisation=1)
 MOST |= dict.fromkeys(("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable",
-                       "tread_rate", "ema", "beta1", "beta2"), 0.999999)
+                       "tread_rate", "ema", "sample_cfg_low", "beta1", "beta2"), 0.999999)
 
 
 def read_settings(argv, ranks=1):
@@ -578,9 +593,13 @@ def train(s, given, rank, ranks):
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
 
     # The frozen encoders, the model, its average, the optimiser
+    if rank > 0:                                             # rank 0 goes first: one download, then the cache
+        gather(None)
     te = hdm.TextEncoder(s.text_encoder, s.text_length, device, dtype)
     vae = hdm.load_vae(s.vae, device, dtype) if s.vae else None
     model = build_model(s, given, vae, te.dim, device)
+    if rank == 0:
+        gather(None)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else model
     optimizer = torch.optim.AdamW(hdm.parameter_groups(model), fused=True)
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
@@ -605,7 +624,8 @@ def train(s, given, rank, ranks):
     names = s.text_encoder, str(inner) if s.vae and inner.is_dir() else s.vae
     text_path, vae_path = (os.path.abspath(name) if os.path.exists(name) else name for name in names)
     settings = dict(config=model.config, text_encoder=text_path, text_length=s.text_length, vae=vae_path,
-                    image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg, t_shift=s.t_shift)
+                    image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg,
+                    cfg_low=s.sample_cfg_low, t_shift=s.t_shift)
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
@@ -643,7 +663,7 @@ def train(s, given, rank, ranks):
         milestone = s.milestone_every and seen % s.milestone_every < s.save_every * s.global_batch
         return rank > 0 or save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts, milestone, gb)
 
-    for step in range(start, last + 1):
+    for step in tqdm(range(start, last + 1), disable=rank > 0 or not sys.stderr.isatty()):
         # What is due after `step` steps: held-out loss, previews, a line of metrics, a checkpoint
         def due(every):                                      # a resumed run has done its first step's already
             return every > 0 and (step % every == 0 or step == total) and (step > start or step == 0)
@@ -689,7 +709,8 @@ def train(s, given, rank, ranks):
                 "loss", "val_loss", "images_per_s", "skipped") if record[name]]
             left = (time.monotonic() - began) / max(1, step - start) * (last - step) / 60
             with if_the_disk_allows("a line of metrics"):
-                print(" | ".join(words + [f"{left:.1f} min left"] * (step > start)), flush=True)
+                tqdm.write(" | ".join(words + [f"{left:.1f} min left"] * (step > start)))
+                sys.stdout.flush()
                 if rank == 0:
                     with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
@@ -748,8 +769,6 @@ def train(s, given, rank, ranks):
     if not (out_dir / f"ckpt_{step:08d}").is_dir() and not save():
         raise hdm.UserError(f"--out_dir={out_dir}: step {step} is not saved; make room, then --resume")
     gather(None)                                             # the others wait for rank 0's files
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
     again = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
     print(f"stopped at step {step}; to go on: {shlex.join([*again, *sys.argv, '--resume'])}" if stop else
           f"done: python sample.py --ckpt={out_dir} --prompt {shlex.quote(prompts[0])}")

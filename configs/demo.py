@@ -26,6 +26,7 @@ warmup = 200
 tread_rate = 0.0
 t_shift = 4.0
 ema = 0.999
+sample_cfg_low = 0.3            # guidance below it would roughen edges
 
 compile = False
 workers = 0
