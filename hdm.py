@@ -606,17 +606,15 @@ def dpmpp_2m(v, x, times):
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
-def stack_texts(a, a_mask, b, b_mask):
-    """Two text batches (B, T, ctx_dim) of any two lengths T -> one of 2B, and its mask: padding is False."""
-    if a.shape[1] == b.shape[1] and a_mask is None and b_mask is None:
-        return torch.cat([a, b]), None                       # attention is faster without a mask
-    T = max(a.shape[1], b.shape[1])
-    states, masks = [], []
-    for x, mask in ((a, a_mask), (b, b_mask)):
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        states.append(F.pad(x, (0, 0, 0, T - x.shape[1])))
-        masks.append(F.pad(mask, (0, T - x.shape[1])))
-    return torch.cat(states), torch.cat(masks)
+def stack_texts(states, masks=None):
+    """Text batches (B, T, ctx_dim) of any lengths T -> one batch of them all, and its mask: padding is False."""
+    T, masks = max(x.shape[1] for x in states), masks or [None] * len(states)
+    if all(mask is None and x.shape[1] == T for x, mask in zip(states, masks)):
+        return torch.cat(states), None                       # attention is faster without a mask
+    masks = [torch.ones(x.shape[:2], device=x.device) if mask is None else mask
+             for x, mask in zip(states, masks)]
+    masks = [F.pad(mask.bool(), (0, T - mask.shape[1])) for mask in masks]
+    return torch.cat([F.pad(x, (0, 0, 0, T - x.shape[1])) for x in states]), torch.cat(masks)
 
 
 @dataclass
@@ -661,7 +659,7 @@ class Guidance:
 
     @functools.cached_property
     def both_texts(self):                                    # the same at every step
-        return stack_texts(self.ctx, self.ctx_mask, self.uncond, self.uncond_mask)
+        return stack_texts([self.ctx, self.uncond], [self.ctx_mask, self.uncond_mask])
 
     def velocity(self, x, t, ctx, mask, keep=None):
         """v of each x with its text; where there are twice as many texts, with both of its own."""

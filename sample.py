@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial, reduce
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -403,8 +403,7 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
     def picks():
         return [torch.cat([hdm.pick_tokens(1, rows * cols, rate, generator) for generator in generators]
                           ).to(device) if rate else None for rate in (p.tread_cond, p.tread_uncond)]
-    ctx, mask = reduce(lambda some, one: hdm.stack_texts(*some, *one),
-                       [(texts[job.prompt].to(device), None) for job in jobs])
+    ctx, mask = hdm.stack_texts([texts[job.prompt].to(device) for job in jobs])
     uncond = texts[p.negative_prompt].to(device).repeat(len(jobs), 1, 1)
     guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, pos=pos, picks=picks,
                             aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),

@@ -592,7 +592,7 @@ def test_a_padded_negative_does_not_change_what_is_drawn(te):
 def test_a_picture_depends_on_its_prompt_and_seed_alone(te):
     """Not on its batch nor on the other prompts in it: within one level of 255."""
     model, prompts, seeds = tiny_xut(), list(LENGTHS), [5, 5, 6, 7]
-    settings = dict(image_size=8, steps=3, cfg=2.0, t_shift=1.0)
+    settings = dict(image_size=8, steps=3, cfg=2.0, cfg_low=0.0, t_shift=1.0)
 
     def draw(prompts, seeds, **others):
         return sample.generate(model, None, te, prompts, seeds, settings, **others).astype(int)
@@ -967,7 +967,8 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
                     images=96, steps=5, cfg=2.0, t_shift=4.0)
     hdm.save_model(tmp_path / "model.safetensors", model.state_dict(), settings)
     loaded, vae, read = hdm.load_model(tmp_path)
-    assert vae is None and read == settings and loaded.config == model.config
+    assert vae is None and loaded.config == model.config
+    assert read == settings | dict(cfg_low=0.0)              # younger than some checkpoints
     weights = loaded.state_dict()
     assert list(weights) == list(model.state_dict())
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
@@ -3184,15 +3185,17 @@ def test_ema_is_what_is_drawn_with_unless_switched_off(trained, tmp_path):
 
 def test_settings_of_a_checkpoint_are_the_defaults(trained, place, tmp_path):
     """Its size, steps, guidance and time shift: given by flag, they change nothing."""
-    out = train_tiny(place, tmp_path / "run", max_steps=1, t_shift=3.0, sample_steps=3, sample_cfg=2.0)
+    out = train_tiny(place, tmp_path / "run", max_steps=1, t_shift=3.0, sample_steps=3, sample_cfg=2.0,
+                     sample_cfg_low=0.7)                     # of the times 1, 0.86 and 0.6 without the last
     plain = draw(out, tmp_path / "a", "--prompt=red circle")["00000-0.png"]
-    defaults = ["--steps=3", "--cfg=2", "--width=16", "--height=16"]
+    defaults = ["--steps=3", "--cfg=2", "--cfg_low=0.7", "--width=16", "--height=16"]
     assert np.array_equal(plain, draw(out, tmp_path / "b", "--prompt=red circle", *defaults)["00000-0.png"])
     model, _, settings = hdm.load_model(out)
     te = hdm.load_text_encoder(settings)
     ctx, mask = te(["red circle"])
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    x0 = hdm.sample(model, ctx, te([""])[0], noise=noise, steps=3, cfg=2.0, ctx_mask=mask, t_shift=3.0)
+    x0 = hdm.sample(model, ctx, te([""])[0], noise=noise, steps=3, cfg=2.0, ctx_mask=mask, t_shift=3.0,
+                    interval=(0.7, 1.0))
     assert abs(sample.to_uint8(x0)[0].astype(int) - plain).max() <= 1
 
 
@@ -4274,7 +4277,7 @@ def test_an_export_names_a_text_encoder_of_the_hub(published, tmp_path):
 def test_what_others_would_misread_is_exported_by_force_alone(name, tmp_path):
     model = tiny_xut(skips="mirror", residual="raw", pos="unit_area", aspect_cond=False)
     settings = dict(config=model.config, text_encoder="a/b", text_length=7, vae="", image_size=48, step=3,
-                    images=96, steps=5, cfg=2.0, t_shift=4.0)
+                    images=96, steps=5, cfg=2.0, cfg_low=0.2, t_shift=4.0)
     message = one_line(sample.export, tmp_path / name, model, None, settings)
     for words in ("skips=mirror", "residual=raw", "pos=unit_area", "aspect_cond=False", "pixels"):
         assert words in message
