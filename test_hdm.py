@@ -1775,7 +1775,7 @@ def test_a_second_signal_ends_the_process_and_an_echo_does_not(monkeypatch):
     ended, clock = [], iter([0.0, 0.2, 5.0])
     monkeypatch.setattr(sample.os, "_exit", ended.append)
     monkeypatch.setattr(sample.time, "monotonic", lambda: next(clock))
-    noted = sample.catch_signals()
+    noted = train.catch_signals()
     for expected in ([], [], [128 + signal.SIGTERM]):
         signal.raise_signal(signal.SIGTERM)
         assert noted and ended == expected

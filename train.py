@@ -26,6 +26,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 import hdm
 from prepare import Latents, latents_folder, open_at, open_index, shard
-from sample import catch_signals, gather, generate, image_grid, plot, read_metrics, tracker
+from sample import gather, generate, image_grid
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
@@ -457,6 +458,45 @@ def load_state(s, identity, epochs, ranks):
     return state
 
 
+def read_metrics(run):
+    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
+    file, records = Path(run, "metrics.jsonl"), []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def plot(runs):
+    """The curves of some runs over the images that they saw -> plot.png in the current folder."""
+    lines = {run: read_metrics(run) for run in runs}
+    if not lines or not all(lines.values()):
+        empty = [run for run in runs if not lines[run]]
+        raise hdm.UserError(f"--plot {' '.join(empty) or 'RUN'}: a folder with metrics.jsonl is needed")
+    from matplotlib.figure import Figure
+    figure = Figure((20, 4), layout="constrained")
+    for name, axis in zip(("loss", "val_loss", "grad_norm", "images_per_s"), figure.subplots(1, 4)):
+        for run in runs:
+            points = [(line["images"], line[name]) for line in lines[run] if line.get(name) is not None]
+            axis.plot([x for x, _ in points], [y for _, y in points], label=run)
+        axis.set(title=name, xlabel="images", yscale="log" if "loss" in name else "linear")
+        axis.legend()
+    figure.savefig("plot.png")
+    print(f"plot.png: {', '.join(runs)}")
+
+
+def tracker(name, folder, settings):
+    """-> a function of ({name: number}, step=) that tells wandb or tensorboard, or, name "", nobody."""
+    if name == "wandb":
+        import wandb
+        return wandb.init(project="hdm", name=str(folder), config=settings).log
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(folder)
+        return lambda values, step: [board.add_scalar(name, values[name], step) for name in values]
+    return lambda values, step: None
+
+
 def open_log(out_dir, s, config, start):
     """The folder is this run's: run.json, metrics.jsonl less what a resumed run writes again or never had."""
     lock = FileLock(out_dir / "lock")                        # free when this process ends, however it ends
@@ -568,6 +608,21 @@ def compile_blocks(model, s, autocast, device, side):
         for block in blocks:
             del block.compute
     model.zero_grad(set_to_none=True)
+
+
+def catch_signals(worker=None):
+    """From now on Ctrl-C and SIGTERM are noted in the list that comes back, a second one ends the process.
+
+    Also for loader processes (worker): else the signal of a whole group ends them before their step.
+    """
+    noted = []
+    def note(number, frame):
+        noted.append(time.monotonic())
+        if noted[-1] - noted[0] > 1:                         # torchrun repeats what the terminal sent to all
+            os._exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return noted
 
 
 def train(s, given, rank, ranks):
