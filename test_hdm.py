@@ -1773,8 +1773,8 @@ def test_a_stopped_run_saves_and_goes_on_as_if_never_stopped(number, trained, pl
 
 def test_a_second_signal_ends_the_process_and_an_echo_does_not(monkeypatch):
     ended, clock = [], iter([0.0, 0.2, 5.0])
-    monkeypatch.setattr(sample.os, "_exit", ended.append)
-    monkeypatch.setattr(sample.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(train.os, "_exit", ended.append)
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
     noted = train.catch_signals()
     for expected in ([], [], [128 + signal.SIGTERM]):
         signal.raise_signal(signal.SIGTERM)
