@@ -552,14 +552,16 @@ def page(model, vae, get_te, settings, s, p, common):
 
         def watch(done, x0):
             if stopping.is_set():
-                raise hdm.UserError("stopped")
+                raise InterruptedError
             progress(done / len(jobs))
             if not news:                                     # else the page has yet to show the last one
                 news.append(preview(vae, x0))
-        for path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
-            drawn.insert(0, (path, path.name))
-            news[:] = [path]
-        return f"{len(jobs)} in {s.out}"
+        before = len(drawn)
+        with contextlib.suppress(InterruptedError):
+            for path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
+                drawn.insert(0, (path, path.name))
+                news[:] = [path]
+        return f"{len(drawn) - before} of {len(jobs)} pictures, in {s.out}"
 
     @told()
     def take_settings(file):
