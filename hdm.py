@@ -607,7 +607,7 @@ SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
 def stack_texts(states, masks=None):
-    """Text batches (B, T, ctx_dim) of any lengths T -> one batch of them all, and its mask: padding is False."""
+    """Texts (B, T, ctx_dim) of any lengths T -> one batch of them all, and its mask: padding is False."""
     T, masks = max(x.shape[1] for x in states), masks or [None] * len(states)
     if all(mask is None and x.shape[1] == T for x, mask in zip(states, masks)):
         return torch.cat(states), None                       # attention is faster without a mask
@@ -1275,7 +1275,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
     settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and
-    for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged weights where the checkpoint has them.
+    for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged weights where it has them.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_tensors(path)

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -347,8 +347,9 @@ def tar_files(path, report):
     with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
         size = os.path.getsize(path)
         for member in itertools.takewhile(lambda member: member.offset_data + member.size <= size, tar):
+            plain = member.isreg() and not member.issparse()
             name = os.path.normpath("/" + member.name)  # no ../ leads out of the tar
-            yield path + name, (path, member.offset_data, member.size) if member.isreg() else None
+            yield path + name, (path, member.offset_data, member.size) if plain else None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) == bytes(512):  # tarfile is silent about some ends that are none
             return
@@ -396,7 +397,7 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
     if root != top and not top.lower().endswith((".tar", *TABLES)):
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
     order = [end for end in (TEXTS[::-1] if s.caption else TEXTS) if end != s.sidecar]
-    rows, counts, stems, sidecar = {}, Counter(), Counter(), s.sidecar or "\0"         # which is in no name
+    rows, used, counts, stems, sidecar = {}, set(), Counter(), Counter(), s.sidecar or "\0"  # in no name
     if given:
         with hdm.naming(source, "not a table of images"):
             read_table(top, (top, 0, 0), s.caption, rows, report)
@@ -418,7 +419,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                 if stems[os.path.basename(stem)] == 1:  # then a row may omit its image's folder
                     keys += [os.path.join(root, os.path.basename(key)) for key in keys]
                 row = next((key for key in keys if key in rows), None)
-                caption, table = rows.pop(row, ("", ""))
+                used.add(row)
+                caption, table = rows.get(row, ("", ""))
                 ends = [end for end in order if stem + end in files][:not table]
                 ends += [sidecar] * (stem + sidecar in files)
                 if not table and (given or not ends):
@@ -440,8 +442,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
                 yield picture._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
-    for key, (_, table) in rows.items():
-        report.add("row without an image", f"{table}: {os.path.relpath(key, root)}")
+    for key in rows.keys() - used:
+        report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
     how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
     print(printable(f"images: {how} in {source}"))
 
@@ -589,13 +591,19 @@ def shard(folder, i):
     return Path(folder, f"{i // SHARD:06d}.safetensors")
 
 
+def is_whole(file):
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt"):
+        return True
+    return False
+
+
 class Latents:
     """The cache of a run; a UserError names the command that makes the right one."""
 
     def __init__(self, s, index, vae):
         folder = latents_folder(s.data, index, vae, s.image_size)
         for self.folder in folder, folder + "_mean":
-            if all(shard(self.folder, i).exists() for i in range(0, len(index), SHARD)):
+            if all(is_whole(shard(self.folder, i)) for i in range(0, len(index), SHARD)):
                 return
         then = "" if index.folder else ", then --data=data/index"
         raise hdm.UserError(
@@ -620,13 +628,15 @@ def encode_latents(s, vae, device, rank, ranks):
     def whole(i):                                # i, its picture, scaled and cut to whole cells; or None
         try:
             picture = index.read(i, s.image_size)
+            if index.changed(i):
+                raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
         except hdm.UserError as error:
             return print(f"warning: {error}; no latents of it", flush=True)
         height, width = (side // vae.factor * vae.factor for side in picture.shape[1:])
         return i, picture[:, :height, :width]
 
     todo = [range(first, min(first + SHARD, len(index))) for first in range(0, len(index), SHARD)
-            if not shard(folder, first).exists()]
+            if not is_whole(shard(folder, first))]
     gb = 2e-9 * channels * sum(cells[numbers].prod(1).sum() for numbers in todo)
     free, pictures = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo))
     if gb > free:

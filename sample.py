@@ -194,7 +194,7 @@ def tipo_request(job, slots):
         sentence = len(tag.split()) > 4                      # a guess
         kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
         parts[kind] += ", " * bool(parts[kind]) + tag
-    square = job.width is None or job.height is None         # as far as is known here
+    square = not job.width or not job.height                 # as far as is known here
     lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
              "copyrights": parts["series"], "quality": parts["quality"],
              "aspect_ratio": f"{1 if square else job.width / job.height:.3f}",
@@ -236,6 +236,8 @@ def load_tipo(name):
         spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
         if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
             reply = reply[:reply.rfind(".", 0, match.start()) + 1]
+        if not reply:
+            return job.prompt
         parts["natural language"] += " " + reply
         return fill_slots(Sampling.format, parts)
     return expand
@@ -528,47 +530,63 @@ def page(model, vae, get_te, settings, s, p, common):
     uploads = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)
     os.environ.update(GRADIO_TEMP_DIR=uploads.name, GRADIO_ANALYTICS_ENABLED="False")
     import gradio as gr
+    given = s.prompt or s.prompts or s.slots
+    prompt = read_jobs(replace(s, tipo=False), p, None)[0].prompt if given else ""
     p = resolved(p, settings, model, vae)
-    start = vars(p) | dict(prompt="".join(s.prompt[:1]), tipo=bool(s.tipo))
+    start = vars(p) | dict(prompt=prompt, tipo=bool(s.tipo))
     get_te, get_tipo = cache(get_te), cache(load_tipo)
     get_te()                                                 # now; TIPO when it is first switched on
-    controls, drawn, news, stopping = {}, [], [], threading.Event()
+    controls, drawn, latest = {}, [], (0, None)              # latest: how many were shown, the last one
+    asked, stopping = threading.Event(), threading.Event()
 
     @contextlib.contextmanager
     def told():                                              # a UserError's line, where gradio shows errors
         try:
             yield
         except hdm.UserError as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
+            line = re.sub(f"--from_image={uploads.name}/.*/", "", str(error))
+            raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
 
     @told()
     def draw_all(progress=gr.Progress(), *values):
+        nonlocal latest
         stopping.clear()
         flags = [f"--{name}={value}" for name, value in zip(controls, values)]
         given = hdm.parse_args(flags, [Picture, Sampling])[1]
-        asked = replace(s, prompt=given.pop("prompt"), prompts="", slots="",
-                        tipo=given.pop("tipo") and (s.tipo or True))
-        jobs = number(read_jobs(asked, Picture(**vars(p) | given), get_tipo), Path(s.out))
+        wish = replace(s, prompt=given.pop("prompt"), prompts="", slots="",
+                       tipo=given.pop("tipo") and (s.tipo or True))
+        jobs = number(read_jobs(wish, Picture(**vars(p) | given), get_tipo), Path(s.out))
 
         def watch(done, x0):
+            nonlocal latest
             if stopping.is_set():
                 raise InterruptedError
             progress(done / len(jobs))
-            if not news:                                     # else the page has yet to show the last one
-                news.append(preview(vae, x0))
+            if asked.is_set():                               # else no page has seen the last one yet
+                asked.clear()
+                latest = latest[0] + 1, preview(vae, x0)
         before = len(drawn)
         with contextlib.suppress(InterruptedError):
             for path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
                 drawn.insert(0, (path, path.name))
-                news[:] = [path]
+                latest = latest[0] + 1, path
         return f"{len(drawn) - before} of {len(jobs)} pictures, in {s.out}"
+
+    def news(seen):                                          # to a page that has seen so many
+        asked.set()
+        count, image = latest
+        if seen == count:
+            return gr.skip()
+        return image, list(drawn) if isinstance(image, Path) else gr.skip(), count
 
     @told()
     def take_settings(file):
         kept, digest = read_settings(file)
-        if digest != common["model_hash"]:
-            gr.Warning("drawn by another model: this page keeps its own")
-        kept = start | kept | dict(prompt=kept["prompt"][0], tipo=False)              # its words are in it
+        stays = common | dict(init_image=p.init_image, mask=p.mask)
+        kept = start | common | kept | dict(prompt=kept["prompt"][0], model_hash=digest)
+        kept["tipo"] = False                                 # its words are in the prompt
+        if other := ", ".join(name for name in stays if kept[name] != stays[name]):
+            gr.Warning(f"drawn with another {other}: this page keeps its own")
         return [kept[name] for name in controls]
 
     async def fetch_nothing(url, *request):                  # as gradio would for whoever names it a URL
@@ -595,8 +613,8 @@ def page(model, vae, get_te, settings, s, p, common):
             gallery = gr.Gallery(lambda: list(drawn), show_label=False, columns=4)
         inputs, quiet = list(controls.values()), dict(show_progress="hidden")
         gr.on([draw_button.click, controls["prompt"].submit], draw_all, inputs, state, api_name="draw")
-        gr.Timer(0.5).tick(lambda: (news.pop(), list(drawn)) if news else gr.skip(), None, [image, gallery],
-                           api_name="news", **quiet)
+        seen = gr.State(0)
+        gr.Timer(0.5).tick(news, seen, [image, gallery, seen], api_name="news", **quiet)
         stop_button.click(stopping.set, queue=False, api_name="stop")
         upload.upload(take_settings, upload, inputs, api_name="settings", **quiet)
         step = model.config.patch_size * (1 if vae is None else vae.factor)
@@ -610,6 +628,7 @@ def page(model, vae, get_te, settings, s, p, common):
     print(f"page: http://{address[0]} until Ctrl-C", flush=True)
     blocks.block_thread()
     stopping.set()
+    uploads.cleanup()
 
 
 # ---- the weights for other programs ------------------------------------------------------------------------
@@ -725,7 +744,7 @@ def main(argv):
             paths += draw_files(model, vae, get_te, todo, settings, s, common,
                                 lambda done, x0: bar.update(done - bar.n))
         del model, vae                                       # room for the next checkpoint's
-    paths = sorted(sum(gather(paths), []))
+    paths = sorted(sum(gather(paths), []), key=lambda path: int(path.name.partition("-")[0]))
     if len(paths) > 1 and rank == 0:                         # a row for each prompt, small pictures enlarged
         images = [np.array(Image.open(path)) for path in (paths if s.sheet else paths[:100])]
         sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)

@@ -1262,7 +1262,7 @@ def test_resuming_what_is_finished_or_overtaken_is_refused_and_touches_nothing(t
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(hdm.UserError, match="nothing to do"):
         train_tiny(place, run, resume=True)
-    with pytest.raises(hdm.UserError, match="holds ckpt_00000006"):
+    with pytest.raises(hdm.UserError, match="newer ckpt_00000006"):
         train_tiny(place, run, resume=run / "ckpt_00000004")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
@@ -3019,7 +3019,6 @@ def test_a_killed_encoding_goes_on_with_whole_shards(place, vae_folder, tmp_path
     file = folder / "000003.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert str(file) in one_line(lambda: latents.read(16))   # in training the next picture takes its place
-    file.unlink()
     prepare.main([str(tmp_path / "index"), "--latents", f"--vae={vae_folder}", "--image_size=16"])
     assert "5 of 24 pictures to encode" in capsys.readouterr().out and latents.read(16).shape[0] == 8
 
@@ -3901,7 +3900,8 @@ def test_tipo_on_the_page(llama, published, te_folder, tmp_path, monkeypatch):
     load, loaded = sample.load_tipo, []
     monkeypatch.setattr(sample, "load_tipo", lambda name: loaded.append(name) or load(name))
     argv, out = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--tipo={llama}"], tmp_path / "page"
-    with served_page(monkeypatch, *argv, f"--out={out}") as (client, _):
+    slots = '--slots={"artist": "red"}'                      # words of the box in the beginning
+    with served_page(monkeypatch, *argv, slots, f"--out={out}") as (client, _):
         on_page(client, PAGE_VALUES)
         assert loaded == [] and about(out / "00000-3.png")["prompt"] == "red circle"
         for _ in range(2):
@@ -3948,7 +3948,7 @@ def test_bad_input_and_stop_leave_the_page_alive(published, te_folder, tmp_path,
                 on_page(client, PAGE_VALUES | {name: value})
         Image.new("RGB", (8, 8)).save(tmp_path / "stranger.png")
         stranger = importlib.import_module("gradio_client").handle_file(tmp_path / "stranger.png")
-        with pytest.raises(Exception, match="stranger.png: no settings of sample.py in it"):
+        with pytest.raises(Exception, match="^stranger.png: no settings of sample.py in it"):
             client.predict(stranger, api_name="/settings")
         assert address in one_line(sample.main, [*argv, f"--ui={address}"])           # where one is already
         values = [*(PAGE_VALUES | dict(steps=1000)).values()]

@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -135,10 +135,10 @@ class Settings(Bench, Optim, Data, Run):
 CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
 LEAST = dict.fromkeys(("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths",
                        "log_every", "sample_steps", "caption_tokens", "gpus"), 1)     # of other numbers: 0
-LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), 1e-12)
-MOST = dict(text_lengths=4, memory_budget=1, utilisation=1)
+LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), 1e-9)
+MOST = dict(text_lengths=4, memory_budget=1, utilisation=1, sample_steps=1000, sample_cfg=100)
 MOST |= dict.fromkeys(("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable",
-                       "tread_rate", "ema", "sample_cfg_low", "beta1", "beta2"), 0.999999)
+                       "tread_rate", "ema", "sample_cfg_low", "beta1", "beta2"), 1 - 1e-9)      # below 1
 
 
 def read_settings(argv, ranks=1):
@@ -365,7 +365,8 @@ def dry_run(index, s, tokenizer):
         print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
     cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
-    texts = [hdm.draw_caption(index[epochs[i][2]].caption, None, Settings) for i in range(min(n, 20_000))]
+    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
+    texts = [hdm.draw_caption(index[i].caption, None, Settings) for i in some]
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
           f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
@@ -411,7 +412,6 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
     """Written under another name and renamed when complete: a folder named ckpt_* is always whole."""
     final = out_dir / f"ckpt_{settings['step']:08d}"
     partial = out_dir / "partial_ckpt"
-    shutil.rmtree(partial, ignore_errors=True)               # of a run that was killed while saving
     free = shutil.disk_usage(out_dir).free / 1e9
     with if_the_disk_allows(f"{final}, which takes {gb:.2f} GB where {free:.2f} are free; older ones stay"):
         partial.mkdir()
@@ -423,7 +423,7 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
             (partial / "milestone").touch()
         for part in ("text_encoder", "vae"):                 # small ones go where the run's folder goes
             source, there = Path(settings[part]), os.path.isdir(settings[part])
-            if there and sum(file.stat().st_size for file in source.rglob("*")) < 100e6:
+            if there and sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) < 100e6:
                 shutil.copytree(source, partial / part)
                 if part == "text_encoder" and source.with_name("tokenizer").is_dir():
                     shutil.copytree(source.with_name("tokenizer"), partial / "tokenizer")
@@ -500,8 +500,11 @@ def tracker(name, folder, settings):
 def open_log(out_dir, s, config, start):
     """The folder is this run's: run.json, metrics.jsonl less what a resumed run writes again or never had."""
     lock = FileLock(out_dir / "lock")                        # free when this process ends, however it ends
-    with hdm.naming(f"--out_dir={out_dir}", "another run is at work there"):
+    try:
         lock.acquire(timeout=0)
+    except Timeout as error:
+        raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
+    shutil.rmtree(out_dir / "partial_ckpt", ignore_errors=True)     # of a run that was killed while saving
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
                versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
@@ -641,11 +644,13 @@ def train(s, given, rank, ranks):
         raise hdm.UserError(f"--resume: no checkpoint in {out_dir}; leave it out to start a run there")
     if s.resume:                                             # a run: its newest checkpoint
         s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
-    if existing and Path(s.resume or "").name < existing[-1].name:                    # that would be lost
+    if existing and not s.resume:
         raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
     index, epochs, held_out, identity = open_data(s)
     state = load_state(s, identity, epochs, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
+    if s.resume and existing and int(existing[-1].name[5:]) > start:
+        raise hdm.UserError(f"--out_dir={out_dir} holds the newer {existing[-1].name}; name another out_dir")
 
     # The frozen encoders, the model, its average, the optimiser
     if rank > 0:                                             # rank 0 goes first: one download, then the cache
@@ -942,6 +947,7 @@ def bench(s, given, rank, ranks):
             train(run, given, rank, ranks)
             gather(None)
             lines = read_metrics(run.out_dir)[1 + warm:]     # 1: before any step
+            gather(None)                                     # all have read it, before it goes
             if len(lines) < steps:
                 raise hdm.UserError(f"--bench={s.bench}: stopped before it was done")
             T = sum(line["text_tokens"] for line in lines) / steps
