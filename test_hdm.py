@@ -12,6 +12,7 @@ import builtins
 import collections
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -4669,6 +4670,84 @@ def test_costs_of_an_image_are_those_of_a_step(dtype, monkeypatch):
     assert costs["bytes"] == pytest.approx((nine - one) / 8, rel=0.01)
     assert costs["shared"] + 9 * costs["bytes"] == pytest.approx(nine, rel=0.01)
     assert costs["step"] > 2.9 * costs["xut"] and costs["vae"] == costs["text"] == 0
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@slow
+def test_a_step_takes_little_more_than_its_matrix_products(fresh_compiler, two_threads, monkeypatch):
+    """README's measure: a whole training step, optimiser included, eager and compiled, against the forward and
+    backward of its linears and of attention as plain products, by turns; prints the medians of nine."""
+    for setting, value in ((-4, 0), (-1, 2 ** 31 - 1)):      # as train.py does
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).mallopt(setting, value)
+    torch.manual_seed(0)
+    config = hdm.XUTConfig(dim=512, ctx_dim=512, heads=8, mlp_dim=1536, depth=2)
+    model = hdm.XUT(config)
+    s = SimpleNamespace(text_length=64, text_lengths=1, mask_padding=False, batch_size=4, tread_rate=0.5,
+                        memory_budget=1.0)
+    inputs = hdm.blank_inputs(config, 4, 32, 64, 0.5)
+    inputs |= {name: torch.randn_like(inputs[name]) for name in ("x0", "noise", "ctx")}
+    inputs["keep"] = hdm.pick_tokens(4, 256, 0.5)
+    optimizer = torch.optim.AdamW(hdm.parameter_groups(model), lr=1e-6, fused=True)
+
+    def step():
+        hdm.flow_loss(model, **inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    pairs = []                                               # what is multiplied with what
+    def linear(module, args, out):
+        x, w = torch.randn(out.shape[:-1].numel(), args[0].shape[-1]), module.weight.detach()
+        dy = torch.randn(len(x), len(w))
+        pairs.extend([(x, w.T), (dy, w), (dy.T, x)])
+
+    def attention(q, k, v, **how):
+        q, k, v = (torch.randn(x.shape) for x in (q, k, v))
+        p = torch.randn(*q.shape[:-1], k.shape[-2])          # probabilities, or their gradient
+        pairs.extend([(q, k.mT), (p, v), (q, v.mT), (p.mT, q), (p, k), (p.mT, q)])
+        return plain(q, k, v, **how)
+
+    plain = torch.nn.functional.scaled_dot_product_attention
+    hooks = [module.register_forward_hook(linear) for module in model.modules()
+             if isinstance(module, torch.nn.Linear)]
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        hdm.flow_loss(model, **inputs)
+    for hook in hooks:
+        hook.remove()
+
+    def products():
+        for a, b in pairs:
+            a @ b
+
+    blocks = [module for module in model.modules() if isinstance(module, hdm.Block)]
+    train.compile_blocks(model, s, contextlib.nullcontext(), "cpu", 32)
+    compiled = [vars(block).pop("compute") for block in blocks]
+
+    def compiled_step():
+        for block, compute in zip(blocks, compiled):
+            block.compute = compute
+        step()
+        for block in blocks:
+            del block.compute
+
+    ways = dict(products=products, eager=step, compiled=compiled_step)
+    times = {name: [] for name in ways}
+    for _ in range(10):
+        for name, f in ways.items():
+            clock = time.perf_counter()
+            f()
+            times[name].append(time.perf_counter() - clock)
+    medians = {name: float(np.median(each[1:])) for name, each in times.items()}
+    print({name: f"{median:.3f} s, {median / medians['products']:.3f}" for name, median in medians.items()})
+    assert medians["compiled"] < medians["eager"]
+    assert medians["compiled"] < 1.3 * medians["products"]
 
 
 def test_the_encoders_are_counted():
