@@ -522,6 +522,21 @@ def preview(vae, latents):
     return image_grid(to_uint8(latents), math.ceil(len(latents) ** 0.5), gap=0)
 
 
+def make_controls(gr, start):
+    """-> {name: gradio's control} of all in ROWS, row by row, with the values in start."""
+    makers = dict(prompt=partial(gr.Textbox, lines=3), negative_prompt=gr.Textbox, tipo=gr.Checkbox,
+                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)), ratio=partial(gr.Radio, RATIOS),
+                  **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()})
+    controls = {}
+    for row in ROWS:
+        with gr.Row():
+            for name in row.split():
+                label = name.replace("_", " ")
+                make = makers.get(name, gr.Number)
+                controls[name] = make(value=start.get(name), label=label, min_width=100)
+    return controls
+
+
 def page(model, vae, get_te, settings, s, p, common):
     """Serves the page until Ctrl-C. Its file routes see s.out and a folder of uploads, nothing else."""
     address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
@@ -593,16 +608,9 @@ def page(model, vae, get_te, settings, s, p, common):
         raise gr.routes.HTTPException(403, "no URL is fetched here")
     gr.routes.secure_url_stream_response = gr.processing_utils.async_ssrf_protected_get = fetch_nothing
 
-    makers = dict(prompt=partial(gr.Textbox, lines=3), negative_prompt=gr.Textbox, tipo=gr.Checkbox,
-                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)), ratio=partial(gr.Radio, RATIOS),
-                  **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()})
     with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
         with gr.Column():
-            for row in ROWS:
-                with gr.Row():
-                    for name in row.split():
-                        controls[name] = makers.get(name, gr.Number)(
-                            value=start.get(name), label=name.replace("_", " "), min_width=100)
+            controls.update(make_controls(gr, start))
             ratio = controls.pop("ratio")                    # no setting, it sets two
             upload = gr.UploadButton("take the settings of a picture", file_types=["image"])
         with gr.Column():

@@ -12,7 +12,6 @@ import builtins
 import collections
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import functools
 import gc
@@ -4681,11 +4680,9 @@ def two_threads():
 
 @slow
 def test_a_step_takes_little_more_than_its_matrix_products(fresh_compiler, two_threads, monkeypatch):
-    """README's measure: a whole training step, optimiser included, eager and compiled, against the forward and
+    """README's measure: a whole training step, optimiser included, eager and compiled, against forward and
     backward of its linears and of attention as plain products, by turns; prints the medians of nine."""
-    for setting, value in ((-4, 0), (-1, 2 ** 31 - 1)):      # as train.py does
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).mallopt(setting, value)
+    train.keep_freed_memory()
     torch.manual_seed(0)
     config = hdm.XUTConfig(dim=512, ctx_dim=512, heads=8, mlp_dim=1536, depth=2)
     model = hdm.XUT(config)
