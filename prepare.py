@@ -396,7 +396,7 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
     root = top if os.path.isdir(top) else os.path.dirname(top)
     if root != top and not top.lower().endswith((".tar", *TABLES)):
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
-    order = [end for end in (TEXTS[::-1] if s.caption else TEXTS) if end != s.sidecar]
+    order = TEXTS[::-1] if s.caption else TEXTS
     rows, used, counts, stems, sidecar = {}, set(), Counter(), Counter(), s.sidecar or "\0"  # in no name
     if given:
         with hdm.naming(source, "not a table of images"):
@@ -421,7 +421,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                 row = next((key for key in keys if key in rows), None)
                 used.add(row)
                 caption, table = rows.get(row, ("", ""))
-                ends = [end for end in order if stem + end in files][:not table]
+                ends = [end for end in order
+                        if stem + end in files and not (stem + end).endswith(sidecar)][:not table]
                 ends += [sidecar] * (stem + sidecar in files)
                 if not table and (given or not ends):
                     raise hdm.UserError("not in the table" if given else "no caption")

@@ -2541,7 +2541,7 @@ def test_report_lists_a_thousand():
     ("before", "x ||| y", "some words, a $$ b, x, y"), ("before", "one\ntwo", "some words, a $$ b, one"),
     ("after", " ", "some words, a $$ b"), ("before", None, "some words, a $$ b")])
 def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
-    files = {"a.png": PNG, "a.nl.txt": "some\n\nwords, a $$ b\n", "c.png": PNG,
+    files = {"a.png": PNG, "a.nl.txt": "some\n\nwords, a $$ b\n", "a.nl.png": PNG,
              "b.png": PNG, "b.txt": "x", "b.nl.txt": " "}
     files |= {"a.txt": text} if text is not None else {}
     write_files(tmp_path / "f", files)

@@ -135,10 +135,11 @@ class Settings(Bench, Optim, Data, Run):
 CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
 LEAST = dict.fromkeys(("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths",
                        "log_every", "sample_steps", "caption_tokens", "gpus"), 1)     # of other numbers: 0
-LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), 1e-9)
+ABOVE_0, BELOW_1 = 1e-9, 1 - 1e-9
+LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), ABOVE_0)
 MOST = dict(text_lengths=4, memory_budget=1, utilisation=1, sample_steps=1000, sample_cfg=100)
 MOST |= dict.fromkeys(("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable",
-                       "tread_rate", "ema", "sample_cfg_low", "beta1", "beta2"), 1 - 1e-9)      # below 1
+                       "tread_rate", "ema", "sample_cfg_low", "beta1", "beta2"), BELOW_1)
 
 
 def read_settings(argv, ranks=1):
@@ -149,7 +150,9 @@ def read_settings(argv, ranks=1):
     for name, value in vars(s).items():
         least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
         if isinstance(value, (int, float)) and not least <= value <= most:
-            raise hdm.UserError(f"--{name}={value}: from {least} to {most}")
+            low = "above 0" if 0 < least < 1 else f"{least} or more"
+            high = {math.inf: "", BELOW_1: ", below 1"}.get(most, f", at most {most}")
+            raise hdm.UserError(f"--{name}={value}: must be {low}{high}")
     if s.global_batch % (s.batch_size * ranks):
         near = max(1, round(s.global_batch / s.batch_size / ranks)) * s.batch_size * ranks
         raise hdm.UserError(f"--global_batch={s.global_batch}: no multiple of batch_size x processes = "
