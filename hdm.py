@@ -23,6 +23,7 @@ Letters, in every shape comment:
   H heads, K head size, C latent channels, h w latent height and width (pixels without a VAE), p patch size.
 Time runs from t = 0 (data) to t = 1 (pure noise).
 """
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -1577,7 +1578,10 @@ def run(main):
     try:
         main(sys.argv[1:])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()        # gloo's threads, left alone, may abort the exit
+            torch.distributed.destroy_process_group()
+            atexit._run_exitfuncs()                          # such as wandb's
+            sys.stdout.flush()
+            os._exit(0)                                      # gloo's threads abort a usual exit now and then
     except (Exception, KeyboardInterrupt) as error:
         if re.search("out of memory|can't allocate memory", str(error)) and isinstance(error, RuntimeError):
             error = UserError("out of memory: a lower --batch_size, a smaller picture or --dtype=bfloat16")
