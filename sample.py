@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -329,16 +329,17 @@ def number(jobs, out):
     return [replace(job, number=i) for i, job in enumerate(jobs, max(taken, default=-1) + 1)]
 
 
-def load_source(p):
+@lru_cache(maxsize=1)              # pictures of one call share it: draw_files forgets it
+def load_source(init_image, mask):
     """-> init_image and mask as PIL pictures of the same size, or None for what is not given."""
-    with hdm.naming(f"--init_image={p.init_image}", "not a picture that can be read"):
-        image = hdm.load_image(p.init_image) if p.init_image else None
-    with hdm.naming(f"--mask={p.mask}", "not a picture that can be read"):
-        mask = hdm.load_image(p.mask).convert("L") if p.mask else None
-    if mask is not None and mask.size != image.size:
-        raise hdm.UserError(f"--mask={p.mask}: {mask.width}x{mask.height} pixels, but --init_image has "
+    with hdm.naming(f"--init_image={init_image}", "not a picture that can be read"):
+        image = hdm.load_image(init_image) if init_image else None
+    with hdm.naming(f"--mask={mask}", "not a picture that can be read"):
+        anew = hdm.load_image(mask).convert("L") if mask else None
+    if anew is not None and anew.size != image.size:
+        raise hdm.UserError(f"--mask={mask}: {anew.width}x{anew.height} pixels, but --init_image has "
                             f"{image.width}x{image.height}; they must be the same")
-    return image, mask
+    return image, anew
 
 
 def fitted(image, p, method):
@@ -354,7 +355,7 @@ def fitted(image, p, method):
 def resolved(p, settings, model, vae):
     """p with numbers in place of None; a size or a picture that will not do is refused."""
     width = height = settings["image_size"]
-    image, _ = load_source(p)
+    image, _ = load_source(p.init_image, p.mask)
     if image is not None:
         width, height = image.size
         if max(width, height) > 2 * settings["image_size"]:  # such as a photo's: more than the model can do
@@ -408,7 +409,8 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
     guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, pos=pos, picks=picks,
                             aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
                             interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
-    times, x, (source, anew) = hdm.sampling_times(p.steps, p.shift), noise, load_source(p)
+    times, x = hdm.sampling_times(p.steps, p.shift), noise
+    source, anew = load_source(p.init_image, p.mask)
     if source is not None:
         source = np.array(fitted(source, p, Image.BICUBIC))
         known = torch.from_numpy(source).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
@@ -475,6 +477,7 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
     get_te() loads the text encoder; unless others hold it, it is gone before the first step. watch is called
     at each step with how many are done, in parts of one, and with what x0 (B, C, h, w) looks like.
     """
+    load_source.cache_clear()                                # since the last call a file may have changed
     jobs, done = [resolved(job, settings, model, vae) for job in jobs], 0
     for p in {(job.width, job.height): job for job in jobs}.values():
         advise(p, settings["image_size"])

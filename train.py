@@ -135,7 +135,7 @@ class Settings(Bench, Optim, Data, Run):
 CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
 LEAST = dict.fromkeys(("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths",
                        "log_every", "sample_steps", "caption_tokens", "gpus"), 1)     # of other numbers: 0
-ABOVE_0, BELOW_1 = 1e-9, 1 - 1e-9
+ABOVE_0, BELOW_1 = sys.float_info.min, math.nextafter(1, 0)    # normal: training flushes denormals
 LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), ABOVE_0)
 MOST = dict(text_lengths=4, memory_budget=1, utilisation=1, sample_steps=1000, sample_cfg=100)
 MOST |= dict.fromkeys(("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable",
@@ -530,7 +530,7 @@ def build_model(s, given, vae, ctx_dim, device):
     source = s.resume or s.init_from
     if source:
         model, _, old = hdm.load_model(source, device, ema=not s.resume, with_vae=False)
-        model = copy.deepcopy(model)                         # aligned as any: else sums round another way
+        model = copy.deepcopy(model)                         # mapped weights lie unaligned: sums round anew
         print(f"weights: {source}" + f", step {old['step']:,}, {old['images']:,} images" * bool(old["step"]))
     else:                                                    # the encoders' two numbers win over the preset's
         model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
@@ -676,6 +676,8 @@ def train(s, given, rank, ranks):
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())                # empty: was not fp16
         if s.ema:
             ema.load_state_dict(hdm.read_tensors(hdm.find_weights(s.resume, ema=True))[0])
+    for group in optimizer.param_groups:                     # a resumed run's, too, are the command's
+        group.update(betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
     # The data, the plan
     cache = Latents(s, index, vae) if s.latents else None
@@ -793,8 +795,8 @@ def train(s, given, rank, ranks):
         # One optimiser step
         laps(None)
         lr, T = lr_at(step, s, total), 0.0
-        for group in optimizer.param_groups:                 # a resumed run's, too, are the command's
-            group.update(lr=lr / group["fan_in"], betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
+        for group in optimizer.param_groups:
+            group["lr"] = lr / group["fan_in"]
         stats = torch.zeros_like(window)
         for micro in range(1, micro_steps + 1):
             if stop := any(gather(bool(noted) or time.monotonic() > deadline)):       # all, or none
