@@ -1464,6 +1464,57 @@ def pick_dtype(name, device):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+class SharedCPU:
+    """Takes fewer CPU threads while other programs use the same cores, where that is faster.
+
+    OpenMP's threads spin while they wait for each other. Where one of them shares its core, all spin through
+    the time that it does not get: beside two busy programs on two cores README's demo falls from 120 images/s
+    to 3 to 30; one thread keeps 60. The sign is that this process gets fewer cores than it has threads.
+    OMP_NUM_THREADS fixes their number.
+    """
+
+    def __init__(self):
+        self.most = None                         # threads at the first choice
+        self.before = 0.0                        # seconds that one piece of work took with all of them
+        self.pause, self.next_try = 20.0, 0.0    # seconds until all are tried again; when (time.monotonic)
+        self.count, self.wall, self.cpu = 0, 0.0, 0.0        # since the last choice: pieces, their seconds
+        self.reported = False
+
+    @contextlib.contextmanager
+    def work(self, device):
+        """Around a piece of work on the device, each of about the same size, that waits for nothing else."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+        self.count += 1
+        if str(device) == "cpu" and self.wall > 2 and "OMP_NUM_THREADS" not in os.environ:
+            self.choose(self.wall / self.count, self.cpu / self.wall, time.monotonic())
+            self.count, self.wall, self.cpu = 0, 0.0, 0.0
+
+    def choose(self, seconds, cores, now):
+        """seconds: of one piece; cores: how many this process had on average; now: time.monotonic()."""
+        threads = torch.get_num_threads()
+        if self.most is None:
+            self.most = threads
+        if threads < self.most:
+            if seconds >= self.before or now >= self.next_try:
+                torch.set_num_threads(self.most)
+            elif not self.reported:
+                self.reported = True
+                print(f"cpu: other programs use it: {threads} of {self.most} threads while that is faster; "
+                      f"OMP_NUM_THREADS={self.most} keeps all (another number rounds sums anew)", flush=True)
+        elif cores > 0.8 * threads:
+            self.pause = 20.0
+        elif now >= self.next_try:
+            self.before, self.next_try = seconds, now + self.pause
+            self.pause = min(2 * self.pause, 320.0)
+            torch.set_num_threads(max(1, int(cores)))
+
+
+SHARED_CPU = SharedCPU()       # one, as the number of threads is one for the process
+
+
 def setting_types(classes):
     """{name: type} over all fields of some dataclasses: settings are flat, a name means one thing."""
     types = {}
@@ -1561,6 +1612,30 @@ def read_config(path, classes):
     return values
 
 
+class Output:
+    """A stream whose errors end no run: what its encoding cannot hold is escaped, a failed write is dropped.
+
+    The encoding may be ASCII or cp1252, the reader of a pipe gone, a terminal closed, a disk full.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def start_ranks():
     """-> rank, ranks. Under torchrun joins its processes, each on its own GPU; else 0, 1."""
     if "LOCAL_RANK" not in os.environ:
@@ -1569,12 +1644,13 @@ def start_ranks():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.distributed.init_process_group()                   # gloo for CPU tensors, NCCL for those on CUDA
     if torch.distributed.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")                   # one process speaks
+        sys.stdout = Output(open(os.devnull, "w"))           # one process speaks
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def run(main):
     """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(sys.argv[1:])
         if torch.distributed.is_available() and torch.distributed.is_initialized():

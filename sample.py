@@ -423,7 +423,8 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
         cells = torch.nn.functional.max_pool2d(cells, factor) > 0
 
     def velocity(x, t):
-        v = guidance(x, t)
+        with hdm.SHARED_CPU.work(device):
+            v = guidance(x, t)
         if anew is not None:                                 # what stays goes straight from noise to itself
             v = torch.where(cells, v, noise - known)
         watch(t, x - t * v)

@@ -1954,6 +1954,51 @@ def test_two_runs_do_not_share_a_folder(place, tmp_path):
     train_tiny(place, tmp_path / "run", max_steps=1)         # a lock ends with its process
 
 
+@pytest.mark.parametrize("others, left", [(0, 2), (2, 1), (0.3, 2)])
+def test_fewer_threads_work_while_others_use_the_cores_and_where_that_is_faster(others, left, monkeypatch):
+    """On two cores: two threads that share them with others are slow, one is less so."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(threads, "n", n))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads.n)
+    threads, cpu = SimpleNamespace(n=2), hdm.SharedCPU()
+    def run(others, start):
+        seen = collections.Counter()
+        for now in range(start, start + 1000, 2):
+            share = 2 / (2 + others)                         # of a core, for each of these programs
+            seconds = {1: 2.0, 2: 1.0 + 3 * others}[threads.n]
+            cpu.choose(seconds, threads.n * share, now)
+            seen[threads.n] += 1
+        return seen.most_common(1)[0][0]
+    assert run(others, 0) == left
+    assert run(0, 1000) == 2                                 # the others have ended
+
+
+@pytest.mark.parametrize("encoding, sink", [("ascii", "pipe"), ("cp1252", "pipe"), ("utf-8", "closed pipe"),
+                                            ("utf-8", "full disk")])
+def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
+    if sink == "full disk" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    names = "\u732b3.jpg \u00e9 \U0001f600 \udce9 \x1b"
+    code = (f"import sys, hdm\n"
+            f"def main(argv):\n"
+            f"    for stream in (sys.stdout, sys.stderr):\n"
+            f"        print({ascii(names)}, file=stream, flush=True)\n"
+            f"    open('through', 'w').close()\n"
+            f"    raise hdm.UserError({ascii(names)})\n"
+            f"hdm.run(main)")
+    out = dict(pipe=subprocess.PIPE).get(sink)
+    if sink == "closed pipe":
+        reader, out = os.pipe()
+        os.close(reader)
+    elif sink == "full disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    env = dict(ONE_THREAD, PYTHONIOENCODING=encoding, PYTHONPATH=str(HERE))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=out, stderr=out)
+    assert (tmp_path / "through").exists() and done.returncode == 2
+    if sink == "pipe":
+        expected = names.encode(encoding, "backslashreplace")
+        assert done.stdout.splitlines() == [expected] and done.stderr.splitlines()[-1] == b"error: " + expected
+
+
 def test_out_of_memory_names_half_the_batch(place, tmp_path, monkeypatch):
     """An allocation that no machine grants, so the error is torch's own."""
     monkeypatch.setattr(train, "loss_inputs", lambda *arguments: torch.empty(2 ** 55))

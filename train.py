@@ -407,8 +407,7 @@ def if_the_disk_allows(what):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        with contextlib.suppress(OSError):                   # the output may be a file on that disk
-            print(f"warning: not written: {what} ({hdm.first_line(error)})", flush=True)
+        print(f"warning: not written: {what} ({hdm.first_line(error)})", flush=True)
 
 
 def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
@@ -805,13 +804,14 @@ def train(s, given, rank, ranks):
             laps("data")
             heard.append(batch["trouble"])
             network.require_backward_grad_sync = micro == micro_steps                 # DDP's: once a step
-            inputs = loss_inputs(batch, vae, te, s, device, laps)
-            with autocast:
-                losses = hdm.flow_loss(network, **inputs, reduction="none")           # (B,)
-            laps("forward")
+            with hdm.SHARED_CPU.work(device):
+                inputs = loss_inputs(batch, vae, te, s, device, laps)
+                with autocast:
+                    losses = hdm.flow_loss(network, **inputs, reduction="none")       # (B,)
+                laps("forward")
+                scaler.scale(losses.mean() / micro_steps).backward()
+                laps("backward")
             T += inputs["ctx"].shape[1] / micro_steps
-            scaler.scale(losses.mean() / micro_steps).backward()
-            laps("backward")
             tenth = (10 * inputs["t"]).long().clamp(max=9)[:, None] == torch.arange(10, device=device)
             stats += torch.stack([losses.detach() @ tenth.float(), tenth.sum(0)])
         if stop:                                             # the step begins anew when the run goes on
