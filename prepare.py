@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -200,10 +201,12 @@ TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
 # files that its caption comes from; stamp: of these three; image: of file alone; lines: of its caption file;
-# source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move a picture
+# colours: 1 where its profile makes other colours of them, 2 where that is broken; source: its number in the
+# call; place: in [0, 1), a hash of the name, so that no added data move a picture
 # across the split.
 Picture = namedtuple(
-    "Picture", "name file texts caption offset length width height weight stamp image lines source place")
+    "Picture",
+    "name file texts caption offset length width height colours weight stamp image lines source place")
 
 
 class Report(dict):
@@ -242,28 +245,49 @@ def open_at(file, offset, length):
         return io.BytesIO(stream.read(length))
 
 
+def gif_ends(data):
+    """Whether the blocks of a GIF lead to its trailer; an IndexError where they lead out of the file."""
+    def table(flags):                            # bytes of a table of colours
+        return 6 << (flags & 7) if flags & 128 else 0
+    at = 13 + table(data[10])
+    while data[at] in b"!,":                     # an extension, an image
+        at += 2 if data[at] == ord("!") else 11 + table(data[at + 9])
+        while data[at]:                          # its parts, each behind its length
+            at += 1 + data[at]
+        at += 1
+    return data[at] == ord(";")
+
+
 def measure_image(stream, length, verify=False):
-    """-> upright width and height of an image file of this length, from its header, or, verify, decoded.
+    """-> upright width and height of an image file of this length, and Picture's colours, from its header, or,
+    verify, decoded.
 
     UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
     end, BMP and AVIF do not), does not decode.
     """
     ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
-    trouble = "no readable header" if length else "zero bytes"
+    trouble, turned = "no readable header" if length else "zero bytes", False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
             image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
-            start = stream.tell()
+        start, end, transform = stream.tell(), ends.get(image.format, b""), hdm.colours_of(image)
+        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
             # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
             turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
         trouble = "truncated"
-        # An end before start is that of a JPEG's thumbnail; 64 KB of anything may lie behind the end.
+        # An end before start is that of a JPEG's thumbnail; mostly little lies behind the end.
         stream.seek(max(start, length - 2 ** 16))
-        assert re.search(ends.get(image.format, b""), stream.read())
+        if not re.search(end, stream.read()):                # much does, such as a phone's film, or none is there
+            stream.seek(0)
+            data = stream.read()
+            assert gif_ends(data) if image.format == "GIF" else re.search(end, data[start:])
+            stream.seek(0)
+            hdm.load_image(stream)
         trouble = "does not decode"
         stream.seek(0)
-        return hdm.load_image(stream).size if verify else image.size[::-1] if turned else image.size
+        sides = hdm.load_image(stream).size if verify else image.size[::-1] if turned else image.size
+        return *sides, 2 if transform is False else int(transform is not None)
     except Exception as error:                               # what is broken can raise anything
         bomb = isinstance(error, Image.DecompressionBombError)
         raise hdm.UserError("too large" if bomb else trouble) from error
@@ -326,13 +350,14 @@ def read_texts(caption, spans, s):
             raise hdm.UserError("caption over 1 MB")
         with open_at(*span) as file:
             text = file.read().decode("utf-8-sig", "surrogateescape")
+        text = re.sub(f"[{hdm.OR}{hdm.BESIDE}]", " ", text)  # ours, which people's files hold by chance alone
         if suffix == s.sidecar:
             extra = " ".join(text.split())
         elif suffix == ".json":
             row = json.loads(text)
             caption = row_caption(row if isinstance(row, dict) else {}, s.caption)
         else:
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            lines = [line.strip() for line in text.split("\n") if line.strip()]
             caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
     whole = hdm.OR.join(one.strip() for one in caption.split(hdm.OR) if hdm.parse_caption(one))
     if extra:
@@ -439,6 +464,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                                       stamp_of(file), lines, number, place)
                 if kind := refusal(picture, s):
                     raise hdm.UserError(kind)
+                if picture.colours == 2:
+                    report.add("kept: broken colour profile", path)
                 kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
@@ -465,7 +492,7 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            assert about["format"] == 4, "of another format"
+            assert about["format"] == 5, "of another format"
             records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
             assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
@@ -531,7 +558,7 @@ def build_index(sources, s, folder=None, old=None):
         i = np.searchsorted(stamps, np.uint64(stamp))
         return old[numbers[i]] if np.uint64(stamp) in stamps[i:i + 1] else None
 
-    report, raw = Report(), io.BytesIO()         # raw: 96 bytes an image, until they are sorted
+    report, raw = Report(), io.BytesIO()         # raw: 104 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for number, (source, weight) in enumerate(sources):
             for picture in scan(source, report, s, known, weight, number):
@@ -543,7 +570,8 @@ def build_index(sources, s, folder=None, old=None):
         size = text.tell()
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
     for kind, entry in sorted(report.items()):
-        print(f"{entry['count']:>11,} left out: {kind}, as {entry['paths'][0]!r}")
+        what = kind if kind.startswith("kept: ") else f"left out: {kind}"
+        print(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}")
     records = np.frombuffer(raw.getbuffer(), RECORD)
     if several := (records["lines"] > 1).sum():
         print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
@@ -554,7 +582,7 @@ def build_index(sources, s, folder=None, old=None):
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
-    about = dict(format=4, identity=identity, options=options, groups=groups, sizes=[len(records), size])
+    about = dict(format=5, identity=identity, options=options, groups=groups, sizes=[len(records), size])
     if folder is None:
         return Index(records, data, about)
     records.tofile(Path(folder, "records.bin"))
@@ -584,6 +612,8 @@ def latents_folder(data, index, vae, image_size):
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
+    if (converted := index.records["colours"] == 1).any():   # others are as before profiles were read
+        digest.update(converted.tobytes())
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
 

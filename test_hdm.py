@@ -2710,7 +2710,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
             records[epochs[i][2]]["text"], records[epochs[i][2]]["bytes"] = file.tell(), len(entry)
             file.write(entry)
         sizes = [n, file.tell()]
-    (tmp_path / "index.json").write_text(json.dumps(dict(format=4, groups=[[1.0, 0, n]], sizes=sizes)))
+    (tmp_path / "index.json").write_text(json.dumps(dict(format=5, groups=[[1.0, 0, n]], sizes=sizes)))
     records.flush()
     (tmp_path / "read.py").write_text(f"""
 import re, sys, time
@@ -2737,7 +2737,7 @@ def indexed(folder, *argv):
     return prepare.Index.open(str(folder))
 
 
-@pytest.mark.parametrize("file, cut", [("text.bin", 20), ("records.bin", 96), ("index.json", 1)])
+@pytest.mark.parametrize("file, cut", [("text.bin", 20), ("records.bin", 104), ("index.json", 1)])
 def test_an_index_that_is_cut_is_refused_and_made_anew(file, cut, place, tmp_path):
     indexed(tmp_path / "index", place / "data")
     before = content(tmp_path / "index")

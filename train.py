@@ -464,7 +464,7 @@ def load_state(s, identity, epochs, ranks):
 def read_metrics(run):
     """The records of a run's metrics.jsonl; a line that was left half-written is none."""
     file, records = Path(run, "metrics.jsonl"), []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
@@ -695,7 +695,8 @@ def train(s, given, rank, ranks):
     text_path, vae_path = (os.path.abspath(name) if os.path.exists(name) else name for name in names)
     settings = dict(config=model.config, text_encoder=text_path, text_length=s.text_length, vae=vae_path,
                     image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg,
-                    cfg_low=s.sample_cfg_low, t_shift=s.t_shift)
+                    cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator,
+                    spaces=s.spaces)
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
