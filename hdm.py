@@ -1056,8 +1056,9 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
     rng None it is idempotent: a line that was made here stays as it is.
     """
     text = " ".join(re.sub(r"\\+([()])", r"\1", text).split())
-    between, kept = rf"\$\$|{re.escape(separator.strip())}", r"\$\$"
-    if separator.strip() != "$$":
+    separator = separator.strip() or "$$"
+    between, kept = rf"\$\$|{re.escape(separator)}", r"\$\$"
+    if separator != "$$":
         kept = between + "|%%"                               # else a line made here would not stay as it is
         if "|||" not in text:                                # a list of tags has no groups to drop
             text, group_dropout = "|||" + text, 0.0
@@ -1105,7 +1106,7 @@ def looks_local(name):
 
 
 def read_text(path):
-    """A text file of a person's: UTF-8, with or without a byte order mark. Its lines end at \\n and \\r\\n alone:
+    """A person's text file: UTF-8, with a byte order mark or without. Its lines end at \\n and \\r\\n alone:
     split("\\n") and strip them; splitlines would end them at eight other characters, too."""
     return Path(path).read_bytes().decode("utf-8-sig")
 
@@ -1293,9 +1294,9 @@ def find_weights(name, ema):
 def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
     """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
-    settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and
-    for sampling steps, cfg, cfg_low, t_shift, tag_separator, spaces. ema=True takes the averaged weights where
-    it has them.
+    settings is a dict: config (the XUTConfig), text_encoder, text_length, tag_separator, spaces, vae,
+    image_size, step, images, and for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged
+    weights where it has them.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_tensors(path)

@@ -14,6 +14,7 @@ import bisect
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -54,6 +55,8 @@ class DemoSettings:
 class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
     vocab: int = 4096               # most tokens; at least 257: the 256 bytes and the pad
+    tag_separator: str = "$$"       # this and the next as train.py has them
+    spaces: bool = False            # likewise
 
 
 @dataclass
@@ -71,7 +74,9 @@ class DataSettings:
     dry_run: bool = False           # write no index, but OUT.png, a sheet of pictures, crops and captions
     image_size: int = 256           # of training: side of the square crop
     text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run ...
-    text_length: int = 256                 # ... and those past this many
+    text_length: int = 256                 # ... and those past this many ...
+    tag_separator: str = "$$"              # ... with this and the next as train.py has them
+    spaces: bool = False                   # likewise
     latents: bool = False           # write a cache of VAE latents for image_size
     mean_only: bool = False         # without the posterior's variance: half the disk
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id
@@ -142,6 +147,26 @@ def draw(size, colour, shape, background, height, width, cy, cx, r=None):
 
 # ---- the demo data set, the text encoder ------------------------------------------------------------------
 @contextlib.contextmanager
+def locked(out):
+    """In the block no other process writes `out`. What killed ones left beside it is removed first."""
+    lock = FileLock(f"{out}.lock")               # free when its process ends, however it ends
+    try:
+        lock.acquire(timeout=0)
+        for mark in out.parent.glob(f"{glob.escape(out.name)}.tmp*/scratch"):
+            shutil.rmtree(mark.parent, ignore_errors=True)
+    except Timeout as error:
+        raise hdm.UserError(f"--out={out}: another prepare.py writes it now") from error
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: no lock {lock.lock_file} ({error}): start no second prepare.py for --out={out}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):       # Windows removes it by itself
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+@contextlib.contextmanager
 def whole_folder(out):
     """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
     never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
@@ -151,7 +176,8 @@ def whole_folder(out):
     if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
         raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
     hdm.make_folder(out.parent, "--out")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".tmp") as scratch:
+    with locked(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".tmp") as scratch:
+        Path(scratch, "scratch").touch()         # the mark of ours
         new = Path(scratch, "new")
         new.mkdir()
         yield new
@@ -185,7 +211,8 @@ def make_demo(settings):
 
 def text_encoder(settings, source):
     index = open_index(source)
-    captions = (hdm.parse_caption(index[i].caption) for i in range(len(index)))  # all alternatives' words
+    how = dict(separator=settings.tag_separator, spaces=settings.spaces)
+    captions = (hdm.parse_caption(index[i].caption, **how) for i in range(len(index)))  # all alternatives'
     with whole_folder(settings.out) as out:
         hdm.make_text_encoder(captions, out, settings.vocab)
     print(f"a text encoder for the words of {len(index)} captions in {settings.out}")
@@ -259,8 +286,8 @@ def gif_ends(data):
 
 
 def measure_image(stream, length, verify=False):
-    """-> upright width and height of an image file of this length, and Picture's colours, from its header, or,
-    verify, decoded.
+    """-> upright width and height of an image file of this length, from its header, or, verify, decoded; and
+    Picture's colours.
 
     UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
     end, BMP and AVIF do not), does not decode.
@@ -271,14 +298,14 @@ def measure_image(stream, length, verify=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
             image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
-        start, end, transform = stream.tell(), ends.get(image.format, b""), hdm.colours_of(image)
-        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
-            # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
-            turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+            start, end, transform = stream.tell(), ends.get(image.format, b""), hdm.colours_of(image)
+            with contextlib.suppress(Exception):             # a broken EXIF turns nothing
+                # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
+                turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
         trouble = "truncated"
-        # An end before start is that of a JPEG's thumbnail; mostly little lies behind the end.
+        # An end before start is that of a JPEG's thumbnail.
         stream.seek(max(start, length - 2 ** 16))
-        if not re.search(end, stream.read()):                # much does, such as a phone's film, or none is there
+        if not re.search(end, stream.read()):                # cut, or much lies behind it: a phone's film
             stream.seek(0)
             data = stream.read()
             assert gif_ends(data) if image.format == "GIF" else re.search(end, data[start:])
@@ -648,6 +675,18 @@ class Latents:
             return tensors.get_tensor(str(i))
 
 
+def half_moments(vae, pixels, channels):
+    """-> moments (B, channels, h, w) float16; of images where they are not finite again, in float32."""
+    moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
+    bad, dtype = ~moments.isfinite().flatten(1).all(1), next(vae.parameters()).dtype
+    if bad.any() and dtype != torch.float32:
+        try:
+            moments[bad] = half_moments(vae.float(), pixels[bad.to(pixels.device)], channels)
+        finally:
+            vae.to(dtype)                        # to the very weights that it had
+    return moments
+
+
 def encode_latents(s, vae, device, rank, ranks):
     """Writes the shards that are not there, dealt over the processes."""
     index = Index.open(s.out)
@@ -687,8 +726,12 @@ def encode_latents(s, vae, device, rank, ranks):
             for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
                 while batch := list(itertools.islice(same, s.batch_size)):
                     pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
-                    moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
-                    latents.update((str(i), moment.clone()) for (i, _), moment in zip(batch, moments))
+                    for (i, _), moment in zip(batch, half_moments(vae, pixels, channels)):
+                        if moment.isfinite().all():
+                            latents[str(i)] = moment.clone()
+                        else:
+                            print(f"warning: {index[i].name}: its latent is not finite in float16, also if "
+                                  f"encoded in float32; no latents of it", flush=True)
             partial = shard(folder, numbers[0]).with_suffix(".partial")
             save_file(latents, partial)
             partial.replace(shard(folder, numbers[0]))
@@ -802,6 +845,7 @@ def prepare(s, *paths):
     if rank == 0 and not ready:
         with whole_folder(s.out) as folder:
             n = len(build_index(sources, s, folder, old))
+            old = None                           # unmapped: Windows renames no folder of mapped files
         print(f"{n:,} pictures in {s.out}; report.json there names what was left out")
     gather(None)                                 # the others wait for it
     if s.latents:

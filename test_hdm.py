@@ -2268,8 +2268,8 @@ def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
     write_files(tmp_path, {"a.png": PNG, "a.txt": " one \r\n\n two\x1ethree \n",
                            "b.png": PNG, "b.txt": "one\n"})
     assert scanned(tmp_path)[0] == {"a.png": "one two three", "b.png": "one"}
-    three = f"one{hdm.OR}two{hdm.OR}three"
-    assert scanned(tmp_path, caption_lines="choose") == ({"a.png": three, "b.png": "one"}, {})
+    lines = f"one{hdm.OR}two three"
+    assert scanned(tmp_path, caption_lines="choose") == ({"a.png": lines, "b.png": "one"}, {})
 
 
 def png_chunks(*chunks):
@@ -2340,7 +2340,7 @@ def corpus():
             (bomb(20000, 20000), "too large"), (bomb(16000, 11500), "too large"),
             (bomb(2 ** 31 - 1, 1), "too large"), (bomb(13000, 13000), "does not decode"),
             (bomb(0, 5), "no readable header"), (bomb(5, 5), "does not decode"),
-            (image_bytes("JPEG", exif=b"Exif\0\0garbage"), ""), (bad_exif, "no readable header"),
+            (image_bytes("JPEG", exif=b"Exif\0\0garbage"), ""), (bad_exif, ""),
             (moving("PNG"), ""), (moving("GIF"), ""), (moving("WEBP"), ""), (moving("MPO"), ""),
             (moving("AVIF"), ""), (image_bytes("GIF")[:-30] + b"\0;", "no readable header"),
             (PNG[:45] + b"\xff" * 8 + PNG[53:], "does not decode"),
@@ -2537,9 +2537,9 @@ def test_report_lists_a_thousand():
 
 
 @pytest.mark.parametrize("place, text, want", [
-    ("after", "one", "one, some words, a $$ b"), ("after", "x ||| y ||| z", "x, y, z, some words, a $$ b"),
-    ("before", "x ||| y", "some words, a $$ b, x, y"), ("before", "one\ntwo", "some words, a $$ b, one"),
-    ("after", " ", "some words, a $$ b"), ("before", None, "some words, a $$ b")])
+    ("after", "one", "one, some words, a, b"), ("after", "x ||| y ||| z", "x, y, z, some words, a, b"),
+    ("before", "x ||| y", "some words, a, b, x, y"), ("before", "one\ntwo", "some words, a, b, one"),
+    ("after", " ", "some words, a, b"), ("before", None, "some words, a, b")])
 def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
     files = {"a.png": PNG, "a.nl.txt": "some\n\nwords, a $$ b\n", "a.nl.png": PNG,
              "b.png": PNG, "b.txt": "x", "b.nl.txt": " "}
@@ -2553,7 +2553,7 @@ def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
         assert drawn == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
         s = train.Settings(tag_separator=",")                # what is beside it stays
         text = hdm.draw_caption(found[inner + "a.png"], random.Random(0), s)
-        assert (text.startswith if place == "before" else text.endswith)("some words, a $$ b")
+        assert (text.startswith if place == "before" else text.endswith)("some words, a, b")
     sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
     beside = {str(tmp_path / "f" / name) for name in files if name in ("a.txt", "a.nl.txt")}
     assert set(sides["a.png"]) == beside
@@ -2613,7 +2613,7 @@ def test_a_tail_stays_in_place():
     drawn = {hdm.parse_caption(caption, random.Random(seed)) for seed in range(99)}
     assert {text.split(", ")[0:2] == ["a", "b"] and text.endswith("end, of, it") for text in drawn} == {True}
     assert {text[6:-11] for text in drawn} == {"", "x, ", "y, ", "x, y, ", "y, x, "}
-    assert hdm.parse_caption("||| x $$ y ||| of ||| it") == "x, y, of ||| it"           # what is more is text
+    assert hdm.parse_caption("||| x $$ y ||| of ||| it") == "x, y, of, it"              # what is more divides it
 
 
 def test_lists_of_tags_shuffle_as_a_whole_but_for_what_is_kept():
@@ -3237,9 +3237,9 @@ a -- b --c
     assert list(draw(trained, tmp_path / "b", "--prompts=-")) == ["00000-0.png", "00001-9.png"]
 
 
-def test_what_is_pasted_from_other_programs_is_unescaped_and_said(trained, tmp_path, capfd):
+def test_what_is_pasted_from_other_programs_is_said(trained, tmp_path, capfd):
     draw(trained, tmp_path, r"--prompt=fate \(series\), (large:1.2)")
-    assert about(tmp_path / "00000-0.png")["prompt"] == "fate (series), (large:1.2)"
+    assert about(tmp_path / "00000-0.png")["prompt"] == r"fate \(series\), (large:1.2)"
     out = told(capfd)
     assert r"\(" in out and "(tag:1.2)" in out
     draw(trained, tmp_path, "--prompt=red circle (large)")
