@@ -272,19 +272,6 @@ def open_at(file, offset, length):
         return io.BytesIO(stream.read(length))
 
 
-def gif_ends(data):
-    """Whether the blocks of a GIF lead to its trailer; an IndexError where they lead out of the file."""
-    def table(flags):                            # bytes of a table of colours
-        return 6 << (flags & 7) if flags & 128 else 0
-    at = 13 + table(data[10])
-    while data[at] in b"!,":                     # an extension, an image
-        at += 2 if data[at] == ord("!") else 11 + table(data[at + 9])
-        while data[at]:                          # its parts, each behind its length
-            at += 1 + data[at]
-        at += 1
-    return data[at] == ord(";")
-
-
 def measure_image(stream, length, verify=False):
     """-> upright width and height of an image file of this length, from its header, or, verify, decoded; and
     Picture's colours.
@@ -306,11 +293,11 @@ def measure_image(stream, length, verify=False):
         # An end before start is that of a JPEG's thumbnail.
         stream.seek(max(start, length - 2 ** 16))
         if not re.search(end, stream.read()):                # cut, or much lies behind it: a phone's film
-            stream.seek(0)
-            data = stream.read()
-            assert gif_ends(data) if image.format == "GIF" else re.search(end, data[start:])
-            stream.seek(0)
-            hdm.load_image(stream)
+            stream.seek(start)
+            assert re.search(end.removesuffix(rb"[\0\r\n ]*\Z"), stream.read())
+            for i in range(image.n_frames if image.format == "GIF" else 1):
+                image.seek(i)
+                image.load()
         trouble = "does not decode"
         stream.seek(0)
         sides = hdm.load_image(stream).size if verify else image.size[::-1] if turned else image.size

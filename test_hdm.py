@@ -49,7 +49,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save, save_file
 from torch.utils.data import default_collate
@@ -1499,6 +1499,95 @@ def test_sixteen_bit_grey_keeps_its_values(tmp_path):
     assert np.array_equal(np.asarray(hdm.load_image(tmp_path / "a.png")), np.stack([levels] * 3, axis=-1))
 
 
+XYZ = dict(                        # red, green and blue, adapted to D50
+    srgb=[(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)],
+    p3=[(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)],
+    adobe=[(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)])
+
+
+def icc(space, **tags):
+    """A colour profile, version 2, of tags' bytes."""
+    fixed = struct.pack(">3i", 63190, 65536, 54061)          # D50
+    head = b"lcms\2\x40\0\0" + b"mntr" + space + (b"Lab " if space == b"CMYK" else b"XYZ ") + bytes(12)
+    head += b"acsp" + bytes(28) + fixed + bytes(48)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name.encode() + struct.pack(">2I", 132 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    return struct.pack(">I", 132 + 12 * len(tags) + len(body)) + head + table + body
+
+
+def rgb_profile(primaries, gamma):
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma))
+    tags = {f"{name}XYZ": b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * one) for one in xyz))
+            for name, xyz in zip("rgb", XYZ[primaries])}
+    return icc(b"RGB ", **tags, rTRC=curve, gTRC=curve, bTRC=curve)
+
+
+def seen_in_srgb(pixels, primaries, gamma):
+    """By the formulas: pixels (..., 3) uint8 in such a profile's colours -> in sRGB's."""
+    linear = (pixels / 255.0) ** gamma @ np.array(XYZ[primaries]) @ np.linalg.inv(np.array(XYZ["srgb"]))
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def test_colours_are_those_of_srgb(tmp_path, vae_folder):
+    """By an embedded profile of any kind, in all that reads images; none, sRGB's or a broken one changes
+    nothing, and a broken one is counted."""
+    y, x = np.mgrid[:48, :64].astype(np.float32)
+    pixels = np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
+    grey_curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    ink = bytes(range(256)) * 4                              # Lab of no ink is white, of any much darker
+    corners = [b"\xff\x80\x80" if not any(inks) else b"\x30\xa0\x60"
+               for inks in itertools.product((0, 1), repeat=4)]
+    cmyk = icc(b"CMYK", A2B0=b"mft1" + bytes(4) + b"\4\3\2\0" + struct.pack(
+        ">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536) + ink + b"".join(corners) + bytes(range(256)) * 3)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    convert, plain = Image.fromarray(pixels).convert, {}
+    for mode in ("RGB", "L", "P"):
+        plain[mode] = np.asarray(convert(mode).convert("RGB"))
+    linear_grey, p3 = icc(b"GRAY", kTRC=grey_curve), rgb_profile("p3", 2.2)
+    cases = [                                                # name, mode, profile, what it looks like
+        ("p3.png", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("p3.webp", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("alpha.png", "RGBA", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("adobe.jpg", "RGB", rgb_profile("adobe", 2.2), seen_in_srgb(pixels, "adobe", 2.2)),
+        ("linear.png", "RGB", rgb_profile("srgb", 1), seen_in_srgb(pixels, "srgb", 1)),
+        ("palette.png", "P", rgb_profile("p3", 1.8), seen_in_srgb(plain["P"], "p3", 1.8)),
+        ("grey as RGB.png", "L", rgb_profile("p3", 1), seen_in_srgb(plain["L"], "p3", 1)),
+        ("grey.png", "L", linear_grey, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("grey with alpha.png", "LA", linear_grey, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("no ink.jpg", "CMYK", cmyk, np.full((48, 64, 3), 255)),
+        ("srgb.png", "RGB", srgb, pixels), ("none.png", "RGB", None, pixels),
+        ("broken.png", "RGB", b"no profile", pixels), ("broken.webp", "RGB", p3[:300], pixels),
+        ("broken, grey.png", "RGB", linear_grey, pixels), ("broken, inks.png", "RGB", cmyk, pixels)]
+    for name, mode, profile, _ in cases:
+        image = Image.new("CMYK", (64, 48)) if mode == "CMYK" else convert(mode)
+        options = dict(quality=100, subsampling=0) if name.endswith("jpg") else {}
+        options |= dict(lossless=True) if name.endswith("webp") else {}
+        image.save(tmp_path / name, icc_profile=profile, **options)
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    report = prepare.Report()
+    index = {one.name: one.colours for one in scan(tmp_path, report)}
+    broken = sorted(name for name, *_ in cases if name.startswith("broken"))
+    assert {kind: sorted(entry["paths"]) for kind, entry in report.items()} == {
+        "kept: broken colour profile": [str(tmp_path / name) for name in broken]}
+    for name, _, _, expected in cases:
+        same_colours = name in (*broken, "srgb.png", "none.png")
+        assert (index[name] == 1) == (not same_colours)
+        whole = np.asarray(hdm.load_image(tmp_path / name)).astype(float)
+        most = 0 if same_colours else 12 if name.endswith("jpg") else 2               # of 255
+        assert abs(whole - expected).max() <= most, name
+        small = hdm.load_image(tmp_path / name, 24)
+        halved = np.asarray(expected).reshape(24, 2, 32, 2, 3).mean((1, 3))
+        assert abs(np.asarray(small).astype(float) - halved).mean() < 6 and "icc_profile" not in small.info
+        assert np.array_equal(np.asarray(sample.load_source(str(tmp_path / name), "")[0]), whole)
+    index, vae = prepare.open_index(tmp_path), hdm.load_vae(vae_folder)
+    folder = prepare.latents_folder("x", index, vae, 16)
+    index.records["colours"] = 0                             # as before there were profiles
+    assert folder != prepare.latents_folder("x", index, vae, 16)
+
+
 def test_adding_pictures_moves_none_across_the_split(tmp_path):
     for i in range(40):
         write_picture(tmp_path / f"{i}", (16, 16), i)
@@ -2613,7 +2702,7 @@ def test_a_tail_stays_in_place():
     drawn = {hdm.parse_caption(caption, random.Random(seed)) for seed in range(99)}
     assert {text.split(", ")[0:2] == ["a", "b"] and text.endswith("end, of, it") for text in drawn} == {True}
     assert {text[6:-11] for text in drawn} == {"", "x, ", "y, ", "x, y, ", "y, x, "}
-    assert hdm.parse_caption("||| x $$ y ||| of ||| it") == "x, y, of, it"              # what is more divides it
+    assert hdm.parse_caption("||| x $$ y ||| of ||| it") == "x, y, of, it"
 
 
 def test_lists_of_tags_shuffle_as_a_whole_but_for_what_is_kept():

@@ -304,8 +304,8 @@ def say_what_is_cut(index, te, s):
     texts = [hdm.draw_caption(index[i].caption, random.Random(i), s) for i in some]
     lengths = np.array([len(ids) for ids in te.tokenizer(texts)["input_ids"]])
     if share := (lengths > te.max_length).mean():
-        print(f"captions: --text_length={s.text_length} cuts {share:.2%} of a sample of {len(texts):,}, of up to "
-              f"{lengths.max()} tokens; a higher one keeps their ends, shorter captions cost less")
+        print(f"captions: --text_length={s.text_length} cuts {share:.2%} of a sample of {len(texts):,}, of "
+              f"up to {lengths.max()} tokens; a higher one keeps their ends, shorter captions cost less")
 
 
 def padded_lengths(s):
@@ -724,8 +724,8 @@ def train(s, given, rank, ranks):
     kept += s.images // (s.milestone_every or s.images + 1)
     print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {epochs.pictures:,} pictures, "
           f"{len(held_out):,} held out (validation {s.validation:.3g})\n"
-          f"{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps {start:,} to {last:,} of {total:,}, "
-          f"{s.warmup:,} of warm-up; a step: {ranks} processes x {micro_steps} x {s.batch_size}\n"
+          f"{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps {start:,} to {last:,} of "
+          f"{total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x {micro_steps} x {s.batch_size}\n"
           f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
           f"free: {shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
     stream = deal(index, epochs, s, position, position + (last - start) * s.global_batch, rank, ranks)
