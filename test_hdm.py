@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -2367,6 +2368,13 @@ def png_chunks(*chunks):
         for kind, data in chunks)
 
 
+def zip_bytes():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a", "x")
+    return file.getvalue()
+
+
 def bomb(width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return png_chunks((b"IHDR", header), (b"IDAT", b"x"), (b"IEND", b""))
@@ -2532,6 +2540,104 @@ def test_no_cut_survives(tmp_path):
     left_out = {"zero bytes", "truncated", "no readable header", "does not decode"}
     assert set(report) <= left_out and report["truncated"]["count"] > 300
     assert [one.name for one in scan(tmp_path, verify=True)] == []
+
+
+def test_an_image_that_decodes_is_whole_whatever_else_its_file_holds(tmp_path):
+    """Much behind its end, another end, text and profiles beyond Pillow's limits; a cut one stays cut."""
+    film = b"\0\0\0\x18ftypmp42" + 30_000 * b"mdat"
+    tails = {"nothing": b"", "a film": film, "zeros": bytes(100_000), "an image": film + image_bytes("JPEG"),
+             "an end": b"\xff\xd9" + bytes(100_000), "an archive": film + zip_bytes()}
+    kinds = {kind: image_bytes(kind, (40, 30), noise=True) for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP")}
+    kinds |= {f"moving {kind}": moving(kind) for kind in ("GIF", "PNG", "WEBP", "MPO")}
+    kinds["turned JPEG"] = turned("JPEG", 6)
+    files = {f"{kind}, {tail}": data + more for kind, data in kinds.items() for tail, more in tails.items()}
+    header = png_chunks((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)))
+    pixels = png_chunks((b"IDAT", zlib.compress(bytes(4))), (b"IEND", b""))[8:]
+    packed, much = zlib.compress(bytes(3 * 2 ** 20)), b"x" * (3 * 2 ** 20)
+    for kind, data in {b"zTXt": b"k\0\0" + packed, b"iCCP": b"k\0\0" + packed, b"tEXt": b"k\0" + 23 * much,
+                       b"iTXt": b"workflow\0\1\0\0\0" + packed, b"eXIf": much}.items():
+        files[f"much {kind.decode()}"] = header + png_chunks((kind, data))[8:] + pixels
+    write_files(tmp_path, {f"{name}.png": data for name, data in files.items()})
+    write_files(tmp_path, {f"{name}.txt": "x" for name in files})
+    for verify in (False, True):
+        found, report = scanned(tmp_path, verify=verify)     # whose laws are that training reads them, too
+        assert set(found) == {f"{name}.png" for name in files}
+        assert report == {"kept: broken colour profile": 1}
+    for kind in ("JPEG", "PNG", "GIF"):
+        for length in (1, 8, 300):
+            cut = kinds[kind][:-length - (kind == "GIF")] + bytes(100_000 * (kind != "GIF"))
+            assert one_line(prepare.measure_image, io.BytesIO(cut), len(cut)) == "truncated"
+
+
+ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"              # of lines, for str.splitlines alone
+
+
+def test_lines_end_at_newlines_and_a_byte_order_mark_is_none_of_the_text(vae_folder, tmp_path):
+    """In whatever a person writes: captions, tables, prompts, slots, configs, a VAE's config.json."""
+    mark, odd = "\ufeff", "".join(f"a{end}" for end in ENDS) + "b"
+    plain, files = " ".join("a" * len(ENDS)) + " b", tmp_path / "files"
+    row = json.dumps({"file_name": "row.png", "text": odd}, ensure_ascii=False)
+    table = json.dumps({"file_name": "0.png", "text": "of a table"})
+    write_files(files, {"a.png": PNG, "a.txt": f"{mark}{odd}\r\n{odd}\n", "b.png": PNG, "row.png": PNG,
+                        "b.json": mark + json.dumps({"caption": odd}), "0.png": PNG,
+                        "metadata.jsonl": f"{mark}{row}\r\n{table}\n"})
+    found, report = scanned(files, caption_lines="choose")
+    drawn = {name: {hdm.draw_caption(text, random.Random(i), train.Settings()) for i in range(20)}
+             for name, text in found.items()}
+    assert drawn == {"a.png": {plain}, "b.png": {plain}, "row.png": {plain}, "0.png": {"of a table"}}
+    assert not report and found["a.png"].count(hdm.OR) == 1
+
+    (tmp_path / "prompts.txt").write_bytes(f"{mark}{odd} --seed=5\r\n\r\n# no\n{odd}\n".encode())
+    (tmp_path / "slots.json").write_text(mark + json.dumps({"artist": "one"}), encoding="utf-8")
+    p, slots = sample.Picture(), str(tmp_path / "slots.json")
+    jobs = sample.read_jobs(sample.Sampling(prompts=str(tmp_path / "prompts.txt"), slots=slots), p, None)
+    assert [(job.prompt, job.seed) for job in jobs] == [(odd, 5), (odd, 0), ("one", 0)]
+
+    (tmp_path / "config.py").write_text(f"{mark}seed = 7\n", encoding="utf-8")
+    assert hdm.read_config(str(tmp_path / "config.py"), [train.Run]) == dict(seed=7)
+    vae = shutil.copytree(vae_folder, tmp_path / "vae")
+    config = (vae / "config.json").read_text()
+    (vae / "config.json").write_text(mark + config, encoding="utf-8")
+    assert hdm.load_vae(vae).mean == hdm.load_vae(vae_folder).mean
+
+
+ATOMS = ["cat", "long_hair", "^_^", "o_o", r"\(", r"\\)", "(", ")", " ", "   ", "\t", "\u3000", "$$", "$",
+         "|||", "|", "%%", "%", ",", ", ", ";", ".", "_", "é", "\\", ":", "BREAK"]
+
+
+@pytest.mark.parametrize("separator", ["$$", ",", " , ", ";", "|", "BREAK", "%"])
+@pytest.mark.parametrize("spaces", [False, True])
+def test_a_text_has_the_same_tokens_as_a_caption_and_as_a_prompt(separator, spaces, te):
+    """Whatever is in it, beside it and between: what training reads, without its random part, sampling does;
+    and what was read once is read as it is."""
+    s = train.Settings(tag_separator=separator, spaces=spaces)
+    settings = dict(tag_separator=separator, spaces=spaces)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(ATOMS, k=rng.randrange(12))) for _ in range(300)]
+    for text, beside in zip(texts, texts[1:]):
+        caption = hdm.draw_caption(text, None, s)
+        assert sample.as_trained(text, settings) == caption == sample.as_trained(caption, settings), text
+        around = hdm.draw_caption(hdm.BESIDE.join((beside, text, beside)), None, s)
+        assert sample.as_trained(around, settings) == around, (text, beside)
+        drawn = hdm.draw_caption(text, random.Random(1), s)
+        assert sample.as_trained(drawn, settings) == drawn, text
+    for text in texts[:9]:                                   # to the very states, negative prompts, too
+        jobs = [sample.Job(prompt=text, negative_prompt=text)]
+        expected, _ = te([hdm.draw_caption(text, None, s)])
+        assert torch.equal(sample.encode_texts(te, jobs, settings)[text], expected)
+
+
+def test_how_a_run_reads_text_stands_in_its_checkpoints(trained, published, place, tmp_path):
+    train_tiny(place, tmp_path / "run", images=8, tag_separator=",", spaces=True)
+    settings = [hdm.load_model(source)[2] for source in (tmp_path / "run", trained, published)]
+    assert [(one["tag_separator"], one["spaces"]) for one in settings] == [
+        (",", True), ("$$", False), ("$$", False)]
+    old = json.loads(json.dumps({name: value for name, value in settings[1].items() if name != "config"}))
+    for name in ("tag_separator", "spaces"):                 # as runs wrote before
+        old.pop(name)
+    tensors = hdm.read_tensors(hdm.find_weights(trained, ema=True))[0]
+    hdm.save_model(tmp_path / "old.safetensors", tensors, old | dict(config=settings[1]["config"]))
+    assert hdm.load_model(tmp_path / "old.safetensors")[2]["tag_separator"] == "$$"
 
 
 def test_what_may_not_be_read_is_counted(tmp_path, monkeypatch):
@@ -2981,6 +3087,36 @@ def test_filters_leave_out_and_count(tmp_path, capsys):
         "with --drop_tag": ["e.png"]}
 
 
+@pytest.mark.parametrize("places, held", [
+    ([0.5], 0), ([0.001], 0), ([0.001, 0.002], 1), ([0.3, 0.1], 1), ([0.3, 0.01, 0.019], 2),
+    ([0.7, 0.7], 0), ([0.02 + i / 40 for i in range(30)], 1), ([i / 250 for i in range(200)], 5)])
+def test_few_images_are_enough_for_the_default_held_out_share(places, held, place, tmp_path, monkeypatch):
+    """It holds out some where it can, never all, and is no error; one that is asked for is taken as it is."""
+    for i in range(len(places)):
+        write_files(tmp_path, {f"{i}.png": PNG, f"{i}.txt": "x"})
+    index = prepare.open_index(tmp_path)
+    index.records = index.records.copy()
+    index.records["place"] = sorted(places)
+    monkeypatch.setattr(train, "open_index", lambda data: index)
+    s = train.Settings(data=str(tmp_path))
+    _, epochs, numbers, _ = train.open_data(s)
+    assert len(numbers) == held == sum(one < s.validation for one in places)
+    assert epochs.pictures == len(places) - held > 0
+    s = train.Settings(data=str(tmp_path), validation=1e-9 if min(places) else 0.9)
+    assert "--validation=" in one_line(train.open_data, s)
+
+
+def test_the_share_of_cut_captions_is_said(place, tmp_path, capsys):
+    """Of what the settings leave of them; nothing where none is cut."""
+    def said(**settings):
+        out = tmp_path / str(len(os.listdir(tmp_path)))
+        train_tiny(place, out, images=8, eval_every=0, sample_every=0, **settings)
+        return re.findall(r"captions: .*", capsys.readouterr().out)
+    line, = said(text_length=6, tag_dropout=0.0, group_dropout=0.0)
+    assert "--text_length=6 cuts 100.00% of a sample of 24" in line
+    assert said(text_length=40) == [] and said(text_length=6, tag_dropout=0.999, group_dropout=0.0) == []
+
+
 def test_pictures_that_a_stage_enlarges_are_told(place, tmp_path, capsys):
     train_tiny(place, tmp_path / "run", images=8, image_size=24)
     assert "25 % of the pictures are smaller than image_size" in capsys.readouterr().out
@@ -3110,6 +3246,31 @@ def test_a_killed_encoding_goes_on_with_whole_shards(place, vae_folder, tmp_path
     assert str(file) in one_line(lambda: latents.read(16))   # in training the next picture takes its place
     prepare.main([str(tmp_path / "index"), "--latents", f"--vae={vae_folder}", "--image_size=16"])
     assert "5 of 24 pictures to encode" in capsys.readouterr().out and latents.read(16).shape[0] == 8
+
+
+@pytest.mark.parametrize("dtype, scale, whole", [
+    ("float32", 1.0, True), ("bfloat16", 1.0, True), ("float32", 1e6, False), ("bfloat16", 1e6, False)])
+def test_latents_that_are_not_finite_are_encoded_again_or_named(dtype, scale, whole, place, vae_folder,
+                                                                tmp_path, monkeypatch, capsys):
+    """In float32, once; what float16 cannot hold then has no latents."""
+    real, spoilt = hdm.VAE.moments, []
+    def moments(self, images):
+        mean, logvar = real(self, images)
+        odd = images.mean((1, 2, 3)) > 0                     # of some images
+        if self.quant_conv.weight.dtype != torch.float32:
+            mean[odd] = math.nan
+        spoilt.append(odd.sum().item())
+        mean[odd] *= scale
+        return mean, logvar
+    monkeypatch.setattr(hdm.VAE, "moments", moments)
+    index, latents, _ = cached(place, vae_folder, tmp_path, f"--dtype={dtype}")
+    warned = re.findall(r"warning: (\S+): its latent is not finite", capsys.readouterr().out)
+    assert sum(spoilt) > 0 and len(set(warned)) == len(warned) and (not warned) == whole
+    for i in range(len(index)):
+        if index[i].name in warned:
+            assert "no latents" in one_line(lambda: latents.read(i))
+        else:
+            assert latents.read(i).isfinite().all()
 
 
 def test_processes_share_the_encoding(place, vae_folder, tmp_path):
@@ -5103,6 +5264,55 @@ def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path
     # A second run replaces the first and leaves nothing of it behind.
     assert demo(tmp_path / "b", count=20) == short
     assert sorted(os.listdir(tmp_path / "b")) == ["demo", "demo_te", "demo_unseen.txt"]
+
+
+def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
+    """Neither those of a run that lives, nor another OUT's, nor what has such a name by chance."""
+    def write(out, ready, go_on):
+        with prepare.whole_folder(out) as folder:
+            (folder / "x").write_text("x")
+            ready.set()
+            go_on.wait()
+    def start(name):
+        ready, go_on = context.Event(), context.Event()
+        process = context.Process(target=write, args=(tmp_path / name, ready, go_on))
+        process.start()
+        assert ready.wait(60)
+        return process, go_on
+
+    context, name = multiprocessing.get_context("fork"), "da[t]a"
+    for stranger in ("da[t]a.tmp_mine123", "da[t]a.tmp", "dat.tmpx"):
+        write_files(tmp_path, {f"{stranger}/scratch.txt": "mine"})
+    before = set(os.listdir(tmp_path))
+    for killed in (name, "other"):
+        process, _ = start(killed)
+        process.kill()
+        process.join()
+    alive, go_on = start("alive")
+    again = one_line(lambda: prepare.whole_folder(tmp_path / "alive").__enter__())
+    assert "another prepare.py" in again
+    with prepare.whole_folder(tmp_path / name) as folder:
+        (folder / "x").write_text("x")
+    left = sorted(entry.partition(".")[0] for entry in set(os.listdir(tmp_path)) - before)
+    assert left == ["alive", "alive", name, "other", "other"]                         # scratch folders, locks
+    go_on.set()
+    alive.join()
+    with prepare.whole_folder(tmp_path / "other") as folder:
+        (folder / "x").write_text("x")
+    assert set(os.listdir(tmp_path)) - before == {"alive", name, "other"}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
+def test_an_index_is_mapped_by_nobody_when_it_is_replaced(place, tmp_path, monkeypatch):
+    """Windows renames no folder of mapped files."""
+    rename, seen = Path.rename, []
+    def unmapped(path, target):
+        seen.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", unmapped)
+    for _ in range(2):
+        prepare.main([str(place / "data"), f"--out={tmp_path / 'index'}"])
+    assert seen == [False] * 3
 
 
 def test_demo_never_touches_a_folder_that_is_not_its_own(tmp_path):
