@@ -29,6 +29,8 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -47,7 +49,7 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch.utils.checkpoint import checkpoint
 
 
@@ -1036,7 +1038,8 @@ def draw_caption(text, rng, s):
     texts = texts.split(OR)
     text = parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
                              group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
-    return ", ".join(part for part in (before, text, after) if part)
+    text = ", ".join(part for part in (before, text, after) if part)
+    return parse_caption(text, separator=s.tag_separator, spaces=s.spaces)            # what is beside it, too
 
 
 def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separator="$$", spaces=False):
@@ -1045,19 +1048,28 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
     Before the first `|||` and after the second everything stays, in order. Between them groups are split at
     `%%` and tags at the separator: with rng (a random.Random) the groups are shuffled, the tags inside each
     too, and a tag is dropped with probability tag_dropout, a group with group_dropout; rng None: all is kept,
-    in order. A plain sentence comes back as it is; with another separator beside `$$` a text without `|||` is
-    a list of tags. spaces turns underscores into them, but in words without two letters in a row: ^_^.
+    in order. A plain sentence comes back as it is, but for runs of spaces and the backslashes of `\\(` and
+    `\\)`; with another separator beside `$$` a text without `|||` is a list of tags. spaces turns underscores
+    into them, but in words without two letters in a row: ^_^.
+
+    Captions, prompts and negative prompts all pass here, so that the same text makes the same tokens. With
+    rng None it is idempotent: a line that was made here stays as it is.
     """
-    if separator != "$$" and "|||" not in text:
-        text, group_dropout = "|||" + text, 0.0              # a list of tags has no groups to drop
-    head, middle, tail = (text.split("|||", 2) + ["", ""])[:3]
-    groups = [re.split(rf"\$\$|{re.escape(separator.strip())}", group) for group in middle.split("%%")]
+    text = " ".join(re.sub(r"\\+([()])", r"\1", text).split())
+    separator = separator.strip() or "$$"
+    between, kept = rf"\$\$|{re.escape(separator)}", r"\$\$"
+    if separator != "$$":
+        kept = between + "|%%"                               # else a line made here would not stay as it is
+        if "|||" not in text:                                # a list of tags has no groups to drop
+            text, group_dropout = "|||" + text, 0.0
+    head, middle, *tail = text.split("|||") + [""]
+    groups = [re.split(between, group) for group in middle.split("%%")]
     if rng is not None:
         groups = [group for group in groups if rng.random() >= group_dropout]
         groups = [[tag for tag in group if rng.random() >= tag_dropout] for group in groups]
         for part in (groups, *groups):
             rng.shuffle(part)
-    tags = head.split("$$") + [tag for group in groups for tag in group] + tail.split("$$")
+    tags = re.split(kept, head) + [tag for group in groups for tag in group] + re.split(kept, "$$".join(tail))
     if spaces:
         tags = [re.sub(r"\S*[^\W\d_]{2}\S*", lambda word: word[0].replace("_", " "), tag) for tag in tags]
     return ", ".join(" ".join(tag.split()) for tag in tags if tag.strip())
@@ -1068,7 +1080,8 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
 RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
 RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
 TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
-SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0)    # ours hold their own
+SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0,    # ours hold their own
+                tag_separator="$$", spaces=False)            # of parse_caption
 
 
 def first_line(error):
@@ -1090,6 +1103,12 @@ def looks_local(name):
     """True for a path, even of something missing; False for what looks like a hub id (Qwen/Qwen3-0.6B)."""
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
     return os.path.exists(name) or os.path.isdir(os.path.dirname(name)) or not hub_id
+
+
+def read_text(path):
+    """A person's text file: UTF-8, with a byte order mark or without. Its lines end at \\n and \\r\\n alone:
+    split("\\n") and strip them; splitlines would end them at eight other characters, too."""
+    return Path(path).read_bytes().decode("utf-8-sig")
 
 
 def fetch(name, filename, what):
@@ -1136,7 +1155,7 @@ def read_tensors(path):
         with open(path, "rb") as file:
             head = file.read(9)
         if path.name.endswith(".index.json"):
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            names = json.loads(read_text(path))["weight_map"].values()
             parts = [read_tensors(path.with_name(name))[0] for name in sorted(set(names))]
             return {name: value for part in parts for name, value in part.items()}, {}
         if head[:2] != b"PK" and head[:1] != b"\x80" or head[8:] == b"{":
@@ -1241,7 +1260,7 @@ def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
         config_file = fetch(name, "config.json", "vae")
         weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
     with naming(config_file, "not a json file of settings"):
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        config = json.loads(read_text(config_file)) if config_file.is_file() else {}
         names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
         given = {name: config[name] for name in names if config.get(name) is not None}
     return vae_from_tensors(tensors or read_tensors(weights)[0], weights, device, dtype, **given)
@@ -1275,8 +1294,9 @@ def find_weights(name, ema):
 def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
     """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
-    settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and
-    for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged weights where it has them.
+    settings is a dict: config (the XUTConfig), text_encoder, text_length, tag_separator, spaces, vae,
+    image_size, step, images, and for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged
+    weights where it has them.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_tensors(path)
@@ -1410,26 +1430,62 @@ def matmul_tflops(device, dtype):
 
 # ---- Plumbing: pictures, devices, settings ---------------------------------------------------------------
 
+# What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
+
+
+@functools.lru_cache(maxsize=64)
+def profile_transform(profile, mode):
+    """An embedded colour profile (bytes), the image's mode -> ImageCms's transform to sRGB; None where that
+    changes no colour by more than 2 of 255; False where the profile is broken or of other channels."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        own = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        channels = "CMYK" if mode == "CMYK" else "L" if mode[0] in "1LI" else "RGB"
+        assert own == channels or (own, channels) == ("RGB", "L")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), own, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError, AssertionError, TypeError, ValueError):
+        return False
+    cube = bytes(itertools.chain.from_iterable(itertools.product(range(0, 256, 51), repeat=3)))
+    probe = Image.frombytes("RGB", (216, 1), cube).convert(own)
+    changes = ImageChops.difference(transform.apply(probe), probe.convert("RGB")).getextrema()
+    return transform if max(most for _, most in changes) > 2 else None
+
+
+def colours_of(image):
+    """profile_transform of an open image; None where it has no profile."""
+    return profile_transform(image.info["icc_profile"], image.mode) if "icc_profile" in image.info else None
+
+
 def load_image(source, side=None):
-    """An upright RGB picture from a path or a stream; what is transparent becomes white.
+    """An upright RGB image from a path or a stream, in sRGB by its colour profile; a broken profile, or EXIF,
+    is ignored; what is transparent becomes white.
 
     side: its short side is scaled to this length. A JPEG is then decoded in a half, a quarter or an eighth of
     its size, several times as fast, as long as that leaves the short side twice as long as asked for.
     """
     with Image.open(source) as file:
-        (width, height), box = file.size, None
+        (width, height), box, transform = file.size, None, colours_of(file)
         if side is not None and (draft := file.draft(None, (2 * side, 2 * side))):
             box = draft[1]                                   # what the picture fills: 187.5 of 188 pixels
-        image = file
+        image, mode = file, transform.input_mode if transform else "RGB"
         if image.mode.startswith("I"):                       # 16-bit grey: convert would clip it to white
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-        if image.mode != "RGB" or "transparency" in image.info:
+        if image.mode not in (mode, "RGB") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if image.mode != mode:
+            image = image.convert(mode)
         if side is not None:
             image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
+        if transform:                                        # of few pixels: it costs as much as decoding
+            image = transform.apply(image)
+        image.load()
         image.info = file.info                               # with its EXIF rotation
-        return ImageOps.exif_transpose(image)
+        image.info.pop("icc_profile", None)
+        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
+            image = ImageOps.exif_transpose(image)
+        return image
 
 
 def make_folder(path, flag):
@@ -1600,7 +1656,7 @@ def read_config(path, classes):
         raise UserError(f"config {path}: no such file")
     names, types = {}, setting_types(classes)
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+        exec(compile(read_text(path), path, "exec"), names)
     except Exception as error:                               # whatever the file's own lines raise
         raise UserError(f"config {path}: {type(error).__name__}: {first_line(error)}") from error
     values = {}

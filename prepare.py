@@ -14,6 +14,7 @@ import bisect
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,6 +55,8 @@ class DemoSettings:
 class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
     vocab: int = 4096               # most tokens; at least 257: the 256 bytes and the pad
+    tag_separator: str = "$$"       # this and the next as train.py has them
+    spaces: bool = False            # likewise
 
 
 @dataclass
@@ -70,7 +74,9 @@ class DataSettings:
     dry_run: bool = False           # write no index, but OUT.png, a sheet of pictures, crops and captions
     image_size: int = 256           # of training: side of the square crop
     text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run ...
-    text_length: int = 256                 # ... and those past this many
+    text_length: int = 256                 # ... and those past this many ...
+    tag_separator: str = "$$"              # ... with this and the next as train.py has them
+    spaces: bool = False                   # likewise
     latents: bool = False           # write a cache of VAE latents for image_size
     mean_only: bool = False         # without the posterior's variance: half the disk
     vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id
@@ -141,6 +147,26 @@ def draw(size, colour, shape, background, height, width, cy, cx, r=None):
 
 # ---- the demo data set, the text encoder ------------------------------------------------------------------
 @contextlib.contextmanager
+def locked(out):
+    """In the block no other process writes `out`. What killed ones left beside it is removed first."""
+    lock = FileLock(f"{out}.lock")               # free when its process ends, however it ends
+    try:
+        lock.acquire(timeout=0)
+        for mark in out.parent.glob(f"{glob.escape(out.name)}.tmp*/scratch"):
+            shutil.rmtree(mark.parent, ignore_errors=True)
+    except Timeout as error:
+        raise hdm.UserError(f"--out={out}: another prepare.py writes it now") from error
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: no lock {lock.lock_file} ({error}): start no second prepare.py for --out={out}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):       # Windows removes it by itself
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+@contextlib.contextmanager
 def whole_folder(out):
     """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
     never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
@@ -150,7 +176,8 @@ def whole_folder(out):
     if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
         raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
     hdm.make_folder(out.parent, "--out")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".tmp") as scratch:
+    with locked(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".tmp") as scratch:
+        Path(scratch, "scratch").touch()         # the mark of ours
         new = Path(scratch, "new")
         new.mkdir()
         yield new
@@ -184,7 +211,8 @@ def make_demo(settings):
 
 def text_encoder(settings, source):
     index = open_index(source)
-    captions = (hdm.parse_caption(index[i].caption) for i in range(len(index)))  # all alternatives' words
+    how = dict(separator=settings.tag_separator, spaces=settings.spaces)
+    captions = (hdm.parse_caption(index[i].caption, **how) for i in range(len(index)))  # all alternatives'
     with whole_folder(settings.out) as out:
         hdm.make_text_encoder(captions, out, settings.vocab)
     print(f"a text encoder for the words of {len(index)} captions in {settings.out}")
@@ -200,10 +228,12 @@ TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
 # files that its caption comes from; stamp: of these three; image: of file alone; lines: of its caption file;
-# source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move a picture
+# colours: 1 where its profile makes other colours of them, 2 where that is broken; source: its number in the
+# call; place: in [0, 1), a hash of the name, so that no added data move a picture
 # across the split.
 Picture = namedtuple(
-    "Picture", "name file texts caption offset length width height weight stamp image lines source place")
+    "Picture",
+    "name file texts caption offset length width height colours weight stamp image lines source place")
 
 
 class Report(dict):
@@ -243,27 +273,35 @@ def open_at(file, offset, length):
 
 
 def measure_image(stream, length, verify=False):
-    """-> upright width and height of an image file of this length, from its header, or, verify, decoded.
+    """-> upright width and height of an image file of this length, from its header, or, verify, decoded; and
+    Picture's colours.
 
     UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
     end, BMP and AVIF do not), does not decode.
     """
     ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
-    trouble = "no readable header" if length else "zero bytes"
+    trouble, turned = "no readable header" if length else "zero bytes", False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
             image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
-            start = stream.tell()
-            # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
-            turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+            start, end, transform = stream.tell(), ends.get(image.format, b""), hdm.colours_of(image)
+            with contextlib.suppress(Exception):             # a broken EXIF turns nothing
+                # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
+                turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
         trouble = "truncated"
-        # An end before start is that of a JPEG's thumbnail; 64 KB of anything may lie behind the end.
+        # An end before start is that of a JPEG's thumbnail.
         stream.seek(max(start, length - 2 ** 16))
-        assert re.search(ends.get(image.format, b""), stream.read())
+        if not re.search(end, stream.read()):                # cut, or much lies behind it: a phone's film
+            stream.seek(start)
+            assert re.search(end.removesuffix(rb"[\0\r\n ]*\Z"), stream.read())
+            for i in range(image.n_frames if image.format == "GIF" else 1):
+                image.seek(i)
+                image.load()
         trouble = "does not decode"
         stream.seek(0)
-        return hdm.load_image(stream).size if verify else image.size[::-1] if turned else image.size
+        sides = hdm.load_image(stream).size if verify else image.size[::-1] if turned else image.size
+        return *sides, 2 if transform is False else int(transform is not None)
     except Exception as error:                               # what is broken can raise anything
         bomb = isinstance(error, Image.DecompressionBombError)
         raise hdm.UserError("too large" if bomb else trouble) from error
@@ -326,13 +364,14 @@ def read_texts(caption, spans, s):
             raise hdm.UserError("caption over 1 MB")
         with open_at(*span) as file:
             text = file.read().decode("utf-8-sig", "surrogateescape")
+        text = re.sub(f"[{hdm.OR}{hdm.BESIDE}]", " ", text)  # ours, which people's files hold by chance alone
         if suffix == s.sidecar:
             extra = " ".join(text.split())
         elif suffix == ".json":
             row = json.loads(text)
             caption = row_caption(row if isinstance(row, dict) else {}, s.caption)
         else:
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            lines = [line.strip() for line in text.split("\n") if line.strip()]
             caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
     whole = hdm.OR.join(one.strip() for one in caption.split(hdm.OR) if hdm.parse_caption(one))
     if extra:
@@ -439,6 +478,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                                       stamp_of(file), lines, number, place)
                 if kind := refusal(picture, s):
                     raise hdm.UserError(kind)
+                if picture.colours == 2:
+                    report.add("kept: broken colour profile", path)
                 kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 how = " and ".join([os.path.basename(table)] * bool(table) + ends)
                 counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
@@ -465,7 +506,7 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            assert about["format"] == 4, "of another format"
+            assert about["format"] == 5, "of another format"
             records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
             assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
@@ -531,7 +572,7 @@ def build_index(sources, s, folder=None, old=None):
         i = np.searchsorted(stamps, np.uint64(stamp))
         return old[numbers[i]] if np.uint64(stamp) in stamps[i:i + 1] else None
 
-    report, raw = Report(), io.BytesIO()         # raw: 96 bytes an image, until they are sorted
+    report, raw = Report(), io.BytesIO()         # raw: 104 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for number, (source, weight) in enumerate(sources):
             for picture in scan(source, report, s, known, weight, number):
@@ -543,7 +584,8 @@ def build_index(sources, s, folder=None, old=None):
         size = text.tell()
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
     for kind, entry in sorted(report.items()):
-        print(f"{entry['count']:>11,} left out: {kind}, as {entry['paths'][0]!r}")
+        what = kind if kind.startswith("kept: ") else f"left out: {kind}"
+        print(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}")
     records = np.frombuffer(raw.getbuffer(), RECORD)
     if several := (records["lines"] > 1).sum():
         print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
@@ -554,7 +596,7 @@ def build_index(sources, s, folder=None, old=None):
     weights, firsts = np.unique(records["weight"], return_index=True)
     groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
-    about = dict(format=4, identity=identity, options=options, groups=groups, sizes=[len(records), size])
+    about = dict(format=5, identity=identity, options=options, groups=groups, sizes=[len(records), size])
     if folder is None:
         return Index(records, data, about)
     records.tofile(Path(folder, "records.bin"))
@@ -584,6 +626,8 @@ def latents_folder(data, index, vae, image_size):
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
+    if (converted := index.records["colours"] == 1).any():   # others are as before profiles were read
+        digest.update(converted.tobytes())
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
 
@@ -616,6 +660,18 @@ class Latents:
         file = shard(self.folder, i)
         with hdm.naming(file, f"no latents of record {i}"), safe_open(file, "pt") as tensors:
             return tensors.get_tensor(str(i))
+
+
+def half_moments(vae, pixels, channels):
+    """-> moments (B, channels, h, w) float16; of images where they are not finite again, in float32."""
+    moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
+    bad, dtype = ~moments.isfinite().flatten(1).all(1), next(vae.parameters()).dtype
+    if bad.any() and dtype != torch.float32:
+        try:
+            moments[bad] = half_moments(vae.float(), pixels[bad.to(pixels.device)], channels)
+        finally:
+            vae.to(dtype)                        # to the very weights that it had
+    return moments
 
 
 def encode_latents(s, vae, device, rank, ranks):
@@ -657,8 +713,12 @@ def encode_latents(s, vae, device, rank, ranks):
             for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
                 while batch := list(itertools.islice(same, s.batch_size)):
                     pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
-                    moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
-                    latents.update((str(i), moment.clone()) for (i, _), moment in zip(batch, moments))
+                    for (i, _), moment in zip(batch, half_moments(vae, pixels, channels)):
+                        if moment.isfinite().all():
+                            latents[str(i)] = moment.clone()
+                        else:
+                            print(f"warning: {index[i].name}: its latent is not finite in float16, also if "
+                                  f"encoded in float32; no latents of it", flush=True)
             partial = shard(folder, numbers[0]).with_suffix(".partial")
             save_file(latents, partial)
             partial.replace(shard(folder, numbers[0]))
@@ -772,6 +832,7 @@ def prepare(s, *paths):
     if rank == 0 and not ready:
         with whole_folder(s.out) as folder:
             n = len(build_index(sources, s, folder, old))
+            old = None                           # unmapped: Windows renames no folder of mapped files
         print(f"{n:,} pictures in {s.out}; report.json there names what was left out")
     gather(None)                                 # the others wait for it
     if s.latents:

@@ -152,13 +152,13 @@ def read_jobs(s, p, load_tipo):
     lines, slots = [Job(**vars(p), prompt=prompt) for prompt in s.prompt], {}
     if s.prompts:
         with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
-            text = sys.stdin.read() if s.prompts == "-" else Path(s.prompts).read_text(encoding="utf-8-sig")
-        lines += [prompt_line(line.strip(), p) for line in text.splitlines()
+            text = sys.stdin.read() if s.prompts == "-" else hdm.read_text(s.prompts)
+        lines += [prompt_line(line.strip(), p) for line in text.removeprefix("\ufeff").split("\n")
                   if line.strip() and not line.lstrip().startswith("#")]
     if s.slots:
         with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
             given = s.slots.lstrip().startswith("{")
-            slots = json.loads(s.slots if given else Path(s.slots).read_text(encoding="utf-8"))
+            slots = json.loads(s.slots if given else hdm.read_text(s.slots))
             assert all(isinstance(words, str) for words in slots.values()), "each part must be a text"
         lines.append(Job(**vars(p), prompt=fill_slots(s.format, slots)))
         print(f"prompt: {lines[-1].prompt}")
@@ -174,8 +174,8 @@ def read_jobs(s, p, load_tipo):
         if line.seed == -1:
             line = replace(line, seed=random.SystemRandom().randrange(2 ** 32))
             print(f"seed {line.seed}: {line.prompt}")
-        prompt, negative = (re.sub(r"\\([()])", r"\1", text).encode(errors="replace").decode()
-                            for text in (line.prompt, line.negative_prompt))   # argv can hold any bytes
+        prompt, negative = (text.encode(errors="replace").decode()   # argv can hold any bytes
+                            for text in (line.prompt, line.negative_prompt))
         jobs += [replace(line, prompt=prompt, negative_prompt=negative, num_images=1, seed=line.seed + i)
                  for i in range(line.num_images)]
     if s.tipo:
@@ -188,8 +188,8 @@ def read_jobs(s, p, load_tipo):
 def tipo_request(job, slots):
     """-> the text that TIPO goes on with; the job's prompt as slots of the model card's template."""
     parts = dict.fromkeys(re.findall(r"<\|(.+?)\|>", Sampling.format), "")
-    kinds = {tag.strip(): name for name, tags in (*ENDING.items(), *slots.items()) if name in parts
-             for tag in tags.lower().replace("_", " ").split(",")}
+    kinds = {hdm.parse_caption(tag, spaces=True): name for name, tags in (*ENDING.items(), *slots.items())
+             if name in parts for tag in tags.lower().split(",")}
     for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", job.prompt))):
         sentence = len(tag.split()) > 4                      # a guess
         kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
@@ -218,7 +218,7 @@ def load_tipo(name):
 
     def expand(job, slots):
         request, parts = tipo_request(job, slots)
-        negative = job.negative_prompt.lower().replace("_", " ").split(",")
+        negative = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ").split(",")
         banned = [tag.strip() for tag in negative if tag.strip()]
         forms = [lead + form for tag in banned for lead in ("", " ") for form in (tag, tag.capitalize())]
         config = transformers.GenerationConfig(              # as TIPO's authors advise
@@ -372,10 +372,16 @@ def resolved(p, settings, model, vae):
     return p
 
 
-def encode_texts(te, jobs):
+def as_trained(text, settings):
+    """A prompt as the checkpoint's training read captions."""
+    settings = hdm.SAMPLING | settings
+    return hdm.parse_caption(text, separator=settings["tag_separator"], spaces=settings["spaces"])
+
+
+def encode_texts(te, jobs, settings):
     """-> {text: states (1, T, ctx_dim) on the CPU} of all prompts and negative prompts."""
     texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
-    return {text: te([text])[0].cpu() for text in texts}
+    return {text: te([as_trained(text, settings)])[0].cpu() for text in texts}
 
 
 def batches(jobs, batch_size):
@@ -457,7 +463,7 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
     Under torchrun each process draws its part, and gets all."""
     p = resolved(Job(**how), settings, model, vae)
     jobs = share([replace(p, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds)])
-    texts = encode_texts(te, jobs)
+    texts = encode_texts(te, jobs, settings)
     images = [image for batch in batches(jobs, batch_size) for image, _ in draw(model, vae, texts, batch)]
     parts = gather(images)
     return np.stack([parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))])
@@ -483,9 +489,9 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
     for p in {(job.width, job.height): job for job in jobs}.values():
         advise(p, settings["image_size"])
     te = get_te()
-    texts = encode_texts(te, jobs)
+    texts = encode_texts(te, jobs, settings)
     for text in texts:
-        if (n := len(te.tokenizer(text)["input_ids"])) > te.max_length:
+        if (n := len(te.tokenizer(as_trained(text, settings))["input_ids"])) > te.max_length:
             print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
     del te                                                   # its memory goes to the pictures
     for batch in batches(share(jobs), s.batch_size):
@@ -563,7 +569,7 @@ def page(model, vae, get_te, settings, s, p, common):
         try:
             yield
         except hdm.UserError as error:
-            line = re.sub(f"--from_image={uploads.name}/.*/", "", str(error))
+            line = re.sub(re.escape(f"--from_image={uploads.name}") + r"[\\/].*[\\/]", "", str(error))
             raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
 
     @told()

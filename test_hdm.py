@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -49,7 +50,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save, save_file
 from torch.utils.data import default_collate
@@ -968,7 +969,8 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     hdm.save_model(tmp_path / "model.safetensors", model.state_dict(), settings)
     loaded, vae, read = hdm.load_model(tmp_path)
     assert vae is None and loaded.config == model.config
-    assert read == settings | dict(cfg_low=0.0)              # younger than some checkpoints
+    younger = dict(cfg_low=0.0, tag_separator="$$", spaces=False)                     # than some checkpoints
+    assert read == settings | younger
     weights = loaded.state_dict()
     assert list(weights) == list(model.state_dict())
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
@@ -1497,6 +1499,95 @@ def test_sixteen_bit_grey_keeps_its_values(tmp_path):
     Image.fromarray(levels * 257).save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode.startswith("I")
     assert np.array_equal(np.asarray(hdm.load_image(tmp_path / "a.png")), np.stack([levels] * 3, axis=-1))
+
+
+XYZ = dict(                        # red, green and blue, adapted to D50
+    srgb=[(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)],
+    p3=[(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)],
+    adobe=[(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)])
+
+
+def icc(space, **tags):
+    """A colour profile, version 2, of tags' bytes."""
+    fixed = struct.pack(">3i", 63190, 65536, 54061)          # D50
+    head = b"lcms\2\x40\0\0" + b"mntr" + space + (b"Lab " if space == b"CMYK" else b"XYZ ") + bytes(12)
+    head += b"acsp" + bytes(28) + fixed + bytes(48)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name.encode() + struct.pack(">2I", 132 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    return struct.pack(">I", 132 + 12 * len(tags) + len(body)) + head + table + body
+
+
+def rgb_profile(primaries, gamma):
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma))
+    tags = {f"{name}XYZ": b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * one) for one in xyz))
+            for name, xyz in zip("rgb", XYZ[primaries])}
+    return icc(b"RGB ", **tags, rTRC=curve, gTRC=curve, bTRC=curve)
+
+
+def seen_in_srgb(pixels, primaries, gamma):
+    """By the formulas: pixels (..., 3) uint8 in such a profile's colours -> in sRGB's."""
+    linear = (pixels / 255.0) ** gamma @ np.array(XYZ[primaries]) @ np.linalg.inv(np.array(XYZ["srgb"]))
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def test_colours_are_those_of_srgb(tmp_path, vae_folder):
+    """By an embedded profile of any kind, in all that reads images; none, sRGB's or a broken one changes
+    nothing, and a broken one is counted."""
+    y, x = np.mgrid[:48, :64].astype(np.float32)
+    pixels = np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
+    grey_curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    ink = bytes(range(256)) * 4                              # Lab of no ink is white, of any much darker
+    corners = [b"\xff\x80\x80" if not any(inks) else b"\x30\xa0\x60"
+               for inks in itertools.product((0, 1), repeat=4)]
+    cmyk = icc(b"CMYK", A2B0=b"mft1" + bytes(4) + b"\4\3\2\0" + struct.pack(
+        ">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536) + ink + b"".join(corners) + bytes(range(256)) * 3)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    convert, plain = Image.fromarray(pixels).convert, {}
+    for mode in ("RGB", "L", "P"):
+        plain[mode] = np.asarray(convert(mode).convert("RGB"))
+    linear_grey, p3 = icc(b"GRAY", kTRC=grey_curve), rgb_profile("p3", 2.2)
+    cases = [                                                # name, mode, profile, what it looks like
+        ("p3.png", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("p3.webp", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("alpha.png", "RGBA", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("adobe.jpg", "RGB", rgb_profile("adobe", 2.2), seen_in_srgb(pixels, "adobe", 2.2)),
+        ("linear.png", "RGB", rgb_profile("srgb", 1), seen_in_srgb(pixels, "srgb", 1)),
+        ("palette.png", "P", rgb_profile("p3", 1.8), seen_in_srgb(plain["P"], "p3", 1.8)),
+        ("grey as RGB.png", "L", rgb_profile("p3", 1), seen_in_srgb(plain["L"], "p3", 1)),
+        ("grey.png", "L", linear_grey, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("grey with alpha.png", "LA", linear_grey, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("no ink.jpg", "CMYK", cmyk, np.full((48, 64, 3), 255)),
+        ("srgb.png", "RGB", srgb, pixels), ("none.png", "RGB", None, pixels),
+        ("broken.png", "RGB", b"no profile", pixels), ("broken.webp", "RGB", p3[:300], pixels),
+        ("broken, grey.png", "RGB", linear_grey, pixels), ("broken, inks.png", "RGB", cmyk, pixels)]
+    for name, mode, profile, _ in cases:
+        image = Image.new("CMYK", (64, 48)) if mode == "CMYK" else convert(mode)
+        options = dict(quality=100, subsampling=0) if name.endswith("jpg") else {}
+        options |= dict(lossless=True) if name.endswith("webp") else {}
+        image.save(tmp_path / name, icc_profile=profile, **options)
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    report = prepare.Report()
+    index = {one.name: one.colours for one in scan(tmp_path, report)}
+    broken = sorted(name for name, *_ in cases if name.startswith("broken"))
+    assert {kind: sorted(entry["paths"]) for kind, entry in report.items()} == {
+        "kept: broken colour profile": [str(tmp_path / name) for name in broken]}
+    for name, _, _, expected in cases:
+        same_colours = name in (*broken, "srgb.png", "none.png")
+        assert (index[name] == 1) == (not same_colours)
+        whole = np.asarray(hdm.load_image(tmp_path / name)).astype(float)
+        most = 0 if same_colours else 12 if name.endswith("jpg") else 2               # of 255
+        assert abs(whole - expected).max() <= most, name
+        small = hdm.load_image(tmp_path / name, 24)
+        halved = np.asarray(expected).reshape(24, 2, 32, 2, 3).mean((1, 3))
+        assert abs(np.asarray(small).astype(float) - halved).mean() < 6 and "icc_profile" not in small.info
+        assert np.array_equal(np.asarray(sample.load_source(str(tmp_path / name), "")[0]), whole)
+    index, vae = prepare.open_index(tmp_path), hdm.load_vae(vae_folder)
+    folder = prepare.latents_folder("x", index, vae, 16)
+    index.records["colours"] = 0                             # as before there were profiles
+    assert folder != prepare.latents_folder("x", index, vae, 16)
 
 
 def test_adding_pictures_moves_none_across_the_split(tmp_path):
@@ -2313,14 +2404,21 @@ def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
     write_files(tmp_path, {"a.png": PNG, "a.txt": " one \r\n\n two\x1ethree \n",
                            "b.png": PNG, "b.txt": "one\n"})
     assert scanned(tmp_path)[0] == {"a.png": "one two three", "b.png": "one"}
-    three = f"one{hdm.OR}two{hdm.OR}three"
-    assert scanned(tmp_path, caption_lines="choose") == ({"a.png": three, "b.png": "one"}, {})
+    lines = f"one{hdm.OR}two three"
+    assert scanned(tmp_path, caption_lines="choose") == ({"a.png": lines, "b.png": "one"}, {})
 
 
 def png_chunks(*chunks):
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks)
+
+
+def zip_bytes():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a", "x")
+    return file.getvalue()
 
 
 def bomb(width, height):
@@ -2385,7 +2483,7 @@ def corpus():
             (bomb(20000, 20000), "too large"), (bomb(16000, 11500), "too large"),
             (bomb(2 ** 31 - 1, 1), "too large"), (bomb(13000, 13000), "does not decode"),
             (bomb(0, 5), "no readable header"), (bomb(5, 5), "does not decode"),
-            (image_bytes("JPEG", exif=b"Exif\0\0garbage"), ""), (bad_exif, "no readable header"),
+            (image_bytes("JPEG", exif=b"Exif\0\0garbage"), ""), (bad_exif, ""),
             (moving("PNG"), ""), (moving("GIF"), ""), (moving("WEBP"), ""), (moving("MPO"), ""),
             (moving("AVIF"), ""), (image_bytes("GIF")[:-30] + b"\0;", "no readable header"),
             (PNG[:45] + b"\xff" * 8 + PNG[53:], "does not decode"),
@@ -2490,6 +2588,98 @@ def test_no_cut_survives(tmp_path):
     assert [one.name for one in scan(tmp_path, verify=True)] == []
 
 
+def test_an_image_that_decodes_is_whole_whatever_else_its_file_holds(tmp_path):
+    """Much behind its end, another end, text and profiles beyond Pillow's limits; a cut one stays cut."""
+    film = b"\0\0\0\x18ftypmp42" + 30_000 * b"mdat"
+    tails = {"nothing": b"", "a film": film, "zeros": bytes(100_000), "an image": film + image_bytes("JPEG"),
+             "an end": b"\xff\xd9" + bytes(100_000), "an archive": film + zip_bytes()}
+    kinds = {kind: image_bytes(kind, (40, 30), noise=True) for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP")}
+    kinds |= {f"moving {kind}": moving(kind) for kind in ("GIF", "PNG", "WEBP", "MPO")}
+    kinds["turned JPEG"] = turned("JPEG", 6)
+    files = {f"{kind}, {tail}": data + more for kind, data in kinds.items() for tail, more in tails.items()}
+    header = png_chunks((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)))
+    pixels = png_chunks((b"IDAT", zlib.compress(bytes(4))), (b"IEND", b""))[8:]
+    packed, much = zlib.compress(bytes(3 * 2 ** 20)), b"x" * (3 * 2 ** 20)
+    for kind, data in {b"zTXt": b"k\0\0" + packed, b"iCCP": b"k\0\0" + packed, b"tEXt": b"k\0" + 23 * much,
+                       b"iTXt": b"workflow\0\1\0\0\0" + packed, b"eXIf": much}.items():
+        files[f"much {kind.decode()}"] = header + png_chunks((kind, data))[8:] + pixels
+    write_files(tmp_path, {f"{name}.png": data for name, data in files.items()})
+    write_files(tmp_path, {f"{name}.txt": "x" for name in files})
+    for verify in (False, True):
+        found, report = scanned(tmp_path, verify=verify)     # whose laws are that training reads them, too
+        assert set(found) == {f"{name}.png" for name in files}
+        assert report == {"kept: broken colour profile": 1}
+    for kind in ("JPEG", "PNG", "GIF"):
+        for length in (1, 8, 300):
+            cut = kinds[kind][:-length - (kind == "GIF")] + bytes(100_000 * (kind != "GIF"))
+            assert one_line(prepare.measure_image, io.BytesIO(cut), len(cut)) == "truncated"
+
+
+ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"              # of lines, for str.splitlines alone
+
+
+def test_lines_end_at_newlines_and_a_byte_order_mark_is_none_of_the_text(vae_folder, tmp_path):
+    """In whatever a person writes: captions, tables, prompts, slots, configs, a VAE's config.json."""
+    mark, odd = "\ufeff", "".join(f"a{end}" for end in ENDS) + "b"
+    plain, files = " ".join("a" * len(ENDS)) + " b", tmp_path / "files"
+    row = json.dumps({"file_name": "row.png", "text": odd}, ensure_ascii=False)
+    table = json.dumps({"file_name": "0.png", "text": "of a table"})
+    write_files(files, {"a.png": PNG, "a.txt": f"{mark}{odd}\r\n{odd}\n", "b.png": PNG, "row.png": PNG,
+                        "b.json": mark + json.dumps({"caption": odd}), "0.png": PNG,
+                        "metadata.jsonl": f"{mark}{row}\r\n{table}\n"})
+    found, report = scanned(files, caption_lines="choose")
+    drawn = {name: {hdm.draw_caption(text, random.Random(i), train.Settings()) for i in range(20)}
+             for name, text in found.items()}
+    assert drawn == {"a.png": {plain}, "b.png": {plain}, "row.png": {plain}, "0.png": {"of a table"}}
+    assert not report and found["a.png"].count(hdm.OR) == 1
+
+    (tmp_path / "prompts.txt").write_bytes(f"{mark}{odd} --seed=5\r\n\r\n# no\n{odd}\n".encode())
+    (tmp_path / "slots.json").write_text(mark + json.dumps({"artist": "one"}), encoding="utf-8")
+    p, slots = sample.Picture(), str(tmp_path / "slots.json")
+    jobs = sample.read_jobs(sample.Sampling(prompts=str(tmp_path / "prompts.txt"), slots=slots), p, None)
+    assert [(job.prompt, job.seed) for job in jobs] == [(odd, 5), (odd, 0), ("one", 0)]
+
+    (tmp_path / "config.py").write_text(f"{mark}seed = 7\n", encoding="utf-8")
+    assert hdm.read_config(str(tmp_path / "config.py"), [train.Run]) == dict(seed=7)
+    vae = shutil.copytree(vae_folder, tmp_path / "vae")
+    config = (vae / "config.json").read_text()
+    (vae / "config.json").write_text(mark + config, encoding="utf-8")
+    assert hdm.load_vae(vae).mean == hdm.load_vae(vae_folder).mean
+
+
+ATOMS = ["cat", "long_hair", "^_^", "o_o", r"\(", r"\\)", "(", ")", " ", "   ", "\t", "\u3000", "$$", "$",
+         "|||", "|", "%%", "%", ",", ", ", ";", ".", "_", "é", "\\", ":", "BREAK"]
+
+
+@pytest.mark.parametrize("separator", ["$$", ",", " , ", ";", "|", "BREAK", "%"])
+@pytest.mark.parametrize("spaces", [False, True])
+def test_a_text_has_the_same_tokens_as_a_caption_and_as_a_prompt(separator, spaces, te):
+    """Whatever is in it, beside it and between: what training reads, without its random part, sampling does;
+    and what was read once is read as it is."""
+    s = train.Settings(tag_separator=separator, spaces=spaces)
+    settings = dict(tag_separator=separator, spaces=spaces)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(ATOMS, k=rng.randrange(12))) for _ in range(300)]
+    for text, beside in zip(texts, texts[1:]):
+        caption = hdm.draw_caption(text, None, s)
+        assert sample.as_trained(text, settings) == caption == sample.as_trained(caption, settings), text
+        around = hdm.draw_caption(hdm.BESIDE.join((beside, text, beside)), None, s)
+        assert sample.as_trained(around, settings) == around, (text, beside)
+        drawn = hdm.draw_caption(text, random.Random(1), s)
+        assert sample.as_trained(drawn, settings) == drawn, text
+    for text in texts[:9]:                                   # to the very states, negative prompts, too
+        jobs = [sample.Job(prompt=text, negative_prompt=text)]
+        expected, _ = te([hdm.draw_caption(text, None, s)])
+        assert torch.equal(sample.encode_texts(te, jobs, settings)[text], expected)
+
+
+def test_how_a_run_reads_text_stands_in_its_checkpoints(trained, published, place, tmp_path):
+    train_tiny(place, tmp_path / "run", images=8, tag_separator=",", spaces=True)
+    settings = [hdm.load_model(source)[2] for source in (tmp_path / "run", trained, published)]
+    assert [(one["tag_separator"], one["spaces"]) for one in settings] == [
+        (",", True), ("$$", False), ("$$", False)]
+
+
 def test_what_may_not_be_read_is_counted(tmp_path, monkeypatch):
     write_files(tmp_path, {f"{name}.{end}": PNG if end == "png" else "x"
                            for name in ("a", "b", "d/c", "ok") for end in ("png", "txt")})
@@ -2582,9 +2772,9 @@ def test_report_lists_a_thousand():
 
 
 @pytest.mark.parametrize("place, text, want", [
-    ("after", "one", "one, some words, a $$ b"), ("after", "x ||| y ||| z", "x, y, z, some words, a $$ b"),
-    ("before", "x ||| y", "some words, a $$ b, x, y"), ("before", "one\ntwo", "some words, a $$ b, one"),
-    ("after", " ", "some words, a $$ b"), ("before", None, "some words, a $$ b")])
+    ("after", "one", "one, some words, a, b"), ("after", "x ||| y ||| z", "x, y, z, some words, a, b"),
+    ("before", "x ||| y", "some words, a, b, x, y"), ("before", "one\ntwo", "some words, a, b, one"),
+    ("after", " ", "some words, a, b"), ("before", None, "some words, a, b")])
 def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
     files = {"a.png": PNG, "a.nl.txt": "some\n\nwords, a $$ b\n", "a.nl.png": PNG,
              "b.png": PNG, "b.txt": "x", "b.nl.txt": " "}
@@ -2598,7 +2788,7 @@ def test_a_sidecar_goes_before_or_after(tmp_path, place, text, want):
         assert drawn == {inner + "a.png": want, inner + "b.png": "x"} and report["no caption"] == 1
         s = train.Settings(tag_separator=",")                # what is beside it stays
         text = hdm.draw_caption(found[inner + "a.png"], random.Random(0), s)
-        assert (text.startswith if place == "before" else text.endswith)("some words, a $$ b")
+        assert (text.startswith if place == "before" else text.endswith)("some words, a, b")
     sides = {one.name: one.texts for one in scan(tmp_path / "f", **options)}
     beside = {str(tmp_path / "f" / name) for name in files if name in ("a.txt", "a.nl.txt")}
     assert set(sides["a.png"]) == beside
@@ -2658,7 +2848,7 @@ def test_a_tail_stays_in_place():
     drawn = {hdm.parse_caption(caption, random.Random(seed)) for seed in range(99)}
     assert {text.split(", ")[0:2] == ["a", "b"] and text.endswith("end, of, it") for text in drawn} == {True}
     assert {text[6:-11] for text in drawn} == {"", "x, ", "y, ", "x, y, ", "y, x, "}
-    assert hdm.parse_caption("||| x $$ y ||| of ||| it") == "x, y, of ||| it"           # what is more is text
+    assert hdm.parse_caption("||| x $$ y ||| of ||| it") == "x, y, of, it"
 
 
 def test_lists_of_tags_shuffle_as_a_whole_but_for_what_is_kept():
@@ -2755,7 +2945,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
             records[epochs[i][2]]["text"], records[epochs[i][2]]["bytes"] = file.tell(), len(entry)
             file.write(entry)
         sizes = [n, file.tell()]
-    (tmp_path / "index.json").write_text(json.dumps(dict(format=4, groups=[[1.0, 0, n]], sizes=sizes)))
+    (tmp_path / "index.json").write_text(json.dumps(dict(format=5, groups=[[1.0, 0, n]], sizes=sizes)))
     records.flush()
     (tmp_path / "read.py").write_text(f"""
 import re, sys, time
@@ -2782,7 +2972,7 @@ def indexed(folder, *argv):
     return prepare.Index.open(str(folder))
 
 
-@pytest.mark.parametrize("file, cut", [("text.bin", 20), ("records.bin", 96), ("index.json", 1)])
+@pytest.mark.parametrize("file, cut", [("text.bin", 20), ("records.bin", 104), ("index.json", 1)])
 def test_an_index_that_is_cut_is_refused_and_made_anew(file, cut, place, tmp_path):
     indexed(tmp_path / "index", place / "data")
     before = content(tmp_path / "index")
@@ -2937,6 +3127,36 @@ def test_filters_leave_out_and_count(tmp_path, capsys):
         "with --drop_tag": ["e.png"]}
 
 
+@pytest.mark.parametrize("places, held", [
+    ([0.5], 0), ([0.001], 0), ([0.001, 0.002], 1), ([0.3, 0.1], 1), ([0.3, 0.01, 0.019], 2),
+    ([0.7, 0.7], 0), ([0.02 + i / 40 for i in range(30)], 1), ([i / 250 for i in range(200)], 5)])
+def test_few_images_are_enough_for_the_default_held_out_share(places, held, place, tmp_path, monkeypatch):
+    """It holds out some where it can, never all, and is no error; one that is asked for is taken as it is."""
+    for i in range(len(places)):
+        write_files(tmp_path, {f"{i}.png": PNG, f"{i}.txt": "x"})
+    index = prepare.open_index(tmp_path)
+    index.records = index.records.copy()
+    index.records["place"] = sorted(places)
+    monkeypatch.setattr(train, "open_index", lambda data: index)
+    s = train.Settings(data=str(tmp_path))
+    _, epochs, numbers, _ = train.open_data(s)
+    assert len(numbers) == held == sum(one < s.validation for one in places)
+    assert epochs.pictures == len(places) - held > 0
+    s = train.Settings(data=str(tmp_path), validation=1e-9 if min(places) else 0.9)
+    assert "--validation=" in one_line(train.open_data, s)
+
+
+def test_the_share_of_cut_captions_is_said(place, tmp_path, capsys):
+    """Of what the settings leave of them; nothing where none is cut."""
+    def said(**settings):
+        out = tmp_path / str(len(os.listdir(tmp_path)))
+        train_tiny(place, out, images=8, eval_every=0, sample_every=0, **settings)
+        return re.findall(r"captions: .*", capsys.readouterr().out)
+    line, = said(text_length=6, tag_dropout=0.0, group_dropout=0.0)
+    assert "--text_length=6 cuts 100.00% of a sample of 24" in line
+    assert said(text_length=40) == [] and said(text_length=6, tag_dropout=0.999, group_dropout=0.0) == []
+
+
 def test_pictures_that_a_stage_enlarges_are_told(place, tmp_path, capsys):
     train_tiny(place, tmp_path / "run", images=8, image_size=24)
     assert "25 % of the pictures are smaller than image_size" in capsys.readouterr().out
@@ -3066,6 +3286,31 @@ def test_a_killed_encoding_goes_on_with_whole_shards(place, vae_folder, tmp_path
     assert str(file) in one_line(lambda: latents.read(16))   # in training the next picture takes its place
     prepare.main([str(tmp_path / "index"), "--latents", f"--vae={vae_folder}", "--image_size=16"])
     assert "5 of 24 pictures to encode" in capsys.readouterr().out and latents.read(16).shape[0] == 8
+
+
+@pytest.mark.parametrize("dtype, scale, whole", [
+    ("float32", 1.0, True), ("bfloat16", 1.0, True), ("float32", 1e6, False), ("bfloat16", 1e6, False)])
+def test_latents_that_are_not_finite_are_encoded_again_or_named(dtype, scale, whole, place, vae_folder,
+                                                                tmp_path, monkeypatch, capsys):
+    """In float32, once; what float16 cannot hold then has no latents."""
+    real, spoilt = hdm.VAE.moments, []
+    def moments(self, images):
+        mean, logvar = real(self, images)
+        odd = images.mean((1, 2, 3)) > 0                     # of some images
+        if self.quant_conv.weight.dtype != torch.float32:
+            mean[odd] = math.nan
+        spoilt.append(odd.sum().item())
+        mean[odd] *= scale
+        return mean, logvar
+    monkeypatch.setattr(hdm.VAE, "moments", moments)
+    index, latents, _ = cached(place, vae_folder, tmp_path, f"--dtype={dtype}")
+    warned = re.findall(r"warning: (\S+): its latent is not finite", capsys.readouterr().out)
+    assert sum(spoilt) > 0 and len(set(warned)) == len(warned) and (not warned) == whole
+    for i in range(len(index)):
+        if index[i].name in warned:
+            assert "no latents" in one_line(lambda: latents.read(i))
+        else:
+            assert latents.read(i).isfinite().all()
 
 
 def test_processes_share_the_encoding(place, vae_folder, tmp_path):
@@ -3282,9 +3527,9 @@ a -- b --c
     assert list(draw(trained, tmp_path / "b", "--prompts=-")) == ["00000-0.png", "00001-9.png"]
 
 
-def test_what_is_pasted_from_other_programs_is_unescaped_and_said(trained, tmp_path, capfd):
+def test_what_is_pasted_from_other_programs_is_said(trained, tmp_path, capfd):
     draw(trained, tmp_path, r"--prompt=fate \(series\), (large:1.2)")
-    assert about(tmp_path / "00000-0.png")["prompt"] == "fate (series), (large:1.2)"
+    assert about(tmp_path / "00000-0.png")["prompt"] == r"fate \(series\), (large:1.2)"
     out = told(capfd)
     assert r"\(" in out and "(tag:1.2)" in out
     draw(trained, tmp_path, "--prompt=red circle (large)")
@@ -4321,7 +4566,7 @@ def test_an_export_names_a_text_encoder_of_the_hub(published, tmp_path):
 def test_what_others_would_misread_is_exported_by_force_alone(name, tmp_path):
     model = tiny_xut(skips="mirror", residual="raw", pos="unit_area", aspect_cond=False)
     settings = dict(config=model.config, text_encoder="a/b", text_length=7, vae="", image_size=48, step=3,
-                    images=96, steps=5, cfg=2.0, cfg_low=0.2, t_shift=4.0)
+                    images=96, steps=5, cfg=2.0, cfg_low=0.2, t_shift=4.0, tag_separator=",", spaces=True)
     message = one_line(sample.export, tmp_path / name, model, None, settings)
     for words in ("skips=mirror", "residual=raw", "pos=unit_area", "aspect_cond=False", "pixels"):
         assert words in message
@@ -5059,6 +5304,55 @@ def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path
     # A second run replaces the first and leaves nothing of it behind.
     assert demo(tmp_path / "b", count=20) == short
     assert sorted(os.listdir(tmp_path / "b")) == ["demo", "demo_te", "demo_unseen.txt"]
+
+
+def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
+    """Neither those of a run that lives, nor another OUT's, nor what has such a name by chance."""
+    def write(out, ready, go_on):
+        with prepare.whole_folder(out) as folder:
+            (folder / "x").write_text("x")
+            ready.set()
+            go_on.wait()
+    def start(name):
+        ready, go_on = context.Event(), context.Event()
+        process = context.Process(target=write, args=(tmp_path / name, ready, go_on))
+        process.start()
+        assert ready.wait(60)
+        return process, go_on
+
+    context, name = multiprocessing.get_context("fork"), "da[t]a"
+    for stranger in ("da[t]a.tmp_mine123", "da[t]a.tmp", "dat.tmpx"):
+        write_files(tmp_path, {f"{stranger}/scratch.txt": "mine"})
+    before = set(os.listdir(tmp_path))
+    for killed in (name, "other"):
+        process, _ = start(killed)
+        process.kill()
+        process.join()
+    alive, go_on = start("alive")
+    again = one_line(lambda: prepare.whole_folder(tmp_path / "alive").__enter__())
+    assert "another prepare.py" in again
+    with prepare.whole_folder(tmp_path / name) as folder:
+        (folder / "x").write_text("x")
+    left = sorted(entry.partition(".")[0] for entry in set(os.listdir(tmp_path)) - before)
+    assert left == ["alive", "alive", name, "other", "other"]                         # scratch folders, locks
+    go_on.set()
+    alive.join()
+    with prepare.whole_folder(tmp_path / "other") as folder:
+        (folder / "x").write_text("x")
+    assert set(os.listdir(tmp_path)) - before == {"alive", name, "other"}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
+def test_an_index_is_mapped_by_nobody_when_it_is_replaced(place, tmp_path, monkeypatch):
+    """Windows renames no folder of mapped files."""
+    rename, seen = Path.rename, []
+    def unmapped(path, target):
+        seen.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", unmapped)
+    for _ in range(2):
+        prepare.main([str(place / "data"), f"--out={tmp_path / 'index'}"])
+    assert seen == [False] * 3
 
 
 def test_demo_never_touches_a_folder_that_is_not_its_own(tmp_path):

@@ -87,7 +87,8 @@ class Data:
     group_dropout: float = 0.3     # share of its groups of them
     tag_separator: str = "$$"      # ",": captions are plain lists of tags, shuffled as a whole but for a |||
     spaces: bool = False           # underscores in captions become spaces, not in ^_^
-    validation: float = 0.02       # share of pictures held out, by a hash of the name; at most 512 are used
+    validation: float | None = None        # share of images held out, by a hash of the name; at most 512 are
+                                           # used; None: 0.02, of few images what holds out one
     new_data: bool = False         # with --resume: other pictures than before, from a fresh epoch on
     latents: bool = False          # read prepare.py's cache of VAE latents in place of the pictures
     vae_chunk: int = 0             # pictures that the VAE takes at a time; 0: a micro-step's
@@ -223,9 +224,14 @@ class Epochs:
 def open_data(s):
     """-> the Index of s.data, its training stream, the held-out records, an identity of all these."""
     index = open_index(s.data)
-    parts, held = index.split(s.validation)
-    if not parts or s.validation and not held:
-        least = math.ceil(1000 * index.records["place"].min()) / 1000
+    least = math.nextafter(index.records["place"].min(), 1)  # holds out one, or all that have this name
+    for share in (0.02, least, 0.0) if s.validation is None else (s.validation,):
+        parts, held = index.split(share)
+        if parts and (held or not share):
+            s.validation = share
+            break
+    else:
+        least = math.ceil(1000 * least) / 1000
         raise hdm.UserError(f"--validation={s.validation}: holds out {len(held)} of {len(index):,} pictures; "
                             f"{f'least is {least}' if parts else 'none is left'}; 0: no held-out loss")
     some = index.records[::1 + len(index) // 100_000]        # of very many a sample
@@ -290,6 +296,16 @@ class Samples(Dataset):
         if training and s.tread_rate > 0:
             item["keep"] = hdm.pick_tokens(1, len(item["pos"]), s.tread_rate, generator)[0]
         return item
+
+
+def say_what_is_cut(index, te, s):
+    """Prints the share of captions that text_length cuts, of a sample as training draws and reads them."""
+    some = range(0, len(index), 1 + len(index) // 2000)      # the index is in order of a hash
+    texts = [hdm.draw_caption(index[i].caption, random.Random(i), s) for i in some]
+    lengths = np.array([len(ids) for ids in te.tokenizer(texts)["input_ids"]])
+    if share := (lengths > te.max_length).mean():
+        print(f"captions: --text_length={s.text_length} cuts {share:.2%} of a sample of {len(texts):,}, of "
+              f"up to {lengths.max()} tokens; a higher one keeps their ends, shorter captions cost less")
 
 
 def padded_lengths(s):
@@ -368,8 +384,10 @@ def dry_run(index, s, tokenizer):
         print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
     cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
+    run = Settings(vae="", tread_rate=0.0, image_size=s.image_size, tag_separator=s.tag_separator,
+                   spaces=s.spaces)
     some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
-    texts = [hdm.draw_caption(index[i].caption, None, Settings) for i in some]
+    texts = [hdm.draw_caption(index[i].caption, None, run) for i in some]
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
           f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
@@ -382,7 +400,6 @@ def dry_run(index, s, tokenizer):
         with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
             hashes.append(hashlib.sha256(stream.read()).digest())
     print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
-    run = Settings(vae="", tread_rate=0.0, image_size=s.image_size)
     config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
     samples = Samples(index, epochs, None, run, config, 1, training=True)
     for i in range(min(48, n)):
@@ -463,7 +480,7 @@ def load_state(s, identity, epochs, ranks):
 def read_metrics(run):
     """The records of a run's metrics.jsonl; a line that was left half-written is none."""
     file, records = Path(run, "metrics.jsonl"), []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
@@ -682,6 +699,7 @@ def train(s, given, rank, ranks):
     cache = Latents(s, index, vae) if s.latents else None
     samples = Samples(index, epochs, cache, s, model.config, vae.factor if vae else 1, training=True)
     held = Samples(index, held_out, cache, s, model.config, samples.factor, training=False)
+    say_what_is_cut(index, te, s)
     shown = held_out[:8] or [epochs[i][2] for i in range(8)]                          # in previews
     prompts = [hdm.draw_caption(index[number].caption, None, s) for number in shown]
     micro_steps = s.global_batch // s.batch_size // ranks
@@ -694,7 +712,8 @@ def train(s, given, rank, ranks):
     text_path, vae_path = (os.path.abspath(name) if os.path.exists(name) else name for name in names)
     settings = dict(config=model.config, text_encoder=text_path, text_length=s.text_length, vae=vae_path,
                     image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg,
-                    cfg_low=s.sample_cfg_low, t_shift=s.t_shift)
+                    cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator,
+                    spaces=s.spaces)
     hdm.make_folder(out_dir / "samples", "--out_dir")
     if rank == 0:
         lock, tell = open_log(out_dir, s, model.config, start)
@@ -703,9 +722,10 @@ def train(s, given, rank, ranks):
     kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
     kept += s.images // (s.milestone_every or s.images + 1)
     print(f"{parameters:,} parameters, {ranks} x {device}, {dtype}; {epochs.pictures:,} pictures, "
-          f"{len(held_out):,} held out\n{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps "
-          f"{start:,} to {last:,} of {total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x "
-          f"{micro_steps} x {s.batch_size}\ncheckpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
+          f"{len(held_out):,} held out (validation {s.validation:.3g})\n"
+          f"{s.images:,} images, {s.images / epochs.length:.2f} epochs; steps {start:,} to {last:,} of "
+          f"{total:,}, {s.warmup:,} of warm-up; a step: {ranks} processes x {micro_steps} x {s.batch_size}\n"
+          f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
           f"free: {shutil.disk_usage(out_dir).free / 1e9:.2f} GB", flush=True)
     stream = deal(index, epochs, s, position, position + (last - start) * s.global_batch, rank, ranks)
     held_batches = DataLoader(held, s.batch_size, sampler=range(rank, len(held_out), ranks))
