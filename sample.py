@@ -24,6 +24,7 @@ import random
 import re
 import shlex
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -255,6 +256,19 @@ def parameters(job, digest):
     return "\n".join([job.prompt, *negative, line])
 
 
+def exif_block(about, text):
+    """EXIF bytes with about, ASCII as our json is, as ImageDescription, and text as UserComment.
+
+    Pillow would write the UserComment as BYTE; readers such as AUTOMATIC1111's take UNDEFINED (7) alone.
+    """
+    about, comment = about.encode("ascii") + b"\0", b"UNICODE\0" + text.encode("utf-16-be")
+    gap = bytes(len(about) % 2)                              # values start at even places
+    inner = 8 + 2 + 2 * 12 + 4 + len(about) + len(gap)       # where the second directory is
+    first = struct.pack(">HHHIIHHIII", 2, 0x010E, 2, len(about), 38, 0x8769, 4, 1, inner, 0)
+    second = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), inner + 2 + 12 + 4, 0)
+    return b"Exif\0\0MM\0\x2a\0\0\0\x08" + first + about + gap + second + comment
+
+
 def encode_file(image, kind, text="", about=""):
     """(height, width, 3) uint8 -> a file's bytes; with text in it: `parameters`, and about, our own json."""
     options = dict(quality=95) if kind != "png" else {}
@@ -263,9 +277,7 @@ def encode_file(image, kind, text="", about=""):
         options["pnginfo"].add_text("parameters", text)      # as iTXt where Latin-1 does not do
         options["pnginfo"].add_text("hdm", about)
     elif text:
-        options["exif"] = Image.Exif()
-        options["exif"][0x010E] = about                      # ImageDescription: ASCII, as our json is
-        options["exif"][0x8769] = {0x9286: b"UNICODE\0" + text.encode("utf-16-be")}   # Exif: UserComment
+        options["exif"] = exif_block(about, text)
     file = io.BytesIO()
     with hdm.naming(f"--file_type={kind}", "cannot hold this picture with its settings; png can"):
         Image.fromarray(image).save(file, FORMATS[kind], **options)

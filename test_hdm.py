@@ -3283,6 +3283,19 @@ def read_parameters(text):
     return "\n".join(lines[:at]), "\n".join(lines[at:]).removeprefix("Negative prompt: "), pairs
 
 
+def exif_entries(file):
+    """The bytes of a JPEG or WebP -> {tag: its type} of the EXIF block in them, and its last value."""
+    block = file[re.search(b"II\\*\0|MM\0\\*", file).start():]
+    order, kinds, todo, value = "<" if block[:1] == b"I" else ">", {}, [8], b""
+    for place in todo:
+        count, = struct.unpack_from(order + "H", block, place)
+        for at in range(place + 2, place + 2 + 12 * count, 12):
+            tag, kinds[tag], size, start = struct.unpack_from(order + "HHII", block, at)
+            value = block[start:start + size]
+            todo += [start] * (tag == 0x8769)
+    return kinds, value
+
+
 WILD = "red, circle: \"large\"\nSteps: 3, Seed: 9 \U0001f3a8 é"
 
 
@@ -3299,8 +3312,9 @@ def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negativ
     if kind == "png":
         text = image.text["parameters"]
     else:
-        comment = image.getexif().get_ifd(0x8769)[0x9286]
-        assert comment.startswith(b"UNICODE\0")
+        kinds, comment = exif_entries(path.read_bytes())
+        assert kinds == {0x010E: 2, 0x8769: 4, 0x9286: 7}    # ASCII, LONG, UNDEFINED
+        assert comment == image.getexif().get_ifd(0x8769)[0x9286] and comment.startswith(b"UNICODE\0")
         text = comment[8:].decode("utf-16-be")
     weights = (trained / "ckpt_00000006" / "ema.safetensors").read_bytes()
     pairs = {"Steps": "2", "Sampler": "Heun", "CFG scale": "3", "Seed": "42", "Size": "24x16",
@@ -3311,6 +3325,18 @@ def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negativ
     sample.main([f"--from_image={path}", f"--out={tmp_path / 'b'}", f"--file_type={kind}", "--seed=41"])
     other = (tmp_path / "b" / f"00001-41.{kind}").read_bytes()
     assert other == (tmp_path / "a" / f"00000-41.{kind}").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpg"])
+def test_settings_in_a_users_comment_of_the_older_type_are_read(kind, trained, tmp_path):
+    draw(trained, tmp_path, "--prompt=red circle", "--steps=2", f"--file_type={kind}")
+    path = tmp_path / f"00000-0.{kind}"
+    with Image.open(path) as image:
+        new, exif = image.getexif(), Image.Exif()
+        exif[0x010E], exif[0x8769] = new[0x010E], dict(new.get_ifd(0x8769))
+        image.save(tmp_path / f"old.{kind}", exif=exif)
+    assert exif_entries((tmp_path / f"old.{kind}").read_bytes())[0][0x9286] == 1      # BYTE
+    assert sample.read_settings(tmp_path / f"old.{kind}") == sample.read_settings(path)
 
 
 def test_the_model_of_a_picture_is_known_by_its_hash(trained, place, tmp_path, capfd):
