@@ -4084,6 +4084,89 @@ def test_every_layout_holds_the_same_model(layout, published, te_folder, tmp_pat
     assert (vaes[0].mean, vaes[0].std) == (vaes[1].mean, vaes[1].std)
 
 
+BARE = {name.removeprefix("model."): value for name, value in XUT_ALONE.items()}
+DOUBLED = {name: 2 * value for name, value in BARE.items()}
+
+
+def named(start, tensors):
+    return {start + name: value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("start", [
+    "unet._orig_mod.model.", "model.diffusion_model.", "module.", "_orig_mod.", "_orig_mod.module.unet.model.",
+    "unet.model._orig_mod.", "pl_module.unet.module.model."])
+def test_any_prefix_is_read_and_what_is_not_read_is_named(start, published, tmp_path, capsys):
+    expected, vae, _ = hdm.load_model(published)
+    inner = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in BARE.items()}
+    front = "_orig_mod." if start.startswith("_orig_mod") else ""
+    beside = {"vae." + name: value for name, value in VAE_ALONE.items()}
+    beside |= {name: WHOLE[name] for name in ("vae_mean", "vae_std")} | {"te.layer.weight": torch.ones(2)}
+    others = {"other.a": torch.ones(2), "other.b": torch.ones(2)} if start.count(".") > 1 else {}
+    torch.save(dict(state_dict=named(start, inner) | named(front, beside) | others), tmp_path / "a.ckpt")
+    model, own_vae, _ = hdm.load_model(tmp_path / "a.ckpt")
+    assert same(dict(model.state_dict()), dict(expected.state_dict()))
+    assert same(dict(own_vae.state_dict()), dict(vae.state_dict())) and own_vae.mean == vae.mean
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == bool(others) and ("2 other tensors" in said and "other.a" in said or not others)
+
+
+@pytest.mark.parametrize("live, averaged", [
+    ("unet.model.", "unet_ema.model."), ("", "ema."), ("model.", "model.ema."), ("module.", "ema_model.module.")])
+def test_of_an_average_and_its_model_one_is_read_and_the_other_named(live, averaged, tmp_path, capsys):
+    torch.save(named(live, BARE) | named(averaged, DOUBLED), tmp_path / "a.ckpt")
+    for ema, weights, other in (True, DOUBLED, live), (False, BARE, averaged):
+        model, _, _ = hdm.load_model(tmp_path / "a.ckpt", ema=ema)
+        assert torch.equal(model.ctx_proj.bias, weights["ctx_proj.bias"].float())
+        said = capsys.readouterr().out
+        assert f"{len(BARE)} other tensors" in said and f"such as {other.replace('module.', '')}" in said
+    torch.save(named("a.", BARE) | named("b.", BARE), tmp_path / "a.ckpt")
+    assert "several models (a.*, b.*)" in one_line(hdm.load_model, tmp_path / "a.ckpt")
+    torch.save(dict(model=BARE, ema=DOUBLED, optimizer=dict(state={}), step=3), tmp_path / "a.ckpt")
+    assert torch.equal(hdm.load_model(tmp_path / "a.ckpt")[0].ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
+
+
+@pytest.mark.parametrize("name", [
+    "lycoris_model.lycoris_backbone_dec_blocks_0_0_attn_qkv.lokr_w1", "lora_unet_ctx_proj.lora_down.weight",
+    "unet.model.ctx_proj.lora_A.default.weight", "unet.model.ctx_proj.hada_w1_a", "lora.ctx_proj.up"])
+@pytest.mark.parametrize("form", ["state_dict", "flat", "beside", "alone"])
+def test_weights_without_their_adapters_are_refused_by_name(name, form, tmp_path):
+    content = {"state_dict": dict(state_dict=WHOLE | {name: TWO}), "flat": WHOLE | {name: TWO},
+               "beside": dict(state_dict=WHOLE, adapters={name: TWO}), "alone": {name: TWO}}[form]
+    torch.save(content, tmp_path / "a.ckpt")
+    message = one_line(hdm.load_model, tmp_path / "a.ckpt")
+    assert name in message and "adapter" in message and "merge" in message
+
+
+def save_file_or_pickle(tensors, path):
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("variant", ["", ".fp16", ".bf16"])
+@pytest.mark.parametrize("place", ["transformer", "bare"])
+def test_every_file_of_a_diffusers_folder_is_read_the_plain_one_first(kind, variant, place, tmp_path, monkeypatch):
+    folder = tmp_path / "model" / ("transformer" if place == "transformer" else "mine")
+    for above in (folder, folder.parent)[:1 + (place == "transformer")]:
+        for sharded in False, True:
+            shutil.rmtree(tmp_path / "model", ignore_errors=True)
+            folder.mkdir(parents=True)
+            names = {name: f"{STEM}{variant}-0000{1 + i % 2}-of-00002.{kind}" for i, name in enumerate(XUT_ALONE)}
+            for file in set(names.values()) if sharded else [f"{STEM}{variant}.{kind}"]:
+                part = {name: value for name, value in XUT_ALONE.items() if not sharded or names[name] == file}
+                save_file_or_pickle(part, folder / file)
+            if sharded:
+                (folder / f"{STEM}.{kind}.index{variant}.json").write_text(json.dumps(dict(weight_map=names)))
+            if variant == ".bf16":                           # beside it one of which less was cut off
+                save_file_or_pickle(named("model.", DOUBLED), folder / f"{STEM}.fp16.{kind}")
+            model, _, _ = hdm.load_model(above)
+            expected = DOUBLED if variant == ".bf16" else BARE
+            assert torch.equal(model.ctx_proj.bias, expected["ctx_proj.bias"].float())
+            save_file(named("model.", DOUBLED), folder / f"{STEM}.safetensors")
+            assert torch.equal(hdm.load_model(above)[0].ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
+            monkeypatch.chdir(folder)
+            assert torch.equal(hdm.load_model(".")[0].ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
+
+
 @pytest.mark.parametrize("layout", ["old.ckpt", "lightning.ckpt", "folder", "sharded"])
 def test_every_layout_draws_and_begins_a_run(layout, published, te_folder, place, tmp_path):
     """Encoders that lie beside the weights are taken along by the run, and nothing else is."""
