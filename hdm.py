@@ -34,8 +34,10 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import typing
@@ -1024,6 +1026,7 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
             if weight.dim() == 2:
                 weight.normal_(std=2.0 if name == "embed_tokens.weight" else weight.shape[1] ** -0.5)
     model.save_pretrained(out)
+    open_modes(out)
 
 
 OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, where there is a sidecar
@@ -1363,12 +1366,22 @@ def load_text_encoder(settings, device="cpu", dtype=None):
     return te
 
 
+def open_modes(path):
+    """Give path, and all in it, the modes of the umask: safetensors writes files that only their owner reads."""
+    os.umask(mask := os.umask(0))                            # it can only be read by setting it
+    for one in (Path(path), *Path(path).rglob("*")):
+        with contextlib.suppress(OSError):                   # a disk without modes
+            special = one.stat().st_mode & 0o7000            # such as setgid, of a group's folders
+            one.chmod(special | (0o777 if one.is_dir() else 0o666) & ~mask)
+
+
 def save_model(path, tensors, settings):
     """Write tensors with the settings (as from load_model) in the safetensors header."""
     from safetensors.torch import save_file
     settings = dict(settings, config=dataclasses.asdict(settings["config"]))
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
               metadata={"format": "pt", "hdm": json.dumps(settings)})
+    open_modes(path)
 
 
 def check_size(height, width, config, vae):
@@ -1480,6 +1493,20 @@ def load_image(source, side=None):
             image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
         image.info = file.info                               # with its EXIF rotation
         return ImageOps.exif_transpose(image)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent, prefix):
+    """A temporary folder in parent; first, those that killed processes left there are deleted."""
+    from filelock import FileLock, Timeout
+    for old in Path(parent).iterdir():
+        if old.name.startswith(prefix) and (old / "lock").is_file():
+            with contextlib.suppress(Timeout, OSError, NotImplementedError), FileLock(old / "lock", timeout=0):
+                shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):       # a disk without locks: none is deleted
+            stack.enter_context(FileLock(Path(folder, "lock"), timeout=0))
+        yield Path(folder)
 
 
 def make_folder(path, flag):

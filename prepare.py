@@ -661,6 +661,7 @@ def encode_latents(s, vae, device, rank, ranks):
                     latents.update((str(i), moment.clone()) for (i, _), moment in zip(batch, moments))
             partial = shard(folder, numbers[0]).with_suffix(".partial")
             save_file(latents, partial)
+            hdm.open_modes(partial)
             partial.replace(shard(folder, numbers[0]))
     gather(None)
 

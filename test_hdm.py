@@ -4348,6 +4348,9 @@ def halves(module):
     return {name: value.half() for name, value in module.state_dict().items()}
 
 
+EXACT = torch.exp(-math.log(10000) * torch.arange(48, dtype=torch.float64) / 48)[None]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["a.safetensors", "folder"])
 def test_an_export_is_the_published_layout_and_holds_the_same_model(name, published, te_folder, tmp_path):
@@ -4355,17 +4358,24 @@ def test_an_export_is_the_published_layout_and_holds_the_same_model(name, publis
     settings |= dict(text_encoder=str(te_folder), steps=7, t_shift=2.0)
     path = tmp_path / name
     sample.export(path, model, vae, settings)
+    def weights(path, expected, start):
+        tensors = load_file(path)
+        freqs = tensors.pop(start + "time_emb.freqs")
+        expected = {name: value for name, value in expected.items() if name != start + "time_emb.freqs"}
+        assert freqs.dtype == torch.float32 and 1000 * (freqs.double() - EXACT).abs().max() < 1e-4    # rad
+        return same(tensors, expected)
     if path.is_file():
-        assert same(load_file(path), WHOLE)
+        assert weights(path, WHOLE, "unet.model.")
     else:
-        assert same(load_file(path / "transformer" / f"{STEM}.safetensors"), XUT_ALONE)
+        assert weights(path / "transformer" / f"{STEM}.safetensors", XUT_ALONE, "model.")
         assert same(load_file(path / "vae" / f"{STEM}.safetensors"), VAE_ALONE)
-        assert sorted(map(str, os.listdir(path))) == ["text_encoder", "tokenizer", "transformer", "vae"]
-        assert json.loads((path / "transformer" / "config.json").read_text()) == vars(model.config)
+        assert sorted(map(str, os.listdir(path))) == [
+            "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
         assert hdm.load_vae(path).mean == vae.mean
     shutil.move(path, tmp_path / "elsewhere")                # nothing in it tells where it was
     loaded, its_vae, its = hdm.load_model(tmp_path / "elsewhere")
-    assert same(halves(loaded), halves(model)) and same(halves(its_vae), halves(vae))
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert same(dict(its_vae.state_dict()), dict(vae.state_dict()))
     assert (its_vae.mean, its_vae.std) == (vae.mean, vae.std)
     own = dict(vae="", text_encoder="")
     assert its | own == settings | own
@@ -4375,10 +4385,132 @@ def test_an_export_is_the_published_layout_and_holds_the_same_model(name, publis
     assert np.array_equal(drawn, expected)
 
 
-def test_an_export_names_a_text_encoder_of_the_hub(published, tmp_path):
-    sample.export(tmp_path / "folder", *hdm.load_model(published))
-    assert hdm.load_model(tmp_path / "folder")[2]["text_encoder"] == "Qwen/Qwen3-0.6B"
-    assert sorted(os.listdir(tmp_path / "folder")) == ["transformer", "vae"]
+HUB_FILES = "models--some--lm/snapshots/abc"
+
+
+@pytest.mark.parametrize("at", ["folder", "split", "hub", "hub without weights", "gone", "another"])
+def test_a_folder_takes_the_text_encoder_along_or_says_that_it_is_missing(at, published, te_folder, tmp_path,
+                                                                           monkeypatch, capsys):
+    snapshot = tmp_path / "cache" / HUB_FILES
+    without = dict(split="tokenizer*").get(at, "*.safetensors" if "without" in at else "")
+    shutil.copytree(te_folder, snapshot, ignore=shutil.ignore_patterns(without))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    shutil.copytree(te_folder, snapshot.with_name("tokenizer"))
+    hdm.make_text_encoder(["a"], tmp_path / "wide", dim=64)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    place = {"folder": snapshot, "split": snapshot, "gone": tmp_path / "gone", "another": tmp_path / "wide"}
+    model, vae, settings = hdm.load_model(published)
+    settings["text_encoder"] = str(place.get(at, "some/lm"))
+    capsys.readouterr()
+    sample.export(tmp_path / "out", model, vae, settings)
+    said, there = capsys.readouterr().out, at in ("folder", "split", "hub")
+    assert ("missing: text_encoder/ and tokenizer/" in said) != there
+    assert (settings["text_encoder"] in said) == (not there)
+    assert [(tmp_path / "out" / part).is_dir() for part in ("text_encoder", "tokenizer")] == [there] * 2
+    if there:
+        states = [hdm.load_text_encoder(dict(settings, text_encoder=str(folder)))(["red circle"])[0]
+                  for folder in (te_folder, tmp_path / "out" / "text_encoder")]
+        assert torch.equal(*states)
+        text = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out" / "tokenizer")
+        assert text("red circle")["input_ids"] == hdm.TextEncoder(te_folder).tokenize(["red circle"], 9)[0]
+        assert transformers.Qwen3Model.from_pretrained(tmp_path / "out" / "text_encoder")
+    else:                                                    # its place is still in the header
+        assert hdm.load_model(tmp_path / "out")[2]["text_encoder"] == settings["text_encoder"]
+
+
+TRANSFORMER = dict(patch_size=2, input_dim=4, dim=96, ctx_dim=32, ctx_size=512, heads=3, dim_head=32, mlp_dim=160,
+                   depth=3, enc_blocks=2, dec_blocks=2, dec_ctx=False, class_cond=0, shared_adaln=True,
+                   concat_ctx=True, use_dyt=False, double_t=False, addon_info_embs_dim=1,
+                   tread_config=dict(dropout_ratio=0.5, prev_trns_depth=2, post_trns_depth=1))
+
+
+def test_the_jsons_of_an_exported_folder_are_the_authors(published, te_folder, tmp_path):
+    model, vae, settings = hdm.load_model(published)
+    sample.export(tmp_path / "a", model, vae, settings | dict(text_encoder=str(te_folder)))
+    def read(name):
+        return json.loads((tmp_path / "a" / name).read_text())
+    assert read("transformer/config.json") == TRANSFORMER
+    assert read("model_index.json") == dict(
+        _class_name="HDMXUTPipeline", transformer=["hdm.modules.xut", "XUDiTConditionModel"],
+        text_encoder=["transformers", "Qwen3Model"], tokenizer=["transformers", "PreTrainedTokenizerFast"],
+        vae=["diffusers", "AutoencoderKL"], scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    assert read("vae/config.json")["scaling_factor"] == 1.0 and read("scheduler/scheduler_config.json")["shift"] == 1
+
+
+@torch.no_grad()
+def test_diffusers_reads_an_exported_folder(published, te_folder, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model, vae, settings = hdm.load_model(published)
+    sample.export(tmp_path / "a", model, vae, settings | dict(text_encoder=str(te_folder)))
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "a" / "vae", torch_dtype=torch.float32)
+    images, latents = torch.rand(1, 3, 32, 48) * 2 - 1, torch.randn(1, 4, 8, 12)
+    distribution = theirs.encode(images).latent_dist
+    assert close(distribution.mean, vae.moments(images)[0]) and close(distribution.logvar, vae.moments(images)[1])
+    mean, std = (torch.tensor(numbers)[None, :, None, None]
+                 for numbers in (theirs.config.latents_mean, theirs.config.latents_std))
+    assert close(theirs.decode(latents * std + mean).sample, vae.decode(latents))
+    assert theirs.config.scaling_factor == 1
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "a" / "scheduler")
+    scheduler.set_timesteps(sigmas=hdm.sampling_times(5)[:-1].tolist())
+    assert close(scheduler.sigmas, hdm.sampling_times(5), 1e-6)
+    index = diffusers.DiffusionPipeline.load_config(tmp_path / "a")
+    assert index.pop("_class_name") == "HDMXUTPipeline"
+    assert all((tmp_path / "a" / part).is_dir() for part in index)
+
+
+def test_the_published_layout_is_the_published_files():
+    for preset, config in hdm.PRESETS.items():
+        shapes = sample.published_shapes(config)
+        assert {name: list(shape) for name, shape in shapes.items()} == GOLDEN["keys_xut_" + preset]
+    for aspect in True, False:
+        shapes = sample.published_shapes(hdm.XUTConfig(**PUBLISHED, aspect_cond=aspect))
+        assert shapes == {name.removeprefix("unet.model."): tuple(value.shape)
+                          for name, value in published_tensors(aspect, vae=False).items()}
+
+
+class OtherMLP(hdm.SwiGLU):
+    def __init__(self, dim, mlp_dim):
+        super().__init__(dim, mlp_dim)
+        self.norm = torch.nn.LayerNorm(mlp_dim)
+
+
+class NarrowMLP(hdm.SwiGLU):
+    def __init__(self, dim, mlp_dim):
+        super().__init__(dim, mlp_dim // 2)
+
+
+@pytest.mark.parametrize("fork, name", [(OtherMLP, "mlp.norm.weight"), (NarrowMLP, "mlp.w12.weight")])
+def test_a_forks_other_block_is_exported_by_force_alone(fork, name, published, tmp_path, monkeypatch, capsys):
+    _, vae, settings = hdm.load_model(published)
+    monkeypatch.setattr(hdm, "SwiGLU", fork)
+    model = hdm.XUT(settings["config"])
+    message = one_line(sample.export, tmp_path / "a.safetensors", model, vae, settings)
+    assert name in message and "--force" in message and not os.listdir(tmp_path)
+    capsys.readouterr()
+    sample.export(tmp_path / "a.safetensors", model, vae, settings, True)
+    assert "sample.py alone" in capsys.readouterr().out
+    loaded, _, _ = hdm.load_model(tmp_path / "a.safetensors")
+    assert same(halves(loaded), halves(model))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, ["sample.py", "authors' tools, ComfyUI's loader"]),
+    (dict(dim=896, heads=14), ["not by ComfyUI", "other here: the shapes"]),
+    (dict(text_encoder="a/Gemma"), ["not by ComfyUI", "Gemma"]), (dict(mean=(0.0,) * 4), ["not carried", "statistics"]),
+    (dict(mean=(0.0,) * 16, std=(1.0,) * 16), ["not by ComfyUI", "statistics"]),
+    (dict(t_shift=3.0), ["ComfyUI's loader", "not carried: t_shift=3"]),
+    (dict(folder=True), ["authors' diffusers pipeline", "not by ComfyUI", "other here: a folder"])])
+def test_an_export_says_who_reads_it(change, words, tmp_path, capsys):
+    mean, std = torch.tensor(sample.EQ_STATISTICS).half().tolist()                    # as a file has them
+    here = dict(mean=mean, std=std, text_encoder="Qwen/Qwen3-0.6B", t_shift=1.0, folder=False) | change
+    config = dataclasses.replace(hdm.XUTConfig(), **{name: here[name] for name in ("dim", "heads") if name in here})
+    path = tmp_path / "a"
+    path.mkdir() if here["folder"] else path.touch()
+    sample.tell_readers(path, config, SimpleNamespace(mean=here["mean"], std=here["std"]), here)
+    said = capsys.readouterr().out
+    assert all(word in said for word in words)
+    assert ("not" in said) == bool(change) and ("not by" in said) == (bool(change) and "t_shift" not in change)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "folder"])
