@@ -4546,6 +4546,64 @@ def test_an_export_is_whole_or_not_there(published, tmp_path, monkeypatch):
     assert len(written) == 2 and sorted(os.listdir(tmp_path)) == ["a.safetensors", "folder"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("mask", [0o022, 0o002])
+def test_all_that_is_written_for_others_has_the_modes_of_the_umask(mask, place, vae_folder, te_folder, tmp_path):
+    """Also where libraries write for one user alone, and where what is copied was."""
+    te = tmp_path / "mine" / "te"
+    shutil.copytree(te_folder, te)
+    before = os.umask(mask)
+    for file in te.iterdir():
+        file.chmod(0o600)
+    made = tmp_path / "made"
+    try:
+        made.mkdir()
+        prepare.main(["demo", f"--out={made / 'demo'}", "--count=8"])
+        cached(place, vae_folder, made)
+        run = train_tiny(place, made / "run", text_encoder=te, vae=vae_folder, patch_size=2, images=8, eval_every=0,
+                         sample_every=0, validation=0)
+        draw(run, made / "samples", "--prompt=a", "--steps=1", "--latents_out", "--width=16", "--height=16")
+        for name in ("a.safetensors", "folder"):
+            sample.main([f"--ckpt={run}", f"--export={made / name}", f"--out={made / 'samples'}"])
+    finally:
+        os.umask(before)
+    kinds = collections.Counter()
+    for path in (made, *made.rglob("*")):
+        assert path.stat().st_mode & 0o7777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+        kinds[path.suffix] += 1
+    assert kinds[".safetensors"] >= 10 and kinds[".json"] >= 8 and kinds[".pt"] and kinds[".png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
+def test_an_export_deletes_what_a_killed_one_left_and_nothing_of_others(published, tmp_path, monkeypatch):
+    loaded, save_model = hdm.load_model(published), hdm.save_model
+    def during(what):                                        # an export, when it has written its weights
+        def stop(*how):
+            save_model(*how)
+            monkeypatch.setattr(hdm, "save_model", save_model)
+            what()
+        monkeypatch.setattr(hdm, "save_model", stop)
+
+    def left():
+        return sorted(path.name for path in tmp_path.glob(".export-*"))
+    if not (child := os.fork()):
+        during(lambda: os._exit(9))
+        sample.export(tmp_path / "killed.safetensors", *loaded)
+    os.waitpid(child, 0)
+    (tmp_path / ".export-not-ours").mkdir()
+    killed = {*left()} - {".export-not-ours"}
+    assert len(killed) == 1
+    def next_one():
+        before = left()
+        assert len(before) == 2 and not killed & {*before}
+        sample.export(tmp_path / "next.safetensors", *loaded)
+        assert left() == before                              # this one, which goes on
+    during(next_one)
+    sample.export(tmp_path / "alive.safetensors", *loaded)
+    assert sorted(os.listdir(tmp_path)) == [".export-not-ours", "alive.safetensors", "next.safetensors"]
+    assert same(load_file(tmp_path / "alive.safetensors"), load_file(tmp_path / "next.safetensors"))
+
+
 # ---- Bad input: one line that names the value, exit code 2, and nothing is written -----------------------
 
 @pytest.fixture(scope="session")
