@@ -1177,18 +1177,15 @@ def is_finite(value):
 
 ADAPTER = re.compile(r"(?i)(?<![a-z])(lycoris|lora|dora|lokr|loha|hada|b?oft|ia3)[._]")
 AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|swa)(?![a-z])")
-WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-NOT_XUT = re.compile(r"vae\.|vae_mean$|vae_std$|n_averaged$|(te|text_encoders?|text_model|cond_stage_model)\.")
+WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_\w+_module)\.")               # by compile, DDP, FSDP
+NOT_XUT = re.compile(r"vae\.|vae_(mean|std)$|n_averaged$|(te|text_encoders?|text_model|cond_stage_model)\.")
 
 
 def xut_part(tensors, path, ema):
-    """A file's tensors -> those of XUT under XUT's own names, and the others.
-
-    XUT's prefix is that of ctx_proj.weight, after the names are gone that compile, DDP and FSDP put in.
-    """
+    """A file's tensors -> those with ctx_proj.weight's prefix, XUT's, by their own names, and the others."""
     if adapters := [name for name in tensors if ADAPTER.search(name)]:
-        raise UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...); without them it is "
-                        f"another model: merge them by the program that trained them")
+        raise UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without which "
+                        f"it is another model: merge them by the program that trained them")
     plain = {WRAPPER.sub("", name): value for name, value in tensors.items()}
     starts = [name.removesuffix("ctx_proj.weight") for name in plain
               if re.search(r"(^|\.)ctx_proj\.weight$", name)]
@@ -1199,8 +1196,8 @@ def xut_part(tensors, path, ema):
     live = [start for start in starts if start not in averaged]
     chosen = averaged if averaged and (ema or not live) else live
     if len(chosen) > 1 or len(plain) < len(tensors):
-        raise UserError(f"{path}: holds several models ({', '.join(f'{start}*' for start in starts)}) and does "
-                        f"not say which is meant")
+        names = ", ".join(f"{start}*" for start in starts)
+        raise UserError(f"{path}: holds several models ({names}); keep one of them in it")
     start, inner = chosen[0], tuple(one for one in starts if len(one) > len(chosen[0]))
     own = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)
            and not name.startswith(inner) and (start or not NOT_XUT.match(name))}
@@ -1306,9 +1303,9 @@ def list_checkpoints(out_dir):
 
 def weights_in(folder, stem):
     """folder/stem.safetensors, or the index of its shards, or .bin, or a variant in 16 bits, or None."""
-    names = [name for variant in ("", ".fp16", ".bf16") for kind in (".safetensors", ".bin") for name in (
-        f"{variant}{kind}", f"{kind}.index{variant}.json", f"{variant}{kind}.index.json")]
-    return next((path for name in names if (path := Path(folder, stem + name)).is_file()), None)
+    ends = [end for variant in ("", ".fp16", ".bf16") for kind in (".safetensors", ".bin")
+            for end in (variant + kind, f"{kind}.index{variant}.json", f"{variant}{kind}.index.json")]
+    return next(filter(Path.is_file, (Path(folder, stem + end) for end in ends)), None)
 
 
 def find_weights(name, ema):
@@ -1335,7 +1332,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_tensors(path)
     own = None                                               # a VAE in the same file
-    if "hdm" not in metadata or "ctx_proj.weight" not in tensors:                     # else a run's: XUT alone
+    if "hdm" not in metadata or "ctx_proj.weight" not in tensors:                     # else a run's: only XUT
         tensors, others = xut_part(tensors, path, ema)
         own = others if part_of(others, "vae.") else None
     inside = path.absolute().parent.name == "transformer"
@@ -1367,7 +1364,7 @@ def load_text_encoder(settings, device="cpu", dtype=None):
 
 
 def open_modes(path):
-    """Give path, and all in it, the modes of the umask: safetensors writes files that only their owner reads."""
+    """Give path, and all in it, the modes of the umask: safetensors writes for a file's owner alone."""
     os.umask(mask := os.umask(0))                            # it can only be read by setting it
     for one in (Path(path), *Path(path).rglob("*")):
         with contextlib.suppress(OSError):                   # a disk without modes
@@ -1501,8 +1498,9 @@ def scratch_folder(parent, prefix):
     from filelock import FileLock, Timeout
     for old in Path(parent).iterdir():
         if old.name.startswith(prefix) and (old / "lock").is_file():
-            with contextlib.suppress(Timeout, OSError, NotImplementedError), FileLock(old / "lock", timeout=0):
-                shutil.rmtree(old)
+            with contextlib.suppress(Timeout, OSError, NotImplementedError):
+                with FileLock(old / "lock", timeout=0):      # free when its process ends, however it ends
+                    shutil.rmtree(old)
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):       # a disk without locks: none is deleted
             stack.enter_context(FileLock(Path(folder, "lock"), timeout=0))

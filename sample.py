@@ -710,8 +710,9 @@ def pipeline_configs(c, vae, text_length, encoder):
         _class_name="HDMXUTPipeline", transformer=["hdm.modules.xut", "XUDiTConditionModel"],
         text_encoder=["transformers", encoder], tokenizer=["transformers", "PreTrainedTokenizerFast"],
         vae=["diffusers", "AutoencoderKL"], scheduler=["diffusers", scheduler])
-    configs = {"model_index.json": index, "transformer/config.json": transformer,
-               "scheduler/scheduler_config.json": dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
+    configs = {
+        "model_index.json": index, "transformer/config.json": transformer, "scheduler/scheduler_config.json":
+        dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
     if vae is None:
         index["vae"] = [None, None]
     else:                                                    # HDM has statistics in place of the factor
@@ -724,37 +725,37 @@ def copy_text_encoder(settings, folder):
     import huggingface_hub
     place = settings["text_encoder"]
     try:
-        with hdm.naming(place, "not complete on this machine"):
-            if not hdm.looks_local(place):
-                place = huggingface_hub.snapshot_download(place, local_files_only=True)
-            te = hdm.load_text_encoder(dict(settings, text_encoder=place), dtype=torch.bfloat16)
-    except hdm.UserError as error:
-        print(f"missing: text_encoder/ and tokenizer/, which other programs need ({error}); --text_encoder=FOLDER "
-              f"names another place of the text encoder")
+        if not hdm.looks_local(place):
+            place = huggingface_hub.snapshot_download(place, local_files_only=True)
+        te = hdm.load_text_encoder(dict(settings, text_encoder=place), dtype=torch.bfloat16)
+    except (hdm.UserError, OSError, ValueError) as error:
+        why = error if isinstance(error, hdm.UserError) else "it is not in the hub's cache"
+        print(f"missing: text_encoder/ and tokenizer/ of {settings['text_encoder']}, which other programs need "
+              f"({why}); --text_encoder=FOLDER names another place of it")
         return "Qwen3Model"                                  # the published one's
     place = Path(place)
     tokenizer = place if any(place.glob("tokenizer*")) else place.with_name("tokenizer")
-    for source, part, without in ((place, "text_encoder", ()), (tokenizer, "tokenizer", (".safetensors", ".bin"))):
+    for source, part, without in (place, "text_encoder", "-"), (tokenizer, "tokenizer", "safetensors|bin"):
         (folder / part).mkdir()
-        for file in source.iterdir():
-            if file.is_file() and not any(end in file.name for end in without):
+        for file in source.iterdir():                        # no copytree: modes and subfolders stay behind
+            if file.is_file() and not re.search(rf"\.({without})", file.name):
                 shutil.copyfile(file, folder / part / file.name)
     return type(te.model).__name__
 
 
 def tell_readers(path, config, vae, settings):
-    """Prints which programs read an export, and what in it they do not see."""
-    file, encoder = path.is_file(), Path(settings["text_encoder"]).name
-    shapes = published_shapes(config) == published_shapes(hdm.PRESETS["base"])
-    statistics = len(vae.mean) == 4 and np.allclose((vae.mean, vae.std), EQ_STATISTICS, rtol=2e-3)    # fp16
-    same = {"a folder": file, "the shapes": shapes, f"the text encoder ({encoder})": encoder == "Qwen3-0.6B",
-            "the statistics": statistics}
-    others = ", ".join(name for name, alike in same.items() if not alike)
-    print(f"read by sample.py, the authors' {'tools' if file else 'diffusers pipeline'}"
-          + (f"; not by ComfyUI's loader, which takes a file of the base model's shapes (343M) and has Qwen3-0.6B "
-             f"and EQ-SDXL-VAE's statistics built in; other here: {others}" if others else ", ComfyUI's loader"))
-    if not statistics:
-        print("not carried to programs with EQ-SDXL-VAE's statistics built in: those of this VAE")
+    """Prints which programs read an export, and what of it they do not see."""
+    encoder = Path(settings["text_encoder"]).name
+    other = {"a folder": path.is_dir(), f"the text encoder ({encoder})": encoder != "Qwen3-0.6B",
+             "the shapes": published_shapes(config) != published_shapes(hdm.PRESETS["base"]),
+             "the statistics": len(vae.mean) != 4
+             or not np.allclose((vae.mean, vae.std), EQ_STATISTICS, rtol=2e-3)}       # rounded to fp16
+    reasons = ", ".join(name for name, differs in other.items() if differs)
+    print(f"read by sample.py, the authors' {'diffusers pipeline' if path.is_dir() else 'tools'}"
+          + ("" if reasons else ", ComfyUI's loader"))
+    if reasons:
+        print(f"not read by ComfyUI's loader, which takes a file of the base model's shapes (343M) and has "
+              f"Qwen3-0.6B and EQ-SDXL-VAE's statistics built in; other here: {reasons}")
     if settings["t_shift"] != 1:
         print(f"not carried: t_shift={settings['t_shift']:g}; other programs draw with 1")
 
@@ -771,7 +772,7 @@ def export(path, model, vae, settings, force=False):
     known = published_shapes(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if strange := [name for name in known | shapes if known.get(name) != shapes.get(name)]:
-        odd.append(f"{len(strange)} tensors of other names or shapes than published ({', '.join(strange[:3])})")
+        odd.append(f"{len(strange)} tensors not of the published layout ({', '.join(strange[:3])})")
     if odd and not force:
         raise hdm.UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes "
                             f"it, with its settings in the header, for sample.py alone")
