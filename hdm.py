@@ -36,8 +36,10 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import typing
@@ -1026,6 +1028,7 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
             if weight.dim() == 2:
                 weight.normal_(std=2.0 if name == "embed_tokens.weight" else weight.shape[1] ** -0.5)
     model.save_pretrained(out)
+    open_modes(out)
 
 
 OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, where there is a sidecar
@@ -1145,7 +1148,10 @@ class InertUnpickler(pickle._Unpickler):
 
 
 def read_tensors(path):
-    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, an old pickle.
+    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, a pickle.
+
+    Where a pickle holds several state dicts, such as an EMA copy, their names go in front of their tensors'
+    names, but for state_dict's.
 
     All but old pickles are mapped, not read: they take no memory of the process's own.
     """
@@ -1154,7 +1160,7 @@ def read_tensors(path):
     with naming(path, "not a complete file of weights"):
         with open(path, "rb") as file:
             head = file.read(9)
-        if path.name.endswith(".index.json"):
+        if re.search(r"\.index(\.\w+)?\.json$", path.name):
             names = json.loads(read_text(path))["weight_map"].values()
             parts = [read_tensors(path.with_name(name))[0] for name in sorted(set(names))]
             return {name: value for part in parts for name, value in part.items()}, {}
@@ -1165,10 +1171,18 @@ def read_tensors(path):
         mapped = head[:2] == b"PK" and path.suffix != ".safetensors"                  # torch would go by it
         with open(path, "rb") as file, mock.patch("torch._weights_only_unpickler.Unpickler", InertUnpickler):
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-        content = content.get("state_dict", content)         # Lightning's
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        parts = {f"{name}.": tensors_of(value) for name, value in content.items() if isinstance(value, dict)}
+        parts = {name: part for name, part in parts.items() if part}
+        tensors = tensors_of(content)
+        for name, part in parts.items():                     # state_dict is Lightning's
+            start = "" if name == "state_dict." or len(parts) == 1 else name
+            tensors |= {start + key: value for key, value in part.items()}
         assert tensors, "no tensors by name, neither under state_dict nor directly"
         return tensors, {}
+
+
+def tensors_of(content):
+    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def part_of(tensors, prefix):
@@ -1178,6 +1192,41 @@ def part_of(tensors, prefix):
 def is_finite(value):
     """True of finite floats; isfinite would make copies, and loading has no memory for them."""
     return value.is_floating_point() and (not value.numel() or all(map(math.isfinite, value.aminmax())))
+
+
+ADAPTER = re.compile(r"(?i)(?<![a-z])(lycoris|lora|dora|lokr|loha|hada|b?oft|ia3)[._]")
+AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|swa)(?![a-z])")
+WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_\w+_module)\.")               # by compile, DDP, FSDP
+NOT_XUT = re.compile(r"vae\.|vae_(mean|std)$|n_averaged$|(te|text_encoders?|text_model|cond_stage_model)\.")
+
+
+def xut_part(tensors, path, ema):
+    """A file's tensors -> those with ctx_proj.weight's prefix, XUT's, by their own names, and the others."""
+    if adapters := [name for name in tensors if ADAPTER.search(name)]:
+        raise UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without which "
+                        f"it is another model: merge them by the program that trained them")
+    plain = {WRAPPER.sub("", name): value for name, value in tensors.items()}
+    starts = [name.removesuffix("ctx_proj.weight") for name in plain
+              if re.search(r"(^|\.)ctx_proj\.weight$", name)]
+    if not starts:
+        raise UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and no "
+                        f"ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
+    averaged = [start for start in starts if AVERAGED.search(start)]
+    live = [start for start in starts if start not in averaged]
+    chosen = averaged if averaged and (ema or not live) else live
+    if len(chosen) > 1 or len(plain) < len(tensors):
+        names = ", ".join(f"{start}*" for start in starts)
+        raise UserError(f"{path}: holds several models ({names}); keep one of them in it")
+    start, inner = chosen[0], tuple(one for one in starts if len(one) > len(chosen[0]))
+    own = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)
+           and not name.startswith(inner) and (start or not NOT_XUT.match(name))}
+    others = {name: value for name, value in plain.items()
+              if not name.startswith(start) or name.removeprefix(start) not in own}
+    if unread := [name for name in others if not NOT_XUT.match(name)]:
+        kinds = {name.partition(".")[0]: name for name in reversed(unread)}
+        print(f"{path}: {start}* is read; {len(unread)} other tensors are not, such as "
+              f"{', '.join(list(kinds.values())[:5])}")
+    return own, others
 
 
 def load_strict(build, tensors, path, device, dtype):
@@ -1272,9 +1321,10 @@ def list_checkpoints(out_dir):
 
 
 def weights_in(folder, stem):
-    """folder/stem.safetensors, or the index of its shards, or None."""
-    files = Path(folder, stem + ".safetensors"), Path(folder, stem + ".safetensors.index.json")
-    return next(filter(Path.is_file, files), None)
+    """folder/stem.safetensors, or the index of its shards, or .bin, or a variant in 16 bits, or None."""
+    ends = [end for variant in ("", ".fp16", ".bf16") for kind in (".safetensors", ".bin")
+            for end in (variant + kind, f"{kind}.index{variant}.json", f"{variant}{kind}.index.json")]
+    return next(filter(Path.is_file, (Path(folder, stem + end) for end in ends)), None)
 
 
 def find_weights(name, ema):
@@ -1285,7 +1335,8 @@ def find_weights(name, ema):
         return fetch(name, RELEASED_FILE, "checkpoint")
     path = (list_checkpoints(name) or [Path(name)])[-1]
     file = (path if path.is_file() else ema and weights_in(path, "ema") or weights_in(path, "model")
-            or weights_in(path / "transformer", "diffusion_pytorch_model"))
+            or weights_in(path / "transformer", "diffusion_pytorch_model")
+            or weights_in(path, "diffusion_pytorch_model"))
     if not file:
         raise UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or ckpt_*")
     return file
@@ -1300,15 +1351,14 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_tensors(path)
-    own = tensors if part_of(tensors, "vae.") else None      # a VAE in the same file
-    prefixes = [start for start in ("unet.model.", "model.", "") if f"{start}ctx_proj.weight" in tensors]
-    if not prefixes:
-        raise UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and no "
-                        f"ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
-    tensors = part_of(tensors, prefixes[0])
-    folder = path.parents[path.parent.name == "transformer"]
+    own = None                                               # a VAE in the same file
+    if "hdm" not in metadata or "ctx_proj.weight" not in tensors:                     # else a run's: only XUT
+        tensors, others = xut_part(tensors, path, ema)
+        own = others if part_of(others, "vae.") else None
+    inside = path.absolute().parent.name == "transformer"
+    folder = path.absolute().parents[1] if inside else path.parent
     def beside(part, recorded):                              # small encoders move with their checkpoint
-        known = "hdm" in metadata or path.parent.name == "transformer"
+        known = "hdm" in metadata or inside
         return str(folder / part) if known and (folder / part).is_dir() else recorded
     if "hdm" in metadata:                                    # ours: the settings stand in the header
         with naming(path, "broken settings in its header"):
@@ -1333,12 +1383,22 @@ def load_text_encoder(settings, device="cpu", dtype=None):
     return te
 
 
+def open_modes(path):
+    """Give path, and all in it, the modes of the umask: safetensors writes for a file's owner alone."""
+    os.umask(mask := os.umask(0))                            # it can only be read by setting it
+    for one in (Path(path), *Path(path).rglob("*")):
+        with contextlib.suppress(OSError):                   # a disk without modes
+            special = one.stat().st_mode & 0o7000            # such as setgid, of a group's folders
+            one.chmod(special | (0o777 if one.is_dir() else 0o666) & ~mask)
+
+
 def save_model(path, tensors, settings):
     """Write tensors with the settings (as from load_model) in the safetensors header."""
     from safetensors.torch import save_file
     settings = dict(settings, config=dataclasses.asdict(settings["config"]))
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
               metadata={"format": "pt", "hdm": json.dumps(settings)})
+    open_modes(path)
 
 
 def check_size(height, width, config, vae):
@@ -1486,6 +1546,21 @@ def load_image(source, side=None):
         with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
             image = ImageOps.exif_transpose(image)
         return image
+
+
+@contextlib.contextmanager
+def scratch_folder(parent, prefix):
+    """A temporary folder in parent; first, those that killed processes left there are deleted."""
+    from filelock import FileLock, Timeout
+    for old in Path(parent).iterdir():
+        if old.name.startswith(prefix) and (old / "lock").is_file():
+            with contextlib.suppress(Timeout, OSError, NotImplementedError):
+                with FileLock(old / "lock", timeout=0):      # free when its process ends, however it ends
+                    shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):       # a disk without locks: none is deleted
+            stack.enter_context(FileLock(Path(folder, "lock"), timeout=0))
+        yield Path(folder)
 
 
 def make_folder(path, flag):

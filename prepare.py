@@ -14,7 +14,6 @@ import bisect
 import contextlib
 import csv
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -23,7 +22,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 import time
 import warnings
 from collections import Counter, namedtuple
@@ -33,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -147,26 +144,6 @@ def draw(size, colour, shape, background, height, width, cy, cx, r=None):
 
 # ---- the demo data set, the text encoder ------------------------------------------------------------------
 @contextlib.contextmanager
-def locked(out):
-    """In the block no other process writes `out`. What killed ones left beside it is removed first."""
-    lock = FileLock(f"{out}.lock")               # free when its process ends, however it ends
-    try:
-        lock.acquire(timeout=0)
-        for mark in out.parent.glob(f"{glob.escape(out.name)}.tmp*/scratch"):
-            shutil.rmtree(mark.parent, ignore_errors=True)
-    except Timeout as error:
-        raise hdm.UserError(f"--out={out}: another prepare.py writes it now") from error
-    except (OSError, NotImplementedError) as error:
-        print(f"warning: no lock {lock.lock_file} ({error}): start no second prepare.py for --out={out}")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):       # Windows removes it by itself
-            os.unlink(lock.lock_file)
-        lock.release()
-
-
-@contextlib.contextmanager
 def whole_folder(out):
     """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
     never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
@@ -176,14 +153,13 @@ def whole_folder(out):
     if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
         raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
     hdm.make_folder(out.parent, "--out")
-    with locked(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".tmp") as scratch:
-        Path(scratch, "scratch").touch()         # the mark of ours
-        new = Path(scratch, "new")
+    with hdm.scratch_folder(out.parent, out.name + ".tmp") as scratch:
+        new = scratch / "new"
         new.mkdir()
         yield new
         (new / ".prepare").write_text(str(len(os.listdir(new))))
         if out.exists():
-            out.rename(Path(scratch, "old"))
+            out.rename(scratch / "old")
         new.rename(out)
 
 
@@ -721,6 +697,7 @@ def encode_latents(s, vae, device, rank, ranks):
                                   f"encoded in float32; no latents of it", flush=True)
             partial = shard(folder, numbers[0]).with_suffix(".partial")
             save_file(latents, partial)
+            hdm.open_modes(partial)
             partial.replace(shard(folder, numbers[0]))
     gather(None)
 

@@ -24,6 +24,7 @@ import random
 import re
 import shlex
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -255,6 +256,19 @@ def parameters(job, digest):
     return "\n".join([job.prompt, *negative, line])
 
 
+def exif_block(about, text):
+    """EXIF bytes with about, ASCII as our json is, as ImageDescription, and text as UserComment.
+
+    Pillow would write the UserComment as BYTE; readers such as AUTOMATIC1111's take UNDEFINED (7) alone.
+    """
+    about, comment = about.encode("ascii") + b"\0", b"UNICODE\0" + text.encode("utf-16-be")
+    gap = bytes(len(about) % 2)                              # values start at even places
+    inner = 8 + 2 + 2 * 12 + 4 + len(about) + len(gap)       # where the second directory is
+    first = struct.pack(">HHHIIHHIII", 2, 0x010E, 2, len(about), 38, 0x8769, 4, 1, inner, 0)
+    second = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), inner + 2 + 12 + 4, 0)
+    return b"Exif\0\0MM\0\x2a\0\0\0\x08" + first + about + gap + second + comment
+
+
 def encode_file(image, kind, text="", about=""):
     """(height, width, 3) uint8 -> a file's bytes; with text in it: `parameters`, and about, our own json."""
     options = dict(quality=95) if kind != "png" else {}
@@ -263,9 +277,7 @@ def encode_file(image, kind, text="", about=""):
         options["pnginfo"].add_text("parameters", text)      # as iTXt where Latin-1 does not do
         options["pnginfo"].add_text("hdm", about)
     elif text:
-        options["exif"] = Image.Exif()
-        options["exif"][0x010E] = about                      # ImageDescription: ASCII, as our json is
-        options["exif"][0x8769] = {0x9286: b"UNICODE\0" + text.encode("utf-16-be")}   # Exif: UserComment
+        options["exif"] = exif_block(about, text)
     file = io.BytesIO()
     with hdm.naming(f"--file_type={kind}", "cannot hold this picture with its settings; png can"):
         Image.fromarray(image).save(file, FORMATS[kind], **options)
@@ -650,6 +662,111 @@ def page(model, vae, get_te, settings, s, p, common):
 
 
 # ---- the weights for other programs ------------------------------------------------------------------------
+EQ_STATISTICS = (                  # latents_mean and latents_std of EQ-SDXL-VAE's config.json
+    (-3.865960634760459, -1.3353925720045965, 0.8353661802812418, 0.909888159310023),
+    (10.036514488374861, 6.848430044716239, 7.213817552213277, 5.591315799887989))
+
+
+def published_shapes(c):
+    """{name: shape} of XUT's tensors in the published layout, from the config c: a fork's XUT may differ."""
+    D, mlp, p, freqs, shapes = c.dim, c.mlp_dim, c.patch_size, (c.heads, c.head_dim // 4, 2), {}
+
+    def layer(name, *shape):
+        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+    layer("in_patch.proj", D, c.in_channels, p, p)
+    layer("out_patch.proj", p * p * c.in_channels, D)
+    layer("time_emb.proj.0", D, D)
+    shapes["time_emb.freqs"] = 1, D // 2
+    layer("ctx_proj", D, c.ctx_dim)
+    if c.aspect_cond:
+        layer("addon_info_embs_proj.0", D, 1)
+        layer("addon_info_embs_proj.2", D, D)
+    for part in ("attn", "xattn", "ffw"):
+        layer(f"shared_adaln_{part}.0", D)
+        layer(f"shared_adaln_{part}.1", 4 * D, D)
+        layer(f"shared_adaln_{part}.3", 3 * D, 4 * D)
+    stacks = {"prev_tread_trns.blocks": c.pre_blocks, "post_tread_trns.blocks": c.post_blocks}
+    for level in range(c.depth):
+        stacks[f"backbone.enc_blocks.{level}"] = c.enc_blocks
+        stacks[f"backbone.dec_blocks.{level}"] = c.dec_blocks
+    for block, crosses in [(f"{stack}.{i}", "dec_blocks" in stack and i == 0)
+                           for stack, count in stacks.items() for i in range(count)]:
+        layer(f"{block}.mlp.w12", 2 * mlp, D)
+        layer(f"{block}.mlp.w3", D, mlp)
+        for part in ("mlp", "attn", "xattn")[:2 + crosses]:
+            shapes[f"{block}.{part}_pre_norm.norm.weight"] = D,
+        for attn in ("attn", "xattn")[:1 + crosses]:
+            layer(f"{block}.{attn}.out", D, D)
+            shapes[f"{block}.{attn}.rope.freqs"] = freqs
+        shapes[f"{block}.attn.qkv.weight"] = 3 * D, D
+        if crosses:
+            shapes |= {f"{block}.xattn.q.weight": (D, D), f"{block}.xattn.kv.weight": (2 * D, D)}
+    return shapes
+
+
+def pipeline_configs(c, vae, text_length, encoder):
+    """{file: its json} of a folder that the authors' diffusers pipeline loads. Their names, no others."""
+    tread = dict(dropout_ratio=0.5, prev_trns_depth=c.pre_blocks, post_trns_depth=c.post_blocks)
+    transformer = dict(
+        patch_size=c.patch_size, input_dim=c.in_channels, dim=c.dim, ctx_dim=c.ctx_dim, ctx_size=text_length,
+        heads=c.heads, dim_head=c.head_dim, mlp_dim=c.mlp_dim, depth=c.depth, enc_blocks=c.enc_blocks,
+        dec_blocks=c.dec_blocks, dec_ctx=False, class_cond=0, shared_adaln=True, concat_ctx=True,
+        use_dyt=False, double_t=False, addon_info_embs_dim=1 if c.aspect_cond else None, tread_config=tread)
+    scheduler = "FlowMatchEulerDiscreteScheduler"
+    index = dict(
+        _class_name="HDMXUTPipeline", transformer=["hdm.modules.xut", "XUDiTConditionModel"],
+        text_encoder=["transformers", encoder], tokenizer=["transformers", "PreTrainedTokenizerFast"],
+        vae=["diffusers", "AutoencoderKL"], scheduler=["diffusers", scheduler])
+    configs = {
+        "model_index.json": index, "transformer/config.json": transformer, "scheduler/scheduler_config.json":
+        dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
+    if vae is None:
+        index["vae"] = [None, None]
+    else:                                                    # HDM has statistics in place of the factor
+        configs["vae/config.json"] = vae.diffusers_config() | dict(scaling_factor=1.0)
+    return configs
+
+
+def copy_text_encoder(settings, folder):
+    """Copies it, from its folder or the hub's cache, and its tokenizer -> its class; says what is missing."""
+    import huggingface_hub
+    place = settings["text_encoder"]
+    try:
+        if not hdm.looks_local(place):
+            place = huggingface_hub.snapshot_download(place, local_files_only=True)
+        te = hdm.load_text_encoder(dict(settings, text_encoder=place), dtype=torch.bfloat16)
+    except (hdm.UserError, OSError, ValueError) as error:
+        why = error if isinstance(error, hdm.UserError) else "it is not in the hub's cache"
+        print(f"missing: text_encoder/ and tokenizer/ of {settings['text_encoder']}, which other programs need "
+              f"({why}); --text_encoder=FOLDER names another place of it")
+        return "Qwen3Model"                                  # the published one's
+    place = Path(place)
+    tokenizer = place if any(place.glob("tokenizer*")) else place.with_name("tokenizer")
+    for source, part, without in (place, "text_encoder", "-"), (tokenizer, "tokenizer", "safetensors|bin"):
+        (folder / part).mkdir()
+        for file in source.iterdir():                        # no copytree: modes and subfolders stay behind
+            if file.is_file() and not re.search(rf"\.({without})", file.name):
+                shutil.copyfile(file, folder / part / file.name)
+    return type(te.model).__name__
+
+
+def tell_readers(path, config, vae, settings):
+    """Prints which programs read an export, and what of it they do not see."""
+    encoder = Path(settings["text_encoder"]).name
+    other = {"a folder": path.is_dir(), f"the text encoder ({encoder})": encoder != "Qwen3-0.6B",
+             "the shapes": published_shapes(config) != published_shapes(hdm.PRESETS["base"]),
+             "the statistics": len(vae.mean) != 4
+             or not np.allclose((vae.mean, vae.std), EQ_STATISTICS, rtol=2e-3)}       # rounded to fp16
+    reasons = ", ".join(name for name, differs in other.items() if differs)
+    print(f"read by sample.py, the authors' {'diffusers pipeline' if path.is_dir() else 'tools'}"
+          + ("" if reasons else ", ComfyUI's loader"))
+    if reasons:
+        print(f"not read by ComfyUI's loader, which takes a file of the base model's shapes (343M) and has "
+              f"Qwen3-0.6B and EQ-SDXL-VAE's statistics built in; other here: {reasons}")
+    if settings["t_shift"] != 1:
+        print(f"not carried: t_shift={settings['t_shift']:g}; other programs draw with 1")
+
+
 def export(path, model, vae, settings, force=False):
     """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
 
@@ -659,39 +776,43 @@ def export(path, model, vae, settings, force=False):
     path, config = Path(path), model.config
     odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
            if getattr(config, name) != getattr(hdm.XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
+    known = published_shapes(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if strange := [name for name in known | shapes if known.get(name) != shapes.get(name)]:
+        odd.append(f"{len(strange)} tensors not of the published layout ({', '.join(strange[:3])})")
     if odd and not force:
         raise hdm.UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes "
                             f"it, with its settings in the header, for sample.py alone")
     if path.exists():
         raise hdm.UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
-    tensors = {f"unet.model.{name}": value.half() for name, value in model.state_dict().items()}
-    configs = dict(transformer=asdict(config))
+    # Of frequencies in fp16 other programs make angles, 1000 t times them, that are off by up to 0.16 rad.
+    tensors = {f"unet.model.{name}": value.float() if name == "time_emb.freqs" else value.half()
+               for name, value in model.state_dict().items()}
     if vae is not None:
         tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
         tensors |= {name: torch.tensor(numbers).half()[None, :, None, None]
                     for name, numbers in dict(vae_mean=vae.mean, vae_std=vae.std).items()}
-        configs["vae"] = vae.diffusers_config()
     if large := [name for name, value in tensors.items() if not hdm.is_finite(value)]:
         raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
-    settings = dict(settings, vae="" if vae is None else "vae")           # load_model finds it where it lies
+    header = dict(settings, vae="" if vae is None else "vae")             # load_model finds it where it lies
     with (hdm.naming(path, "cannot be written"),
-          tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as partial):
-        whole = Path(partial, path.name)                     # gets its place when it is complete
+          hdm.scratch_folder(path.absolute().parent, ".export-") as partial):
+        whole = partial / "new"                              # gets its place when it is complete
         if path.suffix.lower() == ".safetensors":
-            hdm.save_model(whole, tensors, settings)
+            hdm.save_model(whole, tensors, header)
         else:
-            for part, own in configs.items():
-                (whole / part).mkdir(parents=True)
-                inside = hdm.part_of(tensors, dict(transformer="unet.", vae="vae.")[part])
-                hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", inside, settings)
-                (whole / part / "config.json").write_text(json.dumps(own), encoding="utf-8")
-            encoder = Path(settings["text_encoder"])
-            if encoder.is_dir():                             # else a hub id, which the header names
-                tokenizer = encoder if any(encoder.glob("tokenizer*")) else encoder.with_name("tokenizer")
-                shutil.copytree(encoder, whole / "text_encoder")
-                shutil.copytree(tokenizer, whole / "tokenizer",
-                                ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+            whole.mkdir()
+            encoder = copy_text_encoder(settings, whole)
+            for name, own in pipeline_configs(config, vae, settings["text_length"], encoder).items():
+                (whole / name).parent.mkdir(exist_ok=True)
+                (whole / name).write_text(json.dumps(own, indent=2), encoding="utf-8")
+            for part, prefix in dict(transformer="unet.", vae="vae.").items():
+                if inside := hdm.part_of(tensors, prefix):
+                    hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", inside, header)
         os.rename(whole, path)
+    print(f"{path}: written, in float16" + ", for sample.py alone" * bool(odd))
+    if not odd:
+        tell_readers(path, config, vae, settings)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -752,7 +873,7 @@ def main(argv):
         if s.export:
             if rank == 0:
                 export(s.export, model, vae, settings, s.force)
-            return print(f"{s.export}: written, in float16")
+            return
         get_te = partial(hdm.load_text_encoder, settings, device, dtype)
         common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         if s.ui:

@@ -3573,6 +3573,19 @@ def read_parameters(text):
     return "\n".join(lines[:at]), "\n".join(lines[at:]).removeprefix("Negative prompt: "), pairs
 
 
+def exif_entries(file):
+    """The bytes of a JPEG or WebP -> {tag: its type} of the EXIF block in them, and its last value."""
+    block = file[re.search(b"II\\*\0|MM\0\\*", file).start():]
+    order, kinds, todo, value = "<" if block[:1] == b"I" else ">", {}, [8], b""
+    for place in todo:
+        count, = struct.unpack_from(order + "H", block, place)
+        for at in range(place + 2, place + 2 + 12 * count, 12):
+            tag, kinds[tag], size, start = struct.unpack_from(order + "HHII", block, at)
+            value = block[start:start + size]
+            todo += [start] * (tag == 0x8769)
+    return kinds, value
+
+
 WILD = "red, circle: \"large\"\nSteps: 3, Seed: 9 \U0001f3a8 é"
 
 
@@ -3589,8 +3602,9 @@ def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negativ
     if kind == "png":
         text = image.text["parameters"]
     else:
-        comment = image.getexif().get_ifd(0x8769)[0x9286]
-        assert comment.startswith(b"UNICODE\0")
+        kinds, comment = exif_entries(path.read_bytes())
+        assert kinds == {0x010E: 2, 0x8769: 4, 0x9286: 7}    # ASCII, LONG, UNDEFINED
+        assert comment == image.getexif().get_ifd(0x8769)[0x9286] and comment.startswith(b"UNICODE\0")
         text = comment[8:].decode("utf-16-be")
     weights = (trained / "ckpt_00000006" / "ema.safetensors").read_bytes()
     pairs = {"Steps": "2", "Sampler": "Heun", "CFG scale": "3", "Seed": "42", "Size": "24x16",
@@ -3601,6 +3615,18 @@ def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negativ
     sample.main([f"--from_image={path}", f"--out={tmp_path / 'b'}", f"--file_type={kind}", "--seed=41"])
     other = (tmp_path / "b" / f"00001-41.{kind}").read_bytes()
     assert other == (tmp_path / "a" / f"00000-41.{kind}").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpg"])
+def test_settings_in_a_users_comment_of_the_older_type_are_read(kind, trained, tmp_path):
+    draw(trained, tmp_path, "--prompt=red circle", "--steps=2", f"--file_type={kind}")
+    path = tmp_path / f"00000-0.{kind}"
+    with Image.open(path) as image:
+        new, exif = image.getexif(), Image.Exif()
+        exif[0x010E], exif[0x8769] = new[0x010E], dict(new.get_ifd(0x8769))
+        image.save(tmp_path / f"old.{kind}", exif=exif)
+    assert exif_entries((tmp_path / f"old.{kind}").read_bytes())[0][0x9286] == 1      # BYTE
+    assert sample.read_settings(tmp_path / f"old.{kind}") == sample.read_settings(path)
 
 
 def test_the_model_of_a_picture_is_known_by_its_hash(trained, place, tmp_path, capfd):
@@ -4348,6 +4374,89 @@ def test_every_layout_holds_the_same_model(layout, published, te_folder, tmp_pat
     assert (vaes[0].mean, vaes[0].std) == (vaes[1].mean, vaes[1].std)
 
 
+BARE = {name.removeprefix("model."): value for name, value in XUT_ALONE.items()}
+DOUBLED = {name: 2 * value for name, value in BARE.items()}
+
+
+def named(start, tensors):
+    return {start + name: value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("start", [
+    "unet._orig_mod.model.", "model.diffusion_model.", "module.",
+    "_orig_mod.module.unet.model.", "pl_module.unet.module.model."])
+def test_any_prefix_is_read_and_what_is_not_read_is_named(start, published, tmp_path, capsys):
+    expected, vae, _ = hdm.load_model(published)
+    inner = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in BARE.items()}
+    front = "_orig_mod." if start.startswith("_orig_mod") else ""
+    beside = {"vae." + name: value for name, value in VAE_ALONE.items()}
+    beside |= {name: WHOLE[name] for name in ("vae_mean", "vae_std")} | {"te.layer.weight": torch.ones(2)}
+    others = {"other.a": torch.ones(2), "other.b": torch.ones(2)} if start.count(".") > 1 else {}
+    torch.save(dict(state_dict=named(start, inner) | named(front, beside) | others), tmp_path / "a.ckpt")
+    model, own_vae, _ = hdm.load_model(tmp_path / "a.ckpt")
+    assert same(dict(model.state_dict()), dict(expected.state_dict()))
+    assert same(dict(own_vae.state_dict()), dict(vae.state_dict())) and own_vae.mean == vae.mean
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == bool(others)
+    assert not others or "2 other tensors" in said and "other.a" in said
+
+
+@pytest.mark.parametrize("live, averaged", [
+    ("unet.model.", "unet_ema.model."), ("", "ema."), ("model.", "model.ema."),
+    ("module.", "ema_model.module.")])
+def test_of_an_average_and_its_model_one_is_read_and_the_other_named(live, averaged, tmp_path, capsys):
+    torch.save(named(live, BARE) | named(averaged, DOUBLED), tmp_path / "a.ckpt")
+    for ema, weights, other in (True, DOUBLED, live), (False, BARE, averaged):
+        model, _, _ = hdm.load_model(tmp_path / "a.ckpt", ema=ema)
+        assert torch.equal(model.ctx_proj.bias, weights["ctx_proj.bias"].float())
+        said = capsys.readouterr().out
+        assert f"{len(BARE)} other tensors" in said and f"such as {other.replace('module.', '')}" in said
+    torch.save(named("a.", BARE) | named("b.", BARE), tmp_path / "a.ckpt")
+    assert "several models (a.*, b.*)" in one_line(hdm.load_model, tmp_path / "a.ckpt")
+    torch.save(dict(model=BARE, ema=DOUBLED, optimizer=dict(state={}), step=3), tmp_path / "a.ckpt")
+    assert torch.equal(hdm.load_model(tmp_path / "a.ckpt")[0].ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
+
+
+@pytest.mark.parametrize("name", [
+    "lycoris_model.lycoris_backbone_dec_blocks_0_0_attn_qkv.lokr_w1", "lora_unet_ctx_proj.lora_down.weight",
+    "unet.model.ctx_proj.lora_A.default.weight", "unet.model.ctx_proj.hada_w1_a", "lora.ctx_proj.up"])
+@pytest.mark.parametrize("form", ["state_dict", "flat", "beside", "alone"])
+def test_weights_without_their_adapters_are_refused_by_name(name, form, tmp_path):
+    content = {"state_dict": dict(state_dict=WHOLE | {name: TWO}), "flat": WHOLE | {name: TWO},
+               "beside": dict(state_dict=WHOLE, adapters={name: TWO}), "alone": {name: TWO}}[form]
+    torch.save(content, tmp_path / "a.ckpt")
+    message = one_line(hdm.load_model, tmp_path / "a.ckpt")
+    assert name in message and "adapter" in message and "merge" in message
+
+
+def save_file_or_pickle(tensors, path):
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+
+
+@pytest.mark.parametrize("place, kind, variant, sharded", [
+    ("transformer", "safetensors", ".fp16", False), ("mine", "safetensors", ".bf16", True),
+    ("transformer", "bin", "", True), ("mine", "bin", ".fp16", True), ("mine", "bin", "", False)])
+def test_every_file_of_a_diffusers_folder_is_read_the_plain_one_first(place, kind, variant, sharded, tmp_path,
+                                                                       monkeypatch):
+    folder = tmp_path / place
+    folder.mkdir()
+    files = {name: STEM + variant + f"-0000{1 + i % 2}-of-00002" * sharded + f".{kind}"
+             for i, name in enumerate(XUT_ALONE)}
+    for file in set(files.values()):
+        part = {name: value for name, value in XUT_ALONE.items() if files[name] == file}
+        save_file_or_pickle(part, folder / file)
+    if sharded:
+        (folder / f"{STEM}.{kind}.index{variant}.json").write_text(json.dumps(dict(weight_map=files)))
+    monkeypatch.chdir(folder)
+    def bias(above):
+        return hdm.load_model(above)[0].ctx_proj.bias
+    places = [folder, ".", *[tmp_path] * (place == "transformer")]
+    assert all(torch.equal(bias(above), BARE["ctx_proj.bias"].float()) for above in places)
+    if variant:                                              # beside it the one that is not cut to 16 bits
+        save_file_or_pickle(named("model.", DOUBLED), folder / f"{STEM}.{kind}")
+        assert torch.equal(bias(folder), DOUBLED["ctx_proj.bias"].float())
+
+
 @pytest.mark.parametrize("layout", ["old.ckpt", "lightning.ckpt", "folder", "sharded"])
 def test_every_layout_draws_and_begins_a_run(layout, published, te_folder, place, tmp_path):
     """Encoders that lie beside the weights are taken along by the run, and nothing else is."""
@@ -4529,6 +4638,9 @@ def halves(module):
     return {name: value.half() for name, value in module.state_dict().items()}
 
 
+EXACT = torch.exp(-math.log(10000) * torch.arange(48, dtype=torch.float64) / 48)[None]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["a.safetensors", "folder"])
 def test_an_export_is_the_published_layout_and_holds_the_same_model(name, published, te_folder, tmp_path):
@@ -4536,17 +4648,24 @@ def test_an_export_is_the_published_layout_and_holds_the_same_model(name, publis
     settings |= dict(text_encoder=str(te_folder), steps=7, t_shift=2.0)
     path = tmp_path / name
     sample.export(path, model, vae, settings)
+    def weights(path, expected, start):
+        tensors = load_file(path)
+        freqs = tensors.pop(start + "time_emb.freqs")
+        expected = {name: value for name, value in expected.items() if name != start + "time_emb.freqs"}
+        assert freqs.dtype == torch.float32 and 1000 * (freqs.double() - EXACT).abs().max() < 1e-4    # rad
+        return same(tensors, expected)
     if path.is_file():
-        assert same(load_file(path), WHOLE)
+        assert weights(path, WHOLE, "unet.model.")
     else:
-        assert same(load_file(path / "transformer" / f"{STEM}.safetensors"), XUT_ALONE)
+        assert weights(path / "transformer" / f"{STEM}.safetensors", XUT_ALONE, "model.")
         assert same(load_file(path / "vae" / f"{STEM}.safetensors"), VAE_ALONE)
-        assert sorted(map(str, os.listdir(path))) == ["text_encoder", "tokenizer", "transformer", "vae"]
-        assert json.loads((path / "transformer" / "config.json").read_text()) == vars(model.config)
+        assert sorted(map(str, os.listdir(path))) == [
+            "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
         assert hdm.load_vae(path).mean == vae.mean
     shutil.move(path, tmp_path / "elsewhere")                # nothing in it tells where it was
     loaded, its_vae, its = hdm.load_model(tmp_path / "elsewhere")
-    assert same(halves(loaded), halves(model)) and same(halves(its_vae), halves(vae))
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert same(dict(its_vae.state_dict()), dict(vae.state_dict()))
     assert (its_vae.mean, its_vae.std) == (vae.mean, vae.std)
     own = dict(vae="", text_encoder="")
     assert its | own == settings | own
@@ -4556,10 +4675,136 @@ def test_an_export_is_the_published_layout_and_holds_the_same_model(name, publis
     assert np.array_equal(drawn, expected)
 
 
-def test_an_export_names_a_text_encoder_of_the_hub(published, tmp_path):
-    sample.export(tmp_path / "folder", *hdm.load_model(published))
-    assert hdm.load_model(tmp_path / "folder")[2]["text_encoder"] == "Qwen/Qwen3-0.6B"
-    assert sorted(os.listdir(tmp_path / "folder")) == ["transformer", "vae"]
+HUB_FILES = "models--some--lm/snapshots/abc"
+
+
+@pytest.mark.parametrize("at", ["split", "hub", "hub without weights", "gone", "another"])
+def test_a_folder_takes_the_text_encoder_along_or_says_that_it_is_missing(at, published, te_folder, tmp_path,
+                                                                           monkeypatch, capsys):
+    snapshot = tmp_path / "cache" / HUB_FILES
+    without = dict(split="tokenizer*").get(at, "*.safetensors" if "without" in at else "")
+    shutil.copytree(te_folder, snapshot, ignore=shutil.ignore_patterns(without))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    shutil.copytree(te_folder, snapshot.with_name("tokenizer"))
+    hdm.make_text_encoder(["a"], tmp_path / "wide", dim=64)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    place = {"split": snapshot, "gone": tmp_path / "gone", "another": tmp_path / "wide"}
+    model, vae, settings = hdm.load_model(published)
+    settings["text_encoder"] = str(place.get(at, "some/lm"))
+    capsys.readouterr()
+    sample.export(tmp_path / "out", model, vae, settings)
+    said, there = capsys.readouterr().out, at in ("split", "hub")
+    assert ("missing: text_encoder/ and tokenizer/" in said) != there
+    assert (settings["text_encoder"] in said) == (not there)
+    assert [(tmp_path / "out" / part).is_dir() for part in ("text_encoder", "tokenizer")] == [there] * 2
+    if there:
+        states = [hdm.load_text_encoder(dict(settings, text_encoder=str(folder)))(["red circle"])[0]
+                  for folder in (te_folder, tmp_path / "out" / "text_encoder")]
+        assert torch.equal(*states)
+        text = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out" / "tokenizer")
+        assert text("red circle")["input_ids"] == hdm.TextEncoder(te_folder).tokenize(["red circle"], 9)[0]
+        assert transformers.Qwen3Model.from_pretrained(tmp_path / "out" / "text_encoder")
+    else:                                                    # its place is still in the header
+        assert hdm.load_model(tmp_path / "out")[2]["text_encoder"] == settings["text_encoder"]
+
+
+TRANSFORMER = dict(
+    patch_size=2, input_dim=4, dim=96, ctx_dim=32, ctx_size=512, heads=3, dim_head=32, mlp_dim=160, depth=3,
+    enc_blocks=2, dec_blocks=2, dec_ctx=False, class_cond=0, shared_adaln=True, concat_ctx=True,
+    use_dyt=False, double_t=False, addon_info_embs_dim=1,
+    tread_config=dict(dropout_ratio=0.5, prev_trns_depth=2, post_trns_depth=1))
+
+
+def test_the_jsons_of_an_exported_folder_are_the_authors(published, te_folder, tmp_path):
+    model, vae, settings = hdm.load_model(published)
+    sample.export(tmp_path / "a", model, vae, settings | dict(text_encoder=str(te_folder)))
+    def read(name):
+        return json.loads((tmp_path / "a" / name).read_text())
+    assert read("transformer/config.json") == TRANSFORMER
+    assert read("model_index.json") == dict(
+        _class_name="HDMXUTPipeline", transformer=["hdm.modules.xut", "XUDiTConditionModel"],
+        text_encoder=["transformers", "Qwen3Model"], tokenizer=["transformers", "PreTrainedTokenizerFast"],
+        vae=["diffusers", "AutoencoderKL"], scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    assert read("vae/config.json")["scaling_factor"] == read("scheduler/scheduler_config.json")["shift"] == 1
+
+
+@torch.no_grad()
+def test_diffusers_reads_an_exported_folder(published, te_folder, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model, vae, settings = hdm.load_model(published)
+    sample.export(tmp_path / "a", model, vae, settings | dict(text_encoder=str(te_folder)))
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "a" / "vae", torch_dtype=torch.float32)
+    images, latents = torch.rand(1, 3, 32, 48) * 2 - 1, torch.randn(1, 4, 8, 12)
+    distribution = theirs.encode(images).latent_dist
+    assert close(distribution.mean, vae.moments(images)[0])
+    assert close(distribution.logvar, vae.moments(images)[1])
+    mean, std = (torch.tensor(numbers)[None, :, None, None]
+                 for numbers in (theirs.config.latents_mean, theirs.config.latents_std))
+    assert close(theirs.decode(latents * std + mean).sample, vae.decode(latents))
+    assert theirs.config.scaling_factor == 1
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "a" / "scheduler")
+    scheduler.set_timesteps(sigmas=hdm.sampling_times(5)[:-1].tolist())
+    assert close(scheduler.sigmas, hdm.sampling_times(5), 1e-6)
+    index = diffusers.DiffusionPipeline.load_config(tmp_path / "a")
+    assert index.pop("_class_name") == "HDMXUTPipeline"
+    assert all((tmp_path / "a" / part).is_dir() for part in index)
+
+
+def test_the_published_layout_is_the_published_files():
+    for preset, config in hdm.PRESETS.items():
+        shapes = sample.published_shapes(config)
+        assert {name: list(shape) for name, shape in shapes.items()} == GOLDEN["keys_xut_" + preset]
+    for aspect in True, False:
+        shapes = sample.published_shapes(hdm.XUTConfig(**PUBLISHED, aspect_cond=aspect))
+        assert shapes == {name.removeprefix("unet.model."): tuple(value.shape)
+                          for name, value in published_tensors(aspect, vae=False).items()}
+
+
+class OtherMLP(hdm.SwiGLU):
+    def __init__(self, dim, mlp_dim):
+        super().__init__(dim, mlp_dim)
+        self.norm = torch.nn.LayerNorm(mlp_dim)
+
+
+class NarrowMLP(hdm.SwiGLU):
+    def __init__(self, dim, mlp_dim):
+        super().__init__(dim, mlp_dim // 2)
+
+
+@pytest.mark.parametrize("fork, name", [(OtherMLP, "mlp.norm.weight"), (NarrowMLP, "mlp.w12.weight")])
+def test_a_forks_other_block_is_exported_by_force_alone(fork, name, published, tmp_path, monkeypatch, capsys):
+    _, vae, settings = hdm.load_model(published)
+    monkeypatch.setattr(hdm, "SwiGLU", fork)
+    model = hdm.XUT(settings["config"])
+    message = one_line(sample.export, tmp_path / "a.safetensors", model, vae, settings)
+    assert name in message and "--force" in message and not os.listdir(tmp_path)
+    capsys.readouterr()
+    sample.export(tmp_path / "a.safetensors", model, vae, settings, True)
+    assert "sample.py alone" in capsys.readouterr().out
+    loaded, _, _ = hdm.load_model(tmp_path / "a.safetensors")
+    assert same(halves(loaded), halves(model))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, ["sample.py", "authors' tools, ComfyUI's loader"]),
+    (dict(dim=896, heads=14), ["not read by ComfyUI", "other here: the shapes"]),
+    (dict(text_encoder="a/Gemma"), ["not read by ComfyUI", "Gemma"]),
+    (dict(mean=(0.0,) * 4), ["not read by ComfyUI", "other here: the statistics"]),
+    (dict(mean=(0.0,) * 16, std=(1.0,) * 16), ["not read by ComfyUI", "other here: the statistics"]),
+    (dict(t_shift=3.0), ["tools, ComfyUI's loader", "not carried: t_shift=3"]),
+    (dict(folder=True), ["authors' diffusers pipeline", "not read by ComfyUI", "other here: a folder"])])
+def test_an_export_says_who_reads_it(change, words, tmp_path, capsys):
+    mean, std = torch.tensor(sample.EQ_STATISTICS).half().tolist()                    # as a file has them
+    here = dict(mean=mean, std=std, text_encoder="Qwen/Qwen3-0.6B", t_shift=1.0, folder=False) | change
+    widths = {name: here[name] for name in ("dim", "heads") if name in here}
+    config = dataclasses.replace(hdm.XUTConfig(), **widths)
+    path = tmp_path / "a"
+    path.mkdir() if here["folder"] else path.touch()
+    sample.tell_readers(path, config, SimpleNamespace(mean=here["mean"], std=here["std"]), here)
+    said = capsys.readouterr().out
+    assert all(word in said for word in words)
+    assert ("not " in said) == bool(change) and ("not read" in said) == bool({*change} - {"t_shift"})
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "folder"])
@@ -4593,6 +4838,64 @@ def test_an_export_is_whole_or_not_there(published, tmp_path, monkeypatch):
     for name in ("b.safetensors", "b"):
         assert "No space left" in one_line(sample.export, tmp_path / name, model, vae, settings)
     assert len(written) == 2 and sorted(os.listdir(tmp_path)) == ["a.safetensors", "folder"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("mask", [0o022, 0o002])
+def test_what_is_written_has_the_modes_of_the_umask(mask, place, vae_folder, te_folder, tmp_path):
+    """Also where libraries write for one user alone, and where the modes of what is copied are others."""
+    te = tmp_path / "mine" / "te"
+    shutil.copytree(te_folder, te)
+    before = os.umask(mask)
+    for file in te.iterdir():
+        file.chmod(0o600)
+    made = tmp_path / "made"
+    try:
+        made.mkdir()
+        prepare.main(["demo", f"--out={made / 'demo'}", "--count=8"])
+        cached(place, vae_folder, made)
+        run = train_tiny(place, made / "run", text_encoder=te, vae=vae_folder, patch_size=2, images=8,
+                         eval_every=0, sample_every=0, validation=0)
+        draw(run, made / "samples", "--prompt=a", "--steps=1", "--latents_out", "--width=16", "--height=16")
+        for name in ("a.safetensors", "folder"):
+            sample.main([f"--ckpt={run}", f"--export={made / name}", f"--out={made / 'samples'}"])
+    finally:
+        os.umask(before)
+    kinds = collections.Counter()
+    for path in (made, *made.rglob("*")):
+        assert path.stat().st_mode & 0o7777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+        kinds[path.suffix] += 1
+    assert kinds[".safetensors"] >= 10 and kinds[".json"] >= 8 and kinds[".pt"] and kinds[".png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
+def test_an_export_deletes_what_a_killed_one_left_and_nothing_of_others(published, tmp_path, monkeypatch):
+    loaded, save_model = hdm.load_model(published), hdm.save_model
+    def during(what):                                        # an export, when it has written its weights
+        def stop(*how):
+            save_model(*how)
+            monkeypatch.setattr(hdm, "save_model", save_model)
+            what()
+        monkeypatch.setattr(hdm, "save_model", stop)
+
+    def left():
+        return sorted(path.name for path in tmp_path.glob(".export-*"))
+    if not (child := os.fork()):
+        during(lambda: os._exit(9))
+        sample.export(tmp_path / "killed.safetensors", *loaded)
+    os.waitpid(child, 0)
+    (tmp_path / ".export-not-ours").mkdir()
+    killed = {*left()} - {".export-not-ours"}
+    assert len(killed) == 1
+    def next_one():
+        before = left()
+        assert len(before) == 2 and not killed & {*before}
+        sample.export(tmp_path / "next.safetensors", *loaded)
+        assert left() == before                              # this one, which goes on
+    during(next_one)
+    sample.export(tmp_path / "alive.safetensors", *loaded)
+    assert sorted(os.listdir(tmp_path)) == [".export-not-ours", "alive.safetensors", "next.safetensors"]
+    assert same(load_file(tmp_path / "alive.safetensors"), load_file(tmp_path / "next.safetensors"))
 
 
 # ---- Bad input: one line that names the value, exit code 2, and nothing is written -----------------------
@@ -5329,12 +5632,10 @@ def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
         process.kill()
         process.join()
     alive, go_on = start("alive")
-    again = one_line(lambda: prepare.whole_folder(tmp_path / "alive").__enter__())
-    assert "another prepare.py" in again
     with prepare.whole_folder(tmp_path / name) as folder:
         (folder / "x").write_text("x")
     left = sorted(entry.partition(".")[0] for entry in set(os.listdir(tmp_path)) - before)
-    assert left == ["alive", "alive", name, "other", "other"]                         # scratch folders, locks
+    assert left == ["alive", name, "other"]
     go_on.set()
     alive.join()
     with prepare.whole_folder(tmp_path / "other") as folder:

@@ -446,6 +446,7 @@ def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
                 shutil.copytree(source, partial / part)
                 if part == "text_encoder" and source.with_name("tokenizer").is_dir():
                     shutil.copytree(source.with_name("tokenizer"), partial / "tokenizer")
+        hdm.open_modes(partial)                              # of copies, too
         for path in (*partial.rglob("*"), partial) if os.name != "nt" else ():        # Windows cannot
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)                             # a power cut leaves no name without its content
@@ -944,6 +945,7 @@ def make_up(s, folder):
         file.parent.mkdir()
         shape = 2 * vae.latent_channels, s.image_size // vae.factor, s.image_size // vae.factor
         save_file({str(i): torch.zeros(shape, dtype=torch.float16) for i in range(64)}, file)
+    hdm.open_modes(folder)
     return made
 
 
