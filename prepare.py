@@ -26,7 +26,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
-from collections import Counter, deque, namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,7 +284,7 @@ def measure_image(stream, length, verify=False):
 def row_caption(row, template):
     """The caption in a table's row or an image's .json: of the first of TEXT_COLUMNS that holds one, or the
     template filled in; " $$ " between tags, in a list, in groups of them, or in a string with commas or else
-    spaces. None: it has none of the columns."""
+    spaces. A .json may also be a text or a list of tags."""
     def texts(name, value):
         if isinstance(value, dict):
             return [text for group in value.values() for text in texts(name, group)]
@@ -293,28 +293,21 @@ def row_caption(row, template):
         values = [str(one) for one in (value if isinstance(value, list) else [value])
                   if isinstance(one, (str, int, float))]
         return [" ".join(one.split()) for one in values if one.split() and one != "nan"]
+    if isinstance(row, str):
+        row = {"caption": row}
+    elif isinstance(row, list) and all(isinstance(tag, str) for tag in row):
+        row = {"tags": row}
+    if not isinstance(row, dict):
+        raise hdm.UserError("json without a caption: no text, list of texts or object")
     groups = {name: value for name, value in row.items()  # Danbooru's tag_string_general, gallery-dl's
               if re.match("(tag_string|tags)_", name) and isinstance(value, (str, list))}  # tags_general
     row = {**row, "tag_groups": groups} if groups else row
     if not row.keys() & set(re.findall(COLUMN, template) or TEXT_COLUMNS):
-        return None
+        raise hdm.UserError(f"json or row without a caption: keys {', '.join(list(row)[:3]) or '(none)'}")
     if template:                                 # in one pass: braces in a caption name no column
         return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1], row.get(match[1]))), template)
     name = next((name for name in TEXT_COLUMNS if texts(name, row.get(name))), "")
     return (" $$ " if name.startswith("tag") else hdm.OR).join(texts(name, row.get(name)))
-
-
-def json_caption(value, template):
-    """The caption in an image's .json: a text, a list of tags or a row."""
-    row = {"caption": value} if isinstance(value, str) else value
-    if isinstance(value, list) and all(isinstance(tag, str) for tag in value):
-        row = {"tags": value}
-    caption = row_caption(row, template) if isinstance(row, dict) else None
-    if caption is None:
-        keys = f"keys {', '.join(list(value)[:3]) or '(none)'}" if isinstance(value, dict) else ""
-        what = keys or ("a list" if isinstance(value, list) else "a single value")
-        raise hdm.UserError(f"json without a caption: {what}")
-    return caption
 
 
 def row_name(row, column):
@@ -339,35 +332,32 @@ def plain(path):
 
 @dataclass(slots=True)
 class Row:
-    caption: str            # alternatives, if several rows have the name
-    tables: tuple           # the files that it is from
-    nearness: int = 9       # of the image that it is for: a place in Rows.names; less is nearer
-    image: str | None = ""  # path of that image, without suffix; None: two are as near
+    caption: str = ""       # alternatives, if several rows have its name
+    tables: tuple = ()      # the files that they are from
+    nearness: int = 9       # of the image that it is for, as in Rows.candidates
+    image: str | None = ""  # that image without its suffix; None: others are as near
     used: bool = False
 
 
 class Rows(dict):
-    """{path of an image as tables have it, with or without suffix: its Row}. A row is for the one image that
-    has its name best, so that none gets another's caption."""
+    """{path of an image, with or without suffix, as tables have it: Row}. A row is for the image that is
+    nearest to its name, and for none where two are."""
+    base = None                                  # folder of the table, where that is the source
 
     def __init__(self):
-        super().__init__()
-        self.base, self.alike = None, {}         # folder of the table that is the source; {plain form: names}
+        self.alike = {}                          # {plain form: names that have it}
 
     def add(self, name, caption, table):
-        if name in self:
-            row = self[name]
-            if caption not in row.caption.split(hdm.OR):
-                row.caption += hdm.OR + caption
-            row.tables = tuple(sorted({*row.tables, table}))
-            return
-        self[name] = Row(caption, (table,))
+        row = self.setdefault(name, Row())
+        if caption not in row.caption.split(hdm.OR):
+            row.caption += hdm.OR * bool(row.caption) + caption
+        row.tables = (*row.tables, table) if table not in row.tables else row.tables
         if plain(name) != name:
-            self.alike.setdefault(plain(name), []).append(name)
+            self.alike.setdefault(plain(name), {name}).add(name)
 
     def candidates(self, image):
-        """Yields (nearness, row): of its path, with or without suffix, or, if the table is the source, of its
-        name alone; then of both as plain() compares them."""
+        """Yields (nearness, row) of the rows that an image may have: 0 by its path, 1 by its name alone in a
+        table that is the source; 2 and 3 likewise, but as plain() compares them, if one row has that form."""
         stem = os.path.splitext(image)[0]
         names = {image: 0} if stem.lower().endswith(IMAGES) else {image: 0, stem: 0}
         if self.base:
@@ -376,9 +366,9 @@ class Rows(dict):
             if name in self:
                 yield nearness, self[name]
             like = plain(name)
-            alike = [like] * (like in self) + self.alike.get(like, [])
+            alike = {like} & self.keys() | self.alike.get(like, set())
             if len(alike) == 1:
-                yield nearness + 2, self[alike[0]]
+                yield nearness + 2, self[alike.pop()]
 
     def claim(self, images):
         for image in images if self else ():
@@ -390,62 +380,53 @@ class Rows(dict):
                     row.image = None
 
     def take(self, image):
-        """-> the caption of the nearest rows that are for an image, or "", and the files of their tables."""
+        """-> the captions of an image's nearest rows, as alternatives, or "", and their tables' files."""
         stem = os.path.splitext(image)[0]
-        mine = [(nearness, row) for nearness, row in self.candidates(image)
-                if (row.nearness, row.image) == (nearness, stem)]
-        rows = [row for nearness, row in mine if nearness == min(mine, key=lambda pair: pair[0])[0]]
+        rows = [row for nearness, row in self.candidates(image)
+                if (nearness, stem) == (row.nearness, row.image)]
+        nearest = min((row.nearness for row in rows), default=0)
+        rows = [row for row in rows if row.nearness == nearest]
         for row in rows:
             row.used = True
         return hdm.OR.join(row.caption for row in rows), {table for row in rows for table in row.tables}
 
 
-def looks(name):
-    """By what a name in a csv file differs from words of a caption."""
-    name = name.strip(' "')
-    file = name.lower().endswith(IMAGES)
-    return file or (bool(re.search(r"\s", name)), bool(re.search(r"\d", name)))
-
-
 def swallows(lines, cells, place, width):
     """Whether a csv record of several lines took in others, behind a quote that is closed late: it has not a
-    cell for each column, or its name, at place, several lines, or another line looks like a row: as many
-    cells, and such a name. (A caption may have lines that look so; none can say then what is meant.)"""
+    cell for each column, its name at place has several lines, or another line looks like a row: as many
+    cells, and such a name. (Captions may have lines that look so: none can say what is meant.)"""
+    def look(name):                              # of a file, or else whether it has spaces, and digits
+        name = name.strip(' "')
+        return name.lower().endswith(IMAGES) or (len(name.split()) == 1, bool(re.search(r"\d", name)))
     if len(cells) != width or "\n" in cells[place]:
         return True
     own = sum(cell.count("\n") for cell in cells[:place])  # the line with its name
-    for number, line in enumerate(lines):
-        parts = line.strip().split(",")          # commas of a caption may stand on either side of the name
-        if number != own and len(parts) >= width and looks(cells[place]) in (
-                looks(parts[place]), looks(parts[place - width])):
-            return True
-    return False
+    rows = [line.strip().split(",") for line in lines[:own] + lines[own + 1:]]
+    spots = {0: [0], width - 1: [-1]}.get(place, [place, place - width])  # a caption may have commas
+    return any(look(row[spot]) == look(cells[place]) for row in rows if len(row) >= width for spot in spots)
 
 
 def csv_rows(lines, column, **how):
-    """Yields (line number, row) of a csv file, None for a broken row. Where a quote is not closed, or a record
-    of several lines swallows others, its first line is the broken row, and the second begins the next one."""
-    ahead, taken = deque(), []
-    def pull():
-        taken.append(ahead.popleft() if ahead else next(lines, ""))
-        return taken[-1]
-    def record():
-        taken.clear()
+    """Yields (where, row) of a csv file, None for a broken row. Where a quote is not closed, or a record of
+    several lines swallows others, its first line is the broken row, and the second begins the next one."""
+    header, at = None, 0
+    while at < len(lines):
+        reader = csv.reader((lines[i] for i in range(at, len(lines))), strict=True, **how)
+        cells = None
         with contextlib.suppress(csv.Error):
-            return next(csv.reader(iter(pull, ""), strict=True, **how), None)
-    if not (header := [cell.strip() for cell in record() or ()]):
-        raise hdm.UserError("no names of columns in its first line")
-    names = [column] if column else [*FILE_COLUMNS, "id"]
-    place, number = next((header.index(name) for name in names if name in header), 0), 1 + len(taken)
-    while (cells := record()) is not None or taken[0]:
-        if len(taken) > 1 and (cells is None or swallows(taken, cells, place, len(header))):
-            ahead.extendleft(filter(None, reversed(taken[1:])))
-            del taken[1:]
-            cells = None
-        if cells != []:                          # a line without text
+            cells = next(reader)
+        taken = lines[at:at + reader.line_num]
+        if header is None:
+            if cells is None:
+                raise hdm.UserError("broken first line")
+            header, names = [cell.strip() for cell in cells], [column] if column else [*FILE_COLUMNS, "id"]
+            place = next((header.index(name) for name in names if name in header), 0)
+        elif cells != []:                        # a line without text
+            if len(taken) > 1 and (cells is None or swallows(taken, cells, place, len(header))):
+                cells, taken = None, taken[:1]
             broken = cells is None or len(cells) > len(header)
-            yield f"line {number}", None if broken else dict(zip(header, cells))
-        number += len(taken)
+            yield f"line {at + 1}", None if broken else dict(zip(header, cells))
+        at += len(taken)
 
 
 def coco_rows(table):
@@ -468,14 +449,13 @@ def open_parquet(path):
     except ImportError as error:
         raise hdm.UserError("parquet is read by pyarrow, which is not here: pip install pyarrow") from error
     file = ParquetFile(path, buffer_size=2 ** 20)
+    leaves = [file.schema.column(i) for i in range(len(file.schema))]  # such as image.bytes
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-    columns = []
-    for i in range(len(file.schema)):
-        leaf = file.schema.column(i)             # such as image.bytes
-        filled = any(not some or some.num_values for some in (group.column(i).statistics for group in groups))
-        if filled and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE"):
-            columns.append(leaf.path)
-    return file, min(columns, key=lambda path: path.split(".")[0] != "image", default=None)
+    def filled(i):
+        return any(not some or some.num_values for some in (group.column(i).statistics for group in groups))
+    images = [leaf.path for i, leaf in enumerate(leaves) if filled(i)
+              and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")]
+    return file, min(images, key=lambda path: path.split(".")[0] != "image", default=None)
 
 
 def parquet_rows(path):
@@ -523,9 +503,9 @@ def table_rows(path, span, column):
                 if line.strip():
                     yield f"line {number}", row
         elif suffix == ".tsv":                   # a quote is a letter there
-            yield from csv_rows(lines, column, delimiter="\t", quoting=csv.QUOTE_NONE)
+            yield from csv_rows(list(lines), column, delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
-            yield from csv_rows(lines, column)
+            yield from csv_rows(list(lines), column)
 
 
 def read_table(path, span, s, rows, report):
@@ -544,7 +524,7 @@ def read_table(path, span, s, rows, report):
             if not name:
                 raise hdm.UserError("row without a file_name, path or id")
             both = path.lower().endswith(".json") and {"caption", "tags"} <= row.keys()  # as kohya uses them
-            new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both) or ""))
+            new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both)))
     if missing := {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}:
         raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
     for name, caption in new:
@@ -563,7 +543,7 @@ def read_texts(caption, spans, s):
         if suffix == s.sidecar:
             extra = " ".join(text.split())
         elif suffix == ".json":
-            caption = json_caption(json.loads(text), s.caption)
+            caption = row_caption(json.loads(text), s.caption)
         else:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
