@@ -382,7 +382,7 @@ class Rows(dict):
     def take(self, image):
         """-> the captions of an image's nearest rows, as alternatives, or "", and their tables' files."""
         stem = os.path.splitext(image)[0]
-        rows = [row for nearness, row in self.candidates(image)
+        rows = [row for nearness, row in (self.candidates(image) if self else ())
                 if (nearness, stem) == (row.nearness, row.image)]
         nearest = min((row.nearness for row in rows), default=0)
         rows = [row for row in rows if row.nearness == nearest]
@@ -592,9 +592,9 @@ class Group:
         for base in (stem,) if image in self.stems else (stem, image):  # 7.jpg.txt is that of a 7.jpg.png
             if base + end in self.files:
                 return base + end
-            key = self.composed.get(unicodedata.normalize("NFC", base + end), "")
-            if key and not {key[:-len(end)]} & (self.stems | self.images.keys()):  # no other image's
-                return key
+            key = self.composed and self.composed.get(unicodedata.normalize("NFC", base + end))
+            if key and key[:-len(end)] not in self.stems and key[:-len(end)] not in self.images:
+                return key                       # and no other image's
         return None
 
     def rest(self):
@@ -659,9 +659,12 @@ def find_captions(image, group, rows, s):
     """-> the caption in an image's rows, or "", the files of these tables, and {end: span} of its text files:
     the first of TEXTS that is there, the last one for --caption; none if it has rows; and a sidecar."""
     caption, tables = rows.take(image)
-    keys = {end: group.beside(image, end) for end in (TEXTS[::-1] if s.caption else TEXTS)}
-    keys = {end: key for end, key in keys.items() if key and not (s.sidecar and key.endswith(s.sidecar))}
-    keys = {} if tables else dict(list(keys.items())[:1])
+    keys = {}
+    for end in () if tables else TEXTS[::-1] if s.caption else TEXTS:
+        key = group.beside(image, end)
+        if key and not (s.sidecar and key.endswith(s.sidecar)):
+            keys[end] = key
+            break
     if s.sidecar and (key := group.beside(image, s.sidecar)):
         keys[s.sidecar] = key
     group.read.update(keys.values())

@@ -2255,7 +2255,8 @@ def test_tables_with_a_template(tmp_path, end):
 MALFORMED = [
     ('5.png,"5', 1), ('5.png,"5 with ""quotes""', 1), ('5.png,5"', 0), ('5.png,"5" tall', 1),
     ('5.png,"a "5" b"', 1), ('5.png,5, 5', 1), ('5.png,"5""', 1), ('"5.png,5', 1), ('"5.png",5"', 0),
-    ('5.png,"five\nlines, and\n""five""\r\nof them"', 0), ('5.png,"a 5"" screen"', 0), ('5.png,"', 1),
+    ('5.png,"five\nlines, and\n""five""\r\nof them"', 0), ('5.png,"a 5"" screen"', 0), ('5.png,"5, 6\nand, 7, 8"', 0),
+    ('5.png,"', 1),
     ('5.png,"two, and\nthree.png is far', 1), ('5.png,"1\n2\n\n\n3"', 0)]
 
 
@@ -2355,7 +2356,8 @@ def test_name_column_names_the_column_of_names(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_hidden_and_system_files_are_no_data(tmp_path, packed):
     hidden = [".cache/a.png", "._a.png", ".a.png", "__MACOSX/._a.png", "__macosx/a.png",
-              "s/.Trash-1000/a.png", "$RECYCLE.BIN/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "lost+found/a.png", ".git/config",
+              "s/.Trash-1000/a.png", "$RECYCLE.BIN/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png",
+              "lost+found/a.png", ".git/config",
               ".ipynb_checkpoints/a-checkpoint.png", "System Volume Information/a.png", "s/Thumbs.db",
               "s/desktop.ini", ".DS_Store", "#recycle/a.png", ".hidden.tar"]
     files = dict.fromkeys(hidden, PNG)
@@ -2992,7 +2994,6 @@ def parquet_bytes(columns, rows_in_a_group=3):
 def test_parquet_is_read_in_place_by_row(place, vae_folder, tmp_path, capsys, monkeypatch):
     """As Hugging Face exports it: the same images and captions as in a folder, and an update opens none."""
     folder = prepare.open_index(place / "data")
-    numbers = {name: i for i, name in enumerate(names(folder))}
     images = [Path(folder[i].file).read_bytes() for i in range(len(folder))]
     captions = [folder[i].caption for i in range(len(folder))]
     for shard, part in enumerate((slice(0, 10), slice(10, None))):
