@@ -226,7 +226,7 @@ class Report(dict):
     def leaving_out(self, path):                 # what stops the block is counted, and stops nothing else
         try:
             yield
-        except (hdm.UserError, OSError, ValueError, RecursionError, csv.Error) as error:
+        except (hdm.UserError, OSError, ValueError, RecursionError, NotImplementedError) as error:
             self.add(error if isinstance(error, hdm.UserError) else "unreadable", path)
 
 
@@ -241,7 +241,8 @@ def stamp_of(*files, key=()):
 
 
 def open_at(file, offset, length):
-    """A span: a plain file; a member of a tar, which is read whole; or an image of a parquet file."""
+    """A span: a plain file; a member of a tar, which is read whole; or an image of a parquet file, where
+    offset is 1 + its row in a row group + 2^32 x the group."""
     if offset and file.lower().endswith(".parquet"):
         group, row = divmod(offset - 1, 2 ** 32)
         image = read_row_group(file, stamp_of(file), group)[row].as_py()
@@ -395,7 +396,7 @@ def swallows(lines, cells, place, width):
     """Whether a csv record of several lines took in others, behind a quote that is closed late: it has not a
     cell for each column, its name at place has several lines, or another line looks like a row: as many
     cells, and such a name. (Captions may have lines that look so: none can say what is meant.)"""
-    def look(name):                              # of a file, or else whether it has spaces, and digits
+    def look(name):                              # True: a file's; else whether it is one word, has digits
         name = name.strip(' "')
         return name.lower().endswith(IMAGES) or (len(name.split()) == 1, bool(re.search(r"\d", name)))
     if len(cells) != width or "\n" in cells[place]:
@@ -403,7 +404,8 @@ def swallows(lines, cells, place, width):
     own = sum(cell.count("\n") for cell in cells[:place])  # the line with its name
     rows = [line.strip().split(",") for line in lines[:own] + lines[own + 1:]]
     spots = {0: [0], width - 1: [-1]}.get(place, [place, place - width])  # a caption may have commas
-    return any(look(row[spot]) == look(cells[place]) for row in rows if len(row) >= width for spot in spots)
+    looks = True, look(cells[place])
+    return any(look(row[spot]) in looks for row in rows if len(row) >= width for spot in spots)
 
 
 def csv_rows(lines, column, **how):
@@ -431,8 +433,8 @@ def csv_rows(lines, column, **how):
 
 def coco_rows(table):
     """The rows of COCO's captions, each under the file name of its image."""
-    images, notes = ([one for one in table.get(name) or () if isinstance(one, dict)]
-                     for name in ("images", "annotations"))
+    lists = [table["images"], table["annotations"] if isinstance(table.get("annotations"), list) else []]
+    images, notes = ([one for one in some if isinstance(one, dict)] for some in lists)
     names = {str(image.get("id")): image.get("file_name") for image in images}
     rows = [{**note, "file_name": names.get(str(note.get("image_id")))}
             for note in notes if "caption" in note]
@@ -466,7 +468,7 @@ def parquet_rows(path):
     number = itertools.count()
     for group in range(file.num_row_groups):
         batches = file.iter_batches(row_groups=[group], columns=columns, use_threads=False)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        rows = itertools.chain.from_iterable(batch.to_pylist() or [{}] * batch.num_rows for batch in batches)
         for i, row in enumerate(rows, 1):
             yield f"row {next(number):06d}", row, images and group * 2 ** 32 + i
 

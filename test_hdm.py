@@ -3033,6 +3033,7 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
         "plain": {"md5": [b"1"] * 4, "image": [cell["bytes"] for cell in cells], "text": ["x", "", "", ""]},
         "names": {"image": [{"bytes": None, "path": f"{name}.png"} for name in "abcd"], "text": [*"xyzw"]},
         "file_name": {"file_name": ["a.png", "b", None, "c.png"], "tags": [["x", "y z"], ["w"], [], []]},
+        "alone": {"image": [{"bytes": PNG, "path": "a.png"}]},
         "ids": {"id": [1.0, 2.0], "text": ["x", "y"]}, "none": {"url": ["x"], "caption": ["y"]}}
     for kind, columns in kinds.items():
         write_files(tmp_path / kind, {f"{kind}.parquet": parquet_bytes(columns), "a.png": PNG, "b.png": PNG,
@@ -3040,11 +3041,12 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
     results = {
         "struct": {"struct.parquet/000000": f"x{hdm.OR}y"}, "plain": {"plain.parquet/000000": "x"},
         "names": {"a.png": "x", "b.png": "y"}, "file_name": {"a.png": "x $$ y z", "b.png": "w"},
-        "ids": {"1.png": "x"}, "none": {}}
+        "ids": {"1.png": "x"}, "none": {}, "alone": {}}
     for kind, want in results.items():
         for source in tmp_path / kind, tmp_path / kind / f"{kind}.parquet":
             found = scan(source, report := prepare.Report())
             assert {one.name: one.caption for one in found} == want, (source, report)
+    assert report["no caption"]["count"] == 1                # of alone.parquet
     scan(tmp_path / "struct" / "struct.parquet", report := prepare.Report())
     assert {kind: entry["count"] for kind, entry in report.items()} == {"zero bytes": 2, "empty caption": 1}
     write_files(tmp_path / "bad", {"bad.parquet": "PAR1", "a.png": PNG, "a.txt": "x"})
