@@ -23,6 +23,7 @@ import re
 import shutil
 import tarfile
 import time
+import unicodedata
 import warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ class TextEncoderSettings:
 class DataSettings:
     out: str = "data/index"         # folder for the index; latents go beside it
     caption: str = ""               # by columns of tables and .json: '{characters} $$ {artist} ||| {tags}'
+    name_column: str = ""           # of tables: has the images' names; default: file_name ... filepath, or id
     caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
@@ -195,21 +197,27 @@ def text_encoder(settings, source):
 
 
 # ---- captioned images as they lie on people's disks --------------------------------------------------------
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif")
-OTHERS = (".heic", ".heif", ".jfif", ".jp2", ".jxl", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".avif")
+OTHERS = tuple(".arw .cr2 .dng .exr .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga .tif .tiff".split())
 TEXTS = (".txt", ".caption", ".json")            # of the caption beside an image: the first one there counts
-TABLES = (".json", ".jsonl", ".csv", ".tsv")
-NAME_COLUMNS = ("file_name", "file", "path", "filename", "id")
-TEXT_COLUMNS = ("text", "caption", "prompt", "tags")
+TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+ARCHIVES = tuple(".7z .arrow .bz2 .gz .lmdb .parquet .rar .tar .tfrecord .tgz .txz .xz .zip .zst".split())
+KINDS = {OTHERS: "format not read", ARCHIVES: "archive not read", TABLES: "table or json that is no source",
+         TEXTS: "caption without an image"}      # of what is passed over
+IMAGE_HEAD = rb"(?s)\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
+SYSTEM = ("$recycle.bin #recycle #snapshot @eadir @recycle @tmp __macosx desktop.ini ehthumbs.db lost+found "
+          "recycler thumbs.db").split() + ["system volume information"]  # and what begins with a dot
+FILE_COLUMNS = ("file_name", "file", "path", "filename", "image", "img_path", "image_path", "filepath")
+TEXT_COLUMNS = ("text", "caption", "prompt", "tags", "tag_string", "tag_groups")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
 # name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
 # files that its caption comes from; stamp: of these three; image: of file alone; lines: of its caption file;
-# colours: 1 where its profile makes other colours of them, 2 where that is broken; source: its number in the
-# call; place: in [0, 1), a hash of the name, so that no added data move a picture
-# across the split.
+# source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move an image
+# across the split; colours: 1 where its profile makes other colours of them, 2 where that is broken.
 Picture = namedtuple(
     "Picture",
-    "name file texts caption offset length width height colours weight stamp image lines source place")
+    "name file texts caption offset length width height weight stamp image lines source place colours",
+    defaults=[0])
 
 
 class Report(dict):
@@ -224,7 +232,7 @@ class Report(dict):
     def leaving_out(self, path):                 # what stops the block is counted, and stops nothing else
         try:
             yield
-        except (hdm.UserError, OSError, ValueError, RecursionError, csv.Error) as error:
+        except (hdm.UserError, OSError, ValueError, RecursionError, NotImplementedError) as error:
             self.add(error if isinstance(error, hdm.UserError) else "unreadable", path)
 
 
@@ -239,7 +247,12 @@ def stamp_of(*files, key=()):
 
 
 def open_at(file, offset, length):
-    """A span: a plain file, or a member of a tar, which is read whole."""
+    """A span: a plain file; a member of a tar, which is read whole; or an image of a parquet file, where
+    offset is 1 + its row in a row group + 2^32 x the group."""
+    if offset and file.lower().endswith(".parquet"):
+        group, row = divmod(offset - 1, 2 ** 32)
+        image = read_row_group(file, stamp_of(file), group)[row].as_py()
+        return io.BytesIO((image["bytes"] if isinstance(image, dict) else image) or b"")
     stream = open(file, "rb")
     if not offset:
         return stream
@@ -285,51 +298,254 @@ def measure_image(stream, length, verify=False):
 
 def row_caption(row, template):
     """The caption in a table's row or an image's .json: of the first of TEXT_COLUMNS that holds one, or the
-    template filled in; " $$ " between tags, in a list or a string with commas or else spaces."""
-    def texts(name):
-        value = row.get(name)
+    template filled in; " $$ " between tags, in a list, in groups of them, or in a string with commas or else
+    spaces. A .json may also be a text or a list of tags."""
+    def texts(name, value):
+        if isinstance(value, dict):
+            return [text for group in value.values() for text in texts(name, group)]
         if re.search(r"(^|_)tags?(_|$)", name.lower()) and isinstance(value, str) and "$$" not in value:
             value = value.split("," if "," in value else None)
         values = [str(one) for one in (value if isinstance(value, list) else [value])
                   if isinstance(one, (str, int, float))]
         return [" ".join(one.split()) for one in values if one.split() and one != "nan"]
+    if isinstance(row, str):
+        row = {"caption": row}
+    elif isinstance(row, list) and all(isinstance(tag, str) for tag in row):
+        row = {"tags": row}
+    if not isinstance(row, dict):
+        raise hdm.UserError("json without a caption: no text, list of texts or object")
+    groups = {name: value for name, value in row.items()  # Danbooru's tag_string_general, gallery-dl's
+              if re.match("(tag_string|tags)_", name) and isinstance(value, (str, list))}  # tags_general
+    row = {**row, "tag_groups": groups} if groups else row
+    if not row.keys() & set(re.findall(COLUMN, template) or TEXT_COLUMNS):
+        raise hdm.UserError(f"json or row without a caption: keys {', '.join(list(row)[:3]) or '(none)'}")
     if template:                                 # in one pass: braces in a caption name no column
-        return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1])), template)
-    name = next(filter(texts, TEXT_COLUMNS), "")
-    return (" $$ " if name == "tags" else hdm.OR).join(texts(name))
+        return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1], row.get(match[1]))), template)
+    name = next((name for name in TEXT_COLUMNS if texts(name, row.get(name))), "")
+    return (" $$ " if name.startswith("tag") else hdm.OR).join(texts(name, row.get(name)))
 
 
-def read_table(path, span, template, rows, report):
-    """Adds {path of an image, with or without suffix: (caption, table's file)} to rows."""
-    suffix, columns, new = os.path.splitext(path)[1].lower(), set(), {}
+def row_name(row, column):
+    """What a row calls its image: in the column, else in the first of FILE_COLUMNS that it fills; its id only
+    where it has none of them. "": it does not say."""
+    for name in [column] if column else [name for name in FILE_COLUMNS if name in row] or ["id"]:
+        value = row.get(name)
+        value = value.get("path") if isinstance(value, dict) else value  # Hugging Face's, beside "bytes"
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(value, (str, int)) and str(value).strip():
+            return str(value).strip().replace("\\", "/")
+    return ""
+
+
+def plain(path):
+    """How names are compared that are not the same letter by letter: é as one letter (a Mac has two), 0012
+    and 12.0 as 12."""
+    folder, name = os.path.split(unicodedata.normalize("NFC", path))
+    number = re.fullmatch(r"0*([0-9]+)(\.0*)?", name)
+    return os.path.join(folder, number[1] if number else name)
+
+
+@dataclass(slots=True)
+class Row:
+    caption: str = ""       # alternatives, if several rows have its name
+    tables: tuple = ()      # the files that they are from
+    nearness: int = 9       # of the image that it is for, as in Rows.candidates
+    image: str | None = ""  # that image without its suffix; None: others are as near
+    used: bool = False
+
+
+class Rows(dict):
+    """{path of an image, with or without suffix, as tables have it: Row}. A row is for the image that is
+    nearest to its name, and for none where two are."""
+    base = None                                  # folder of the table, where that is the source
+
+    def __init__(self):
+        self.alike = {}                          # {plain form: names that have it}
+
+    def add(self, name, caption, table):
+        row = self.setdefault(name, Row())
+        if caption not in row.caption.split(hdm.OR):
+            row.caption += hdm.OR * bool(row.caption) + caption
+        row.tables = (*row.tables, table) if table not in row.tables else row.tables
+        if plain(name) != name:
+            self.alike.setdefault(plain(name), {name}).add(name)
+
+    def candidates(self, image):
+        """Yields (nearness, row) of the rows that an image may have: 0 by its path, 1 by its name alone in a
+        table that is the source; 2 and 3 likewise, but as plain() compares them, if one row has that form."""
+        stem = os.path.splitext(image)[0]
+        names = {image: 0} if stem.lower().endswith(IMAGES) else {image: 0, stem: 0}
+        if self.base:
+            names = {os.path.join(self.base, os.path.basename(name)): 1 for name in names} | names
+        for name, nearness in names.items():
+            if name in self:
+                yield nearness, self[name]
+            like = plain(name)
+            alike = {like} & self.keys() | self.alike.get(like, set())
+            if len(alike) == 1:
+                yield nearness + 2, self[alike.pop()]
+
+    def claim(self, images):
+        for image in images if self else ():
+            stem = os.path.splitext(image)[0]
+            for nearness, row in self.candidates(image):
+                if nearness < row.nearness:
+                    row.nearness, row.image = nearness, stem
+                elif nearness == row.nearness and stem != row.image:
+                    row.image = None
+
+    def take(self, image):
+        """-> the captions of an image's nearest rows, as alternatives, or "", and their tables' files."""
+        stem = os.path.splitext(image)[0]
+        rows = [row for nearness, row in (self.candidates(image) if self else ())
+                if (nearness, stem) == (row.nearness, row.image)]
+        nearest = min((row.nearness for row in rows), default=0)
+        rows = [row for row in rows if row.nearness == nearest]
+        for row in rows:
+            row.used = True
+        return hdm.OR.join(row.caption for row in rows), {table for row in rows for table in row.tables}
+
+
+def swallows(lines, cells, place, width):
+    """Whether a csv record of several lines took in others, behind a quote that is closed late: it has not a
+    cell for each column, its name at place has several lines, or another line looks like a row: as many
+    cells, and such a name. (Captions may have lines that look so: none can say what is meant.)"""
+    def look(name):                              # True: a file's; else whether it is one word, has digits
+        name = name.strip(' "')
+        return name.lower().endswith(IMAGES) or (len(name.split()) == 1, bool(re.search(r"\d", name)))
+    if len(cells) != width or "\n" in cells[place]:
+        return True
+    own = sum(cell.count("\n") for cell in cells[:place])  # the line with its name
+    rows = [line.strip().split(",") for line in lines[:own] + lines[own + 1:]]
+    spots = {0: [0], width - 1: [-1]}.get(place, [place, place - width])  # a caption may have commas
+    looks = True, look(cells[place])
+    return any(look(row[spot]) in looks for row in rows if len(row) >= width for spot in spots)
+
+
+def csv_rows(lines, column, **how):
+    """Yields (where, row) of a csv file, None for a broken row. Where a quote is not closed, or a record of
+    several lines swallows others, its first line is the broken row, and the second begins the next one."""
+    header, at = None, 0
+    while at < len(lines):
+        reader = csv.reader((lines[i] for i in range(at, len(lines))), strict=True, **how)
+        cells = None
+        with contextlib.suppress(csv.Error):
+            cells = next(reader)
+        taken = lines[at:at + reader.line_num]
+        if header is None:
+            if cells is None:
+                raise hdm.UserError("broken first line")
+            header, names = [cell.strip() for cell in cells], [column] if column else [*FILE_COLUMNS, "id"]
+            place = next((header.index(name) for name in names if name in header), 0)
+        elif cells != []:                        # a line without text
+            if len(taken) > 1 and (cells is None or swallows(taken, cells, place, len(header))):
+                cells, taken = None, taken[:1]
+            broken = cells is None or len(cells) > len(header)
+            yield f"line {at + 1}", None if broken else dict(zip(header, cells))
+        at += len(taken)
+
+
+def coco_rows(table):
+    """The rows of COCO's captions, each under the file name of its image."""
+    lists = [table["images"], table["annotations"] if isinstance(table.get("annotations"), list) else []]
+    images, notes = ([one for one in some if isinstance(one, dict)] for some in lists)
+    names = {str(image.get("id")): image.get("file_name") for image in images}
+    rows = [{**note, "file_name": names.get(str(note.get("image_id")))}
+            for note in notes if "caption" in note]
+    if not rows:
+        what = f"annotations with {', '.join(sorted(notes[0])[:5])}" if notes else "a list of images"
+        raise hdm.UserError(f"COCO's, without captions: {what}")
+    return rows
+
+
+def open_parquet(path):
+    """-> a pyarrow ParquetFile, and its column of image files or None: it may have their names."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise hdm.UserError("parquet is read by pyarrow, which is not here: pip install pyarrow") from error
+    file = ParquetFile(path, buffer_size=2 ** 20)
+    leaves = [file.schema.column(i) for i in range(len(file.schema))]  # such as image.bytes
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    def filled(i):
+        return any(not some or some.num_values for some in (group.column(i).statistics for group in groups))
+    images = [leaf.path for i, leaf in enumerate(leaves) if filled(i)
+              and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")]
+    return file, min(images, key=lambda path: path.split(".")[0] != "image", default=None)
+
+
+def parquet_rows(path):
+    """Yields (where, row without its image, offset of its image for open_at, if it has a column of them)."""
+    file, images = open_parquet(path)
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    columns = [leaf for leaf in leaves if leaf != images and not leaf.endswith(".bytes")]
+    number = itertools.count()
+    for group in range(file.num_row_groups):
+        batches = file.iter_batches(row_groups=[group], columns=columns, use_threads=False)
+        rows = itertools.chain.from_iterable(batch.to_pylist() or [{}] * batch.num_rows for batch in batches)
+        for i, row in enumerate(rows, 1):
+            yield f"row {next(number):06d}", row, images and group * 2 ** 32 + i
+
+
+@functools.lru_cache(maxsize=1)
+def read_row_group(path, stamp, group):
+    """The images of a row group, the least that parquet can read; the last one stays in memory."""
+    file, images = open_parquet(path)
+    return file.read_row_group(group, columns=[images], use_threads=False).column(0)
+
+
+def table_rows(path, span, column):
+    """Yields (where, row) of a table, or parquet_rows; a row that is no dict is broken."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == ".parquet":
+        yield from parquet_rows(path)
+        return
     with open_at(*span) as file:
         lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
         if suffix == ".json":
             table = json.loads("".join(lines))
-            if isinstance(table, dict):          # kohya's {image: {"caption": , "tags": }}, {image: caption}
+            if isinstance(table, dict) and isinstance(table.get("images"), list):
+                table = coco_rows(table)
+            elif isinstance(table, dict):        # kohya's {image: {"caption": , "tags": }}, {image: caption}
                 table = [{"file_name": name, **(row if isinstance(row, dict) else {"caption": row})}
                          for name, row in table.items()]
-            table = iter(table if isinstance(table, list) else [table])
+            for number, row in enumerate(table if isinstance(table, list) else [table], 1):
+                yield f"row {number}", row
         elif suffix == ".jsonl":
-            table = map(json.loads, filter(str.strip, lines))
-        else:  # strict: else a quote that is never closed makes one caption of all that follows
-            table = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-        for number in itertools.count(1):
-            with report.leaving_out(f"{path}, row {number}"):  # what next raises concerns one row
-                if (row := next(table, table)) is table:
-                    break
-                if not isinstance(row, dict) or None in row:  # None: cells past the header's
-                    raise hdm.UserError("broken table row")
-                columns.update(row)
-                name = next((str(row[key]) for key in NAME_COLUMNS if row.get(key) not in (None, "")), "")
-                key = os.path.normpath(os.path.join(os.path.dirname(path), name.replace("\\", "/")))
-                if not name or key in rows or key in new:
-                    raise hdm.UserError("duplicate name" if name else "row without a file_name, path or id")
-                both = suffix == ".json" and {"caption", "tags"} <= row.keys()  # as kohya uses them
-                new[key] = row_caption(row, template or "{caption} ||| {tags}" * both), span[0]
-    if missing := set(re.findall(COLUMN, template)) - columns:
+            for number, line in enumerate(lines, 1):
+                row = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                if line.strip():
+                    yield f"line {number}", row
+        elif suffix == ".tsv":                   # a quote is a letter there
+            yield from csv_rows(list(lines), column, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            yield from csv_rows(list(lines), column)
+
+
+def read_table(path, span, s, rows, report):
+    """Adds the captions of a table to rows -> {path/row: span} of images that it holds itself."""
+    columns, new, images = set(), [], {}
+    for where, row, *offset in table_rows(path, span, s.name_column):
+        with report.leaving_out(f"{path}, {where}"):
+            if not isinstance(row, dict):
+                raise hdm.UserError("broken table row")
+            columns.update(row)
+            name = row_name(row, s.name_column)
+            name = name and os.path.normpath(os.path.join(os.path.dirname(path), name))
+            if any(offset):
+                name = f"{path}/{where[4:]}"
+                images[name] = path, offset[0], 0
+            if not name:
+                raise hdm.UserError("row without a file_name, path or id")
+            both = path.lower().endswith(".json") and {"caption", "tags"} <= row.keys()  # as kohya uses them
+            new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both)))
+    if missing := {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}:
         raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
-    rows.update(new)
+    for name, caption in new:
+        rows.add(name, caption, span[0])
+    return images
 
 
 def read_texts(caption, spans, s):
@@ -344,8 +560,7 @@ def read_texts(caption, spans, s):
         if suffix == s.sidecar:
             extra = " ".join(text.split())
         elif suffix == ".json":
-            row = json.loads(text)
-            caption = row_caption(row if isinstance(row, dict) else {}, s.caption)
+            caption = row_caption(json.loads(text), s.caption)
         else:
             lines = [line.strip() for line in text.split("\n") if line.strip()]
             caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
@@ -357,6 +572,11 @@ def read_texts(caption, spans, s):
     return whole, len(lines)
 
 
+def is_hidden(name):
+    """Whether a file or folder is not people's but a system's: .DS_Store, ._7.jpg, .Trash-1000, __MACOSX."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
 def tar_files(path, report):
     """Yields (path, span or None: no plain file) for a tar's members, as far as its headers can be read."""
     with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
@@ -364,26 +584,69 @@ def tar_files(path, report):
         for member in itertools.takewhile(lambda member: member.offset_data + member.size <= size, tar):
             plain = member.isreg() and not member.issparse()
             name = os.path.normpath("/" + member.name)  # no ../ leads out of the tar
-            yield path + name, (path, member.offset_data, member.size) if plain else None
+            if any(map(is_hidden, name.split("/"))):
+                report.add("hidden or system file", path + name)
+            elif not member.isdir():
+                yield path + name, (path, member.offset_data, member.size) if plain else None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) == bytes(512):  # tarfile is silent about some ends that are none
             return
     report.add("tar cut short", path)
 
 
+class Group:
+    """The files of a folder or a tar: {path, its suffix in lower case: (path, span)}."""
+
+    def __init__(self, files):
+        self.files, self.read = files, set()     # read: keys of captions and tables
+        self.images = {path: span for key, (path, span) in files.items() if key.endswith(IMAGES)}
+        self.stems = {os.path.splitext(path)[0] for path in self.images}
+        self.composed = {unicodedata.normalize("NFC", key): key for key in files if not key.isascii()}
+
+    def beside(self, image, end):
+        """-> the key of an image's file with this end, such as 7.txt, else 7.jpg.txt, of 7.jpg; or None."""
+        stem = os.path.splitext(image)[0]
+        for base in (stem,) if image in self.stems else (stem, image):  # 7.jpg.txt is that of a 7.jpg.png
+            if base + end in self.files:
+                return base + end
+            key = self.composed and self.composed.get(unicodedata.normalize("NFC", base + end))
+            if key and key[:-len(end)] not in self.stems and key[:-len(end)] not in self.images:
+                return key                       # and no other image's
+        return None
+
+    def rest(self):
+        """Yields (kind, path) of what has not been read."""
+        for key, (path, span) in self.files.items():
+            stem, suffix = os.path.splitext(key)
+            if path in self.images or key in self.read or suffix == ".tar" and not span[1]:
+                continue
+            kind = next((kind for ends, kind in KINDS.items() if key.endswith(ends)), None)
+            if suffix in TEXTS and (stem in self.stems or stem in self.images):
+                kind = "extra caption file"
+            elif kind is None:
+                with open_at(span[0], span[1], min(span[2], 16)) as stream:
+                    is_image = re.match(IMAGE_HEAD, stream.read(16))
+                kind = "image without a known suffix" if is_image else "not an image"
+            yield kind, path
+
+
 def walk(top, report):
-    """Yields {path, its suffix in lower case: (path, span)} for each folder below top, and for each tar (top
-    may be one); of a.txt and a.TXT only the first."""
-    tar = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
+    """Yields a Group for each folder below top, and for each tar (top may be a file); of a.txt and a.TXT only
+    the first."""
+    single = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
     seen = set()                                 # links may run in circles
-    for folder, below, names in tar or os.walk(
+    for folder, below, names in single or os.walk(
             top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
         below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         if (real := os.path.realpath(folder)) in seen:
             below.clear()
             continue
         seen.add(real)
-        paths = [os.path.join(folder, name) for name in sorted(names)]
+        hidden = set() if single else set(filter(is_hidden, [*below, *names]))  # a source may have any name
+        for name in hidden - {".prepare"}:       # our own mark
+            report.add("hidden or system file", os.path.join(folder, name))
+        below[:] = [name for name in below if name not in hidden]
+        paths = [os.path.join(folder, name) for name in sorted(names) if name not in hidden]
         plain = [(path, (path, 0, os.path.getsize(path)) if os.path.isfile(path) else None) for path in paths]
         tars = [path for path, span in plain if span and path.lower().endswith(".tar")]
         for group in plain, *(tar_files(path, report) for path in tars):
@@ -393,11 +656,36 @@ def walk(top, report):
                 key = stem + suffix.lower()
                 if span and key not in files:
                     files[key] = path, span
-                elif key.endswith((".tar", *IMAGES, *TEXTS, *TABLES)):
+                else:
                     report.add("duplicate name" if span else "not a plain file", path)
-                if key.endswith(OTHERS):
-                    report.add("format not read", path)
-            yield files
+            yield Group(files)
+
+
+def read_tables(group, s, rows, report):
+    """The tables that go with the images of a folder or a tar, and the images that they hold themselves."""
+    own = {base + ".json" for image in group.images for base in (image, os.path.splitext(image)[0])}
+    for key, (path, span) in group.files.items():
+        named = re.fullmatch(r"metadata\.(jsonl|csv)|meta.*\.json", os.path.basename(key)) and key not in own
+        if named or key.endswith(".parquet") and not span[1]:
+            group.read.add(key)
+            with report.leaving_out(path):
+                group.images |= read_table(path, span, s, rows, report)
+
+
+def find_captions(image, group, rows, s):
+    """-> the caption in an image's rows, or "", the files of these tables, and {end: span} of its text files:
+    the first of TEXTS that is there, the last one for --caption; none if it has rows; and a sidecar."""
+    caption, tables = rows.take(image)
+    keys = {}
+    for end in () if tables else TEXTS[::-1] if s.caption else TEXTS:
+        key = group.beside(image, end)
+        if key and not (s.sidecar and key.endswith(s.sidecar)):
+            keys[end] = key
+            break
+    if s.sidecar and (key := group.beside(image, s.sidecar)):
+        keys[s.sidecar] = key
+    group.read.update(keys.values())
+    return caption, tables, {end: group.files[key][1] for end, key in keys.items()}
 
 
 def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
@@ -407,61 +695,59 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
     number: the source's.
     """
     top = os.path.abspath(source)
-    given = os.path.isfile(top) and top.lower().endswith(TABLES)
     root = top if os.path.isdir(top) else os.path.dirname(top)
     if root != top and not top.lower().endswith((".tar", *TABLES)):
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
-    order = TEXTS[::-1] if s.caption else TEXTS
-    rows, used, counts, stems, sidecar = {}, set(), Counter(), Counter(), s.sidecar or "\0"  # in no name
-    if given:
-        with hdm.naming(source, "not a table of images"):
-            read_table(top, (top, 0, 0), s.caption, rows, report)
-        for path in itertools.chain.from_iterable(walk(root, Report())):
-            stems[os.path.basename(os.path.splitext(path)[0])] += path.endswith(IMAGES)
-    for files in walk(root if given else top, report):
-        images = [key for key in files if key.endswith(IMAGES)]
-        own = {os.path.splitext(key)[0] + ".json" for key in images}
-        for key in files if not given else ():
-            if re.fullmatch(r"metadata\.(jsonl|csv)|meta.*\.json", os.path.basename(key)) and key not in own:
-                with report.leaving_out(key):
-                    read_table(*files[key], s.caption, rows, report)
-        for path, (file, offset, length) in map(files.get, images):
+    rows, counts, given = Rows(), Counter(), root != top and top.lower().endswith(TABLES)
+    with hdm.naming(source, "not a table of images"):
+        given = given and not (top.lower().endswith(".parquet") and open_parquet(top)[1])
+        if given:
+            read_table(top, (top, 0, 0), s, rows, report)
+            rows.base = root
+            root = os.path.dirname(root) if os.path.basename(root) == "annotations" else root  # as COCO's
+    for group in walk(root, Report()) if given else ():
+        rows.claim(group.images)
+    for group in walk(root if given else top, report):
+        if given:
+            group.read.update(key for key in group.files if group.files[key][0] == top)
+        else:
+            read_tables(group, s, rows, report)
+            rows.claim(group.images)
+        for path, (file, offset, length) in group.images.items():
             with report.leaving_out(path):
-                name, stem = os.path.relpath(path, root).replace(os.sep, "/"), os.path.splitext(path)[0]
+                caption, tables, spans = find_captions(path, group, rows, s)
+                name = os.path.relpath(path, root).replace(os.sep, "/")
                 if printable(path) != path:
                     raise hdm.UserError("name is not UTF-8")
-                keys = [path, stem]
-                if stems[os.path.basename(stem)] == 1:  # then a row may omit its image's folder
-                    keys += [os.path.join(root, os.path.basename(key)) for key in keys]
-                row = next((key for key in keys if key in rows), None)
-                used.add(row)
-                caption, table = rows.get(row, ("", ""))
-                ends = [end for end in order
-                        if stem + end in files and not (stem + end).endswith(sidecar)][:not table]
-                ends += [sidecar] * (stem + sidecar in files)
-                if not table and (given or not ends):
+                if not tables and (given or not spans):
                     raise hdm.UserError("not in the table" if given else "no caption")
-                spans = {end: files[stem + end][1] for end in ends}
-                texts = {table, *(span[0] for span in spans.values())} - {"", file}  # a tar may hold them
+                texts = {*tables, *(span[0] for span in spans.values())} - {file}  # a tar may hold them
                 texts = tuple(sorted(texts))
                 stamp = stamp_of(file, *texts, key=(name, file, texts))
                 if (picture := known(stamp)) is None:
                     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
                     caption, lines = read_texts(caption, spans, s)
                     with open_at(file, offset, length) as stream:
-                        sides = measure_image(stream, length, s.verify)
-                    picture = Picture(name, file, texts, caption, offset, length, *sides, weight, stamp,
-                                      stamp_of(file), lines, number, place)
+                        length = length or stream.seek(0, 2)  # of a parquet's image it is known only now
+                        stream.seek(0)
+                        width, height, colours = measure_image(stream, length, s.verify)
+                    picture = Picture(name, file, texts, caption, offset, length, width, height, weight, stamp,
+                                      stamp_of(file), lines, number, place, colours)
                 if kind := refusal(picture, s):
                     raise hdm.UserError(kind)
                 if picture.colours == 2:
                     report.add("kept: broken colour profile", path)
                 kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
-                how = " and ".join([os.path.basename(table)] * bool(table) + ends)
-                counts[how + " in a tar" * (file != path) + (f" in {kohya[0]}" if kohya else "")] += 1
+                how = " and ".join([*sorted(map(os.path.basename, tables)), *spans])
+                counts[how + " in a tar" * (file != path and not file.lower().endswith(".parquet"))
+                       + (f" in {kohya[0]}" if kohya else "")] += 1
                 yield picture._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
-    for key in rows.keys() - used:
-        report.add("row without an image", f"{rows[key][1]}: {os.path.relpath(key, root)}")
+        with report.leaving_out(root):
+            for kind, path in group.rest():
+                report.add(kind, path)
+    for name, row in rows.items():
+        if not row.used:
+            report.add("row without an image", f"{row.tables[0]}: {os.path.relpath(name, root)}")
     how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
     print(printable(f"images: {how} in {source}"))
 
@@ -470,6 +756,7 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
 RECORD = np.dtype([(name, "<f8" if name in ("weight", "place") else "<u8")
                    for name in (*Picture._fields[4:], "text", "bytes")])
+RECORD_4 = np.dtype([(name, kind) for name, kind in RECORD.descr if name != "colours"])   # of format 4
 
 
 class Index:
@@ -482,8 +769,9 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            assert about["format"] == 5, "of another format"
-            records = np.memmap(Path(folder, "records.bin"), RECORD, "r").view(np.ndarray)
+            kind = {4: RECORD_4, 5: RECORD}.get(about["format"])
+            assert kind, "of another format"
+            records = np.memmap(Path(folder, "records.bin"), kind, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
             assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
         return cls(records, text, about, folder)
@@ -521,7 +809,7 @@ class Index:
         name, file, texts, _, offset, length, *_ = picture = self[i]
         with hdm.naming(file if file.endswith(name) else f"{file}: {name}", "not a whole picture"):
             if offset and stamp_of(file) != picture.image:   # what lies there now may be another picture
-                raise hdm.UserError(f"{file}: {name}: the tar has changed since it was indexed")
+                raise hdm.UserError(f"{file}: {name}: the file has changed since it was indexed")
             with open_at(file, offset, length) as stream:
                 return torch.from_numpy(np.array(hdm.load_image(stream, side))).permute(2, 0, 1)
 
@@ -541,7 +829,7 @@ def refusal(picture, s):
 def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
-    options = [s.caption, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
+    options = [s.caption, s.name_column, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
     same = old and old.about["options"] == options
     stamps, numbers = np.unique(old.records["stamp"] if same else np.zeros(0, "<u8"), return_index=True)
     def known(stamp):
@@ -561,7 +849,7 @@ def build_index(sources, s, folder=None, old=None):
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
     for kind, entry in sorted(report.items()):
         what = kind if kind.startswith("kept: ") else f"left out: {kind}"
-        print(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}")
+        print(printable(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}"))
     records = np.frombuffer(raw.getbuffer(), RECORD)
     if several := (records["lines"] > 1).sum():
         print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
@@ -602,8 +890,8 @@ def latents_folder(data, index, vae, image_size):
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
-    if (converted := index.records["colours"] == 1).any():   # others are as before profiles were read
-        digest.update(converted.tobytes())
+    if "colours" in index.records.dtype.names and (converted := index.records["colours"] == 1).any():
+        digest.update(converted.tobytes())       # others are as before profiles were read
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
 

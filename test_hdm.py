@@ -2270,7 +2270,7 @@ PNG = image_bytes()
 def test_a_tree_of_images_with_captions_beside_them(tmp_path, kind, suffix, capsys):
     picture = image_bytes(kind)
     write_files(tmp_path, {f"a.{suffix}": picture, "a.txt": "one", f"d/e/b.{suffix}": picture,
-                           "d/e/b.CAPTION": "two", "readme.md": "x", "orphan.txt": "x"})
+                           "d/e/b.CAPTION": "two"})
     assert scanned(tmp_path, verify=True) == ({f"a.{suffix}": "one", f"d/e/b.{suffix}": "two"}, {})
     line = f"images: 1 with .txt, 1 with .caption in {tmp_path}"
     assert line in capsys.readouterr().out
@@ -2290,7 +2290,8 @@ def test_links_may_loop(tmp_path):
                      ("data/c", "b")):
         os.symlink(to, tmp_path / link)
     found, report = scanned(tmp_path / "data")
-    assert found == {"z/a.png": "a", "z/loop/other/b.png": "b"} and report == {}       # each once
+    assert found == {"z/a.png": "a", "z/loop/other/b.png": "b"}  # each once
+    assert report == {"not a plain file": 1}
 
 
 def test_kohyas_repeats(tmp_path, capsys):
@@ -2311,7 +2312,8 @@ def test_hugging_face_imagefolders(tmp_path):
                            "t/metadata.csv": (tmp_path / "n.csv").read_bytes(),
                            "t/c.png": PNG, "t/d.png": PNG, "t/a.png": PNG})
     assert scanned(tmp_path) == ({"a.png": "one", "s/b.png": f"x{hdm.OR}y", "t/c.png": 'four, "4" lines'},
-                                  {"no caption": 1, "empty caption": 1, "row without an image": 1})
+                                  {"no caption": 1, "empty caption": 1, "row without an image": 1,
+                                   "table or json that is no source": 1})
 
 
 def test_json_beside_an_image(tmp_path):
@@ -2343,10 +2345,13 @@ def test_tars_as_img2dataset_writes_them(tmp_path, form):
     shard = tar_bytes([("0.jpg", image_bytes("JPEG", (5, 7))), ("0.txt", "one"),
                        ("0.json", '{"caption": "no"}'), ("./1.json", '{"caption": "two"}'),
                        ("./1.png", PNG), ("2.webp", image_bytes("WEBP")), *far], format=form)
-    write_files(tmp_path, {"t/00000.tar": shard, "t/00000_stats.json": "{}", "t/00000.parquet": "PAR1"})
+    write_files(tmp_path, {"t/00000.tar": shard, "t/00000_stats.json": "{}"})
     want = {"00000.tar/0.jpg": "one", "00000.tar/1.png": "two"}
     want |= {f"00000.tar/{long}.png": "ü"} if form != tarfile.USTAR_FORMAT else {}
-    assert scanned(tmp_path / "t") == scanned(tmp_path / "t/00000.tar") == (want, {"no caption": 1})
+    extra = {"no caption": 1, "extra caption file": 1}
+    assert scanned(tmp_path / "t/00000.tar") == (want, extra)
+    extra["table or json that is no source"] = 1             # the statistics
+    assert scanned(tmp_path / "t") == (want, extra)
     assert scanned(tmp_path)[0] == {f"t/{name}": text for name, text in want.items()}
 
 
@@ -2371,21 +2376,228 @@ def test_tables_with_a_template(tmp_path, end):
         writer.writerows(rows)
     table = (tmp_path / "t").read_text()
     text = {"jsonl": "\n".join(map(json.dumps, rows)), "json": json.dumps(rows)}.get(end, table)
+    (tmp_path / "t").unlink()
     write_files(tmp_path, {f"t.{end}": text, "img/7.png": PNG, "img/8.png": PNG, "img/9.png": PNG,
-                           "8.txt": "x"})
+                           "img/8.txt": "x"})
     found, report = scanned(tmp_path / f"t.{end}", caption="{characters} $$ {artist} ||| {tags}")
     assert found == {"img/7.png": "miku $$ rin $$ a_b ||| x_y $$ z",
                      "img/8.png": "$$ {tags} ||| long hair $$ z"}
-    assert report == {"not in the table": 1}
+    assert report == {"not in the table": 1, "extra caption file": 1}
     with pytest.raises(hdm.UserError, match="artits"):
         scanned(tmp_path / f"t.{end}", caption="{artits}")
 
 
-def test_a_row_is_never_given_to_the_wrong_image(tmp_path):
-    rows = '{"id": 1, "text": "x"}\n{"file": "a\\\\2.png", "text": "y"}'
-    write_files(tmp_path, {"t.jsonl": rows, "a/1.png": PNG, "b/1.png": PNG, "a/2.png": PNG, "b/2.png": PNG})
-    assert scanned(tmp_path / "t.jsonl") == ({"a/2.png": "y"},
-                                             {"not in the table": 3, "row without an image": 1})
+# Row 5 of a table, and whether it is broken whatever row 7 is.
+MALFORMED = [
+    ('5.png,"5', 1), ('5.png,"5 with ""quotes""', 1), ('5.png,5"', 0), ('5.png,"5" tall', 1),
+    ('5.png,"a "5" b"', 1), ('5.png,5, 5', 1), ('5.png,"5""', 1), ('"5.png,5', 1), ('"5.png",5"', 0),
+    ('5.png,"five\nlines, and\n""five""\r\nof them"', 0), ('5.png,"a 5"" screen"', 0), ('5.png,"5, 6\nand, 7, 8"', 0),
+    ('5.png,"', 1),
+    ('5.png,"two, and\nthree.png is far', 1), ('5.png,"1\n2\n\n\n3"', 0)]
+
+
+@pytest.mark.parametrize("late", ["own 7", "7 closes\"", "\"7\" opens", "7 \"has\" both\"", "\"7\n7\""])
+@pytest.mark.parametrize("form", ["file_name,text", "text,file_name", "file_name,text,score", "id,text"])
+def test_a_broken_row_of_a_csv_costs_no_other_row(tmp_path, form, late):
+    """Row 5 is broken or odd, and row 7 may be, too: each other row keeps its own caption."""
+    path = str(tmp_path / "t.csv")
+    for bad, broken in MALFORMED:
+        texts = [f"{i}.png,own {i}" for i in range(1, 10)]
+        texts[4], texts[6] = bad, f"7.png,{late}"
+        lines = [dict(zip(("file_name", "text"), line.split(",", 1)), score="0.5") for line in texts]
+        lines = [dict(line, id=line["file_name"].replace(".png", "")) for line in lines]
+        lines = [",".join(line[column] for column in form.split(",")) for line in lines]
+        write_files(tmp_path, {"t.csv": "\n".join([form, *lines])})
+        rows, report = prepare.Rows(), prepare.Report()
+        prepare.read_table(path, (path, 0, 0), prepare.DataSettings(), rows, report)
+        found = {os.path.basename(name).removesuffix(".png"): row.caption for name, row in rows.items()}
+        for i in (1, 2, 3, 4, 6, 8, 9):
+            assert found[str(i)] == f"own {i}", (bad, i, found)
+        assert "own" not in found.get("5", "") + found.get("7", "").replace("own 7", ""), (bad, found)
+        said = report.get("broken table row", {"paths": []})["paths"]
+        assert f"{path}, line 6" in said if broken else "5" in found, (bad, found, said)
+
+
+def test_a_quote_is_a_letter_in_a_tsv(tmp_path):
+    texts = ['"open', 'a 5" screen', '"both"', 'closed"', '""', 'a "b" c', '"']
+    rows = "".join(f"{i}\t{text}\n" for i, text in enumerate(texts))
+    write_files(tmp_path, {"t.tsv": "id\ttext\n" + rows, **{f"{i}.png": PNG for i in range(len(texts))}})
+    assert scanned(tmp_path / "t.tsv") == ({f"{i}.png": text for i, text in enumerate(texts)}, {})
+
+
+COMPOSED, SPLIT = "\u00e9", "e\u0301"            # one letter as Linux and Windows, and as a Mac write it
+# Rows of a table, {image: the caption that it must have, None: none at all}.
+NAMES = [
+    ([{"id": 1, "image": "cat.jpg", "text": "cat"}], {"1.jpg": None, "cat.jpg": "cat"}),
+    *(([{"id": 1, column: "cat.jpg", "text": "cat"}], {"1.jpg": None, "cat.jpg": "cat"})
+      for column in prepare.FILE_COLUMNS),
+    ([{"id": 1, "image": "gone.jpg", "text": "x"}, {"id": 2, "file": None, "text": "y"},
+      {"id": 3, "text": "z"}], {"1.jpg": None, "2.jpg": None, "3.jpg": "z"}),
+    ([{"file": "a.jpg", "file_name": "b.jpg", "text": "x"}], {"a.jpg": None, "b.jpg": "x"}),
+    ([{"image": {"path": "b.jpg", "bytes": None}, "text": "x"}], {"b.jpg": "x"}),
+    ([{"image": {"path": None, "bytes": None}, "id": 1, "text": "x"}], {"1.jpg": None}),
+    ([{"file": "a.jpg", "text": "x"}], {"a.png": None, "a.jpg.png": None, "s/a.jpg": "x"}),
+    ([{"file": "s/a", "text": "x"}], {"a.png": None, "s/a.png": "x", "t/a.png": None}),
+    ([{"file": "a", "text": "x"}], {"a.png": "x", "s/a.png": None}),
+    ([{"file": "a", "text": "x"}], {"t/a.png": None, "s/a.png": None}),
+    ([{"id": 1, "text": "x"}, {"id": 1.0, "text": "y"}, {"id": 2.0, "text": "z"}],
+     {"1.jpg": {"x", "y"}, "2.jpg": "z"}),
+    ([{"id": "1.0", "text": "x"}, {"id": "0012", "text": "y"}],
+     {"s/1.jpg": "x", "12.jpg": "y", "0.jpg": None}),
+    ([{"id": 12, "text": "x"}, {"id": "0012", "text": "y"}],
+     {"12.jpg": "x", "0012.jpg": "y", "012.jpg": None}),
+    ([{"id": 12, "text": "x"}], {"12.jpg": "x", "0012.jpg": None, "s/0012.jpg": None}),
+    ([{"id": 12, "text": "x"}], {"s/0012.jpg": "x", "120.jpg": None}),
+    ([{"id": 12, "text": "x"}], {"t/0012.jpg": None, "s/012.jpg": None}),
+    ([{"file": "1.0.jpg", "text": "x"}], {"1.jpg": None, "1.0.jpg": "x"}),
+    ([{"file": "1.jpg", "text": "x"}, {"file": "1", "text": "y"}, {"file": "./1.jpg", "text": "z"},
+      {"file": "1.jpg", "text": "x"}], {"1.jpg": {"x", "y", "z"}}),
+    ([{"file": COMPOSED, "text": "x"}], {f"{SPLIT}.jpg": "x"}),
+    ([{"file": f"{SPLIT}.jpg", "text": "x"}], {f"s/{COMPOSED}.jpg": "x"}),
+    ([{"file": f"{SPLIT}.jpg", "text": "x"}, {"file": f"{COMPOSED}.jpg", "text": "y"}],
+     {f"{COMPOSED}.jpg": "y", f"{SPLIT}.jpg": "x"}),
+    ([{"file": f"{COMPOSED}.jpg", "text": "y"}], {f"{COMPOSED}.jpg": "y", f"{SPLIT}.jpg": None})]
+
+
+def test_a_row_is_for_the_image_that_it_names_and_no_other(tmp_path):
+    for i, (rows, want) in enumerate(NAMES):
+        folder = tmp_path / str(i)
+        write_files(folder, {**dict.fromkeys(want, PNG), "t.jsonl": "\n".join(map(json.dumps, rows))})
+        sources = [(folder / "t.jsonl", "")]
+        if not any("/" in name for name in want):            # a folder's own table, one of a tar's images
+            write_files(folder / "f", {**dict.fromkeys(want, PNG), "metadata.jsonl":
+                                       "\n".join(map(json.dumps, rows))})
+            write_files(folder / "g", {"x.tar": tar_bytes([(name, PNG) for name in want]),
+                                       "t.jsonl": "\n".join(map(json.dumps, rows))})
+            sources += [(folder / "f", ""), (folder / "g" / "t.jsonl", "x.tar/")]
+            sources = sources[1:]
+        for source, prefix in sources:
+            found = {name: set(text.split(hdm.OR)) for name, text in scanned(source)[0].items()}
+            assert found == {prefix + name: text if isinstance(text, set) else {text}
+                             for name, text in want.items() if text}, (source, rows)
+
+
+def test_name_column_names_the_column_of_names(tmp_path):
+    rows = [{"id": 1, "file": "2.png", "pic": "3.png", "text": "x"}]
+    write_files(tmp_path, {"t.jsonl": "\n".join(map(json.dumps, rows)), "metadata.csv": "md5,text\n4,y\n",
+                           **{f"{i}.png": PNG for i in range(1, 5)}})
+    assert scanned(tmp_path / "t.jsonl", name_column="pic")[0] == {"3.png": "x"}
+    assert scanned(tmp_path / "t.jsonl", name_column="id")[0] == {"1.png": "x"}
+    assert scanned(tmp_path, name_column="md5")[0] == {"4.png": "y"}
+    with pytest.raises(hdm.UserError, match="without a column pci"):
+        scanned(tmp_path / "t.jsonl", name_column="pci")
+    assert scanned(tmp_path, name_column="pci")[1]["table without a column pci"] == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hidden_and_system_files_are_no_data(tmp_path, packed):
+    hidden = [".cache/a.png", "._a.png", ".a.png", "__MACOSX/._a.png", "__macosx/a.png",
+              "s/.Trash-1000/a.png", "$RECYCLE.BIN/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png",
+              "lost+found/a.png", ".git/config",
+              ".ipynb_checkpoints/a-checkpoint.png", "System Volume Information/a.png", "s/Thumbs.db",
+              "s/desktop.ini", ".DS_Store", "#recycle/a.png", ".hidden.tar"]
+    files = dict.fromkeys(hidden, PNG)
+    files |= {f"{name[:-4]}.txt": "x" for name in hidden if name.endswith(".png")}
+    files |= {".metadata/metadata.jsonl": '{"file_name": "../a.png", "text": "no"}', "metadata..png": PNG}
+    files |= {"metadata..txt": "x", "a.png": PNG, "a.txt": "x"}
+    files = {"x.tar": tar_bytes(list(files.items()))} if packed else files
+    write_files(tmp_path / ".local" / ".data", files)        # that the user names
+    found, report = scanned(tmp_path / ".local" / ".data")
+    assert found == {"x.tar/" * packed + name: "x" for name in ("a.png", "metadata..png")}
+    assert report.keys() == {"hidden or system file"}
+    if not packed:                                           # folders count once
+        assert report["hidden or system file"] == 20
+        write_files(tmp_path, {".t.csv": "id,text\nb,y", "b.png": PNG,
+                               ".x.tar": tar_bytes([("a.png", PNG), ("a.txt", "x")])})
+        assert scanned(tmp_path / ".t.csv")[0] == {"b.png": "y"}
+        assert scanned(tmp_path / ".x.tar")[0] == {".x.tar/a.png": "x"}
+
+
+# Files beside 7.jpg, its caption.
+BESIDE = [({"7.jpg.txt": "x"}, "x"), ({"7.jpg.caption": "x"}, "x"), ({"7.jpg.txt": "y", "7.txt": "x"}, "x"),
+          ({"7.jpg.txt": "one\ntwo"}, "one two"), ({"7.jpg.json": '{"tags": ["x", "y z"]}'}, "x $$ y z"),
+          ({"7.jpg.json": '"x"', "7.json": '"y"', "7.jpg.txt": "z"}, "z"), ({"7.JPG.txt": "x"}, None),
+          ({"7.png": PNG, "7.png.txt": "y", "7.jpg.txt": "x"}, "x"),
+          ({"7.jpg.png": PNG, "7.jpg.txt": "y"}, None)]
+SHAPES = [('"x, y"', "x, y"), ('["x y", "z"]', "x y $$ z"), ('{"tags": "x_y z"}', "x_y $$ z"),
+          ('{"tags": {"general": ["x", "y z"], "character": ["w"]}}', "x $$ y z $$ w"),
+          ('{"tags": {"general": "x y", "artist": []}}', "x $$ y"),
+          ('{"tag_string": "x y", "tag_string_general": "x", "tag_count": 2}', "x $$ y"),
+          ('{"id": 5, "tag_string_general": "x y", "tag_string_artist": "z", "tag_count_general": 2}',
+           "x $$ y $$ z"), ('{"tags_general": ["x", "y z"], "tags_artist": ["w"]}', "x $$ y z $$ w"),
+          ('{"id": 5, "caption": "x", "tags": ["y"]}', "x"), ('{"caption": ["x", "y"]}', f"x{hdm.OR}y")]
+OTHER_SHAPES = [('{"id": 5, "score": 1, "url": "x", "z": 3}', "keys id, score, url"), ("{}", "none"),
+                ("5", "no text"), ("null", "no text"), ('[{"name": "x"}]', "no text"),
+                ('{"tag_count": 5}', "keys tag_count")]
+
+
+def test_files_beside_an_image(tmp_path):
+    for i, (files, want) in enumerate([*BESIDE, *(({"7.jpg.json": shape}, want) for shape, want in SHAPES)]):
+        for name in ("disk", "x.tar"):
+            packed = {"x.tar": tar_bytes([("7.jpg", PNG), *files.items()])}
+            write_files(tmp_path / f"{i} {name}", {"7.jpg": PNG, **files} if name == "disk" else packed)
+            found, _ = scanned(tmp_path / f"{i} {name}")
+            assert found.get("7.jpg" if name == "disk" else "x.tar/7.jpg") == want, files
+    for shape, kind in OTHER_SHAPES:
+        write_files(tmp_path / "other", {"7.jpg": PNG, "7.json": shape})
+        found, report = scanned(tmp_path / "other")
+        assert not found and re.fullmatch(f"json .*without a caption: .*{kind}.*", *report)
+    for shape, want in SHAPES[2:]:                           # in a table's row they are the same
+        row = {"file": "7.jpg"} | json.loads(shape)
+        write_files(tmp_path / "rows", {"7.jpg": PNG, "t.jsonl": json.dumps(row)})
+        assert scanned(tmp_path / "rows" / "t.jsonl")[0] == {"7.jpg": want}
+
+
+def test_names_beside_an_image_are_compared_composed(tmp_path):
+    files = {f"{SPLIT}.jpg": PNG, f"{COMPOSED}.txt": "x",
+             f"{COMPOSED}2.jpg": PNG, f"{SPLIT}2.jpg.json": '"y"'}
+    both = {f"{SPLIT}.jpg": PNG, f"{COMPOSED}.jpg": PNG, f"{COMPOSED}.txt": "x"}
+    write_files(tmp_path, {f"{name}{end}": data for some, name in ((files, "a/"), (both, "b/"))
+                           for end, data in some.items()} | {"x.tar": tar_bytes([*files.items()])})
+    found = {f"{SPLIT}.jpg": "x", f"{COMPOSED}2.jpg": "y"}
+    want = {f"a/{name}": text for name, text in found.items()} | {f"b/{COMPOSED}.jpg": "x"}
+    want |= {f"x.tar/{name}": text for name, text in found.items()}
+    assert scanned(tmp_path) == (want, {"no caption": 1})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_passed_over_is_told_by_its_kind(tmp_path, packed):
+    unknown = dict(zip(("a", "b.image", "c.bin", "d.tmp", "e.x"), map(image_bytes, (
+        "PNG", "JPEG", "GIF", "WEBP", "BMP"))))
+    kinds = {"image without a known suffix": unknown, "extra caption file": ["x.json", "x.png.txt"],
+             "caption without an image": ["f.txt", "g.caption", "a.txt"],
+             "table or json that is no source": ["posts.jsonl", "stats.json", "t.csv", "t.tsv"],
+             "archive not read": ["h.tar.gz", "h.tgz", "h.zip", "j.ZIP", "h.7z", "h.rar", "h.arrow"],
+             "format not read": ["i.heic", "i.TIFF", "i.svg", "i.psd"],
+             "not an image": ["README.md", "film.mp4", "Makefile", "latents.npz"]}
+    files = {"x.png": PNG, "y.jpe": image_bytes("JPEG"), "z.jfif": PNG}
+    files |= {f"{name}.txt": name for name in "xyz"}
+    for names in kinds.values():
+        files |= names if isinstance(names, dict) else dict.fromkeys(names, "x")
+    if packed:
+        kinds["archive not read"] += ["in.tar", "in.parquet"]
+        files |= {"in.tar": "x", "in.parquet": "x"}
+    write_files(tmp_path, {"x.tar": tar_bytes(list(files.items()))} if packed else files)
+    found, report = scanned(tmp_path)
+    assert list(found.values()) == ["x", "y", "z"] and report == {kind: len(kinds[kind]) for kind in kinds}
+
+
+def test_cocos_captions(tmp_path):
+    images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in (7, 8)]
+    notes = [{"id": 1, "image_id": 7, "caption": "x"}, {"id": 7, "image_id": 8, "caption": "y\n"},
+             {"id": 2, "image_id": 7, "caption": "z"}, {"id": 8, "image_id": 9, "caption": "none"}]
+    others = [{"id": 7, "image_id": 8, "bbox": [0, 0, 1, 1], "category_id": 3}]
+    for name, some in (("captions", notes), ("instances", others), ("image_info", None)):
+        table = {"images": images, "annotations": some} if some else {"images": images}
+        write_files(tmp_path / "annotations", {f"{name}_val.json": json.dumps(table)})
+    write_files(tmp_path / "val", {f"{i:012d}.jpg": image_bytes("JPEG") for i in (7, 8)})
+    found, report = scanned(tmp_path / "annotations" / "captions_val.json")
+    assert found == {"val/000000000007.jpg": f"x{hdm.OR}z", "val/000000000008.jpg": "y"}
+    assert report == {"row without a file_name, path or id": 1,
+                      "table or json that is no source": 2}
+    for name, words in ("instances", "with bbox, category_id"), ("image_info", "list of images"):
+        with pytest.raises(hdm.UserError, match=f"{name}_val.json.*without captions.*{words}"):
+            scanned(tmp_path / "annotations" / f"{name}_val.json")
 
 
 def test_broken_rows_of_tables_are_counted(tmp_path):
@@ -2395,9 +2607,9 @@ def test_broken_rows_of_tables_are_counted(tmp_path):
     write_files(tmp_path, {"metadata.csv": bad, "metadata.jsonl": rows, "metal.json": "5",
                            "meta.json": "{", **{f"{letter}.png": PNG for letter in "abcdef"}})
     found, report = scanned(tmp_path)
-    assert found == {"b.png": "good, b", "f.png": "café"}
-    assert report == {"broken table row": 3, "unreadable": 4, "duplicate name": 1,
-                      "row without a file_name, path or id": 1, "no caption": 3, "caption is not UTF-8": 1}
+    assert found == {"b.png": f"good, b{hdm.OR}again", "d.png": "x", "f.png": "café"}
+    assert report == {"broken table row": 6, "unreadable": 1, "row without a file_name, path or id": 1,
+                      "no caption": 2, "caption is not UTF-8": 1}
 
 
 def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
@@ -2506,19 +2718,19 @@ def corpus():
             (b"x" * 2 ** 20, ""), ("🐈 猫 \u202e".encode(), ""), (b"a\nb", ""),
             (b'{"a": "', ""), (b"{tags} {0} %s %(x)s", "")]):
         yield f"caption {i}.png", PNG, text, verdict
-    for name in ("new\nline", "quo'te\"", "🐈", " space ", "-rf", "a.b.c", "$HOME;`x`", "%s{0}", "..x",
+    for name in ("new\nline", "quo'te\"", "🐈", " space ", "-rf", "a.b.c", "$HOME;`x`", "%s{0}", "x..",
                  "x" * 240, "a\\b", "cafe\u0301", "tab\t", "#?&=", "CON"):
         yield name + ".png", PNG, b"x", ""
     yield b"bytes \xff\xfe.png", PNG, b"x", "name is not UTF-8"
     yield b"folder \xff/a.png", PNG, b"x", "name is not UTF-8"
     for i, (row, verdict) in enumerate([
             ('{"caption": "x"}', ""), ("{", "unreadable"),
-            ("[]", "empty caption"), ("{}", "empty caption"),
+            ("[]", "empty caption"), ("{}", "json or row without a caption: keys (none)"),
             ('{"text": null}', "empty caption"), ('{"caption": "\\ud800"}', "caption is not UTF-8"),
             ('{"text": {}}', "empty caption"), ("[" * 100000, "unreadable"),
             ('{"text": NaN}', "empty caption"), ('{"caption": "\\u0000"}', "caption is not UTF-8"),
             ('{"text": ["", "b"]}', ""), ('{"text": ' + "9" * 5000 + "}", "unreadable"),
-            ('"x"', "empty caption")]):
+            ('"x"', "")]):
         yield f"row {i}.png", PNG, {".json": row}, verdict
 
 
@@ -2561,10 +2773,10 @@ def test_each_broken_or_odd_file_gets_its_verdict(tmp_path, verify):
                        ("caption fifo.txt", os.mkfifo),
                        ("linked.png", lambda path: os.symlink("a.b.c.png", path))):
         make(tmp_path / name)
-        write_files(tmp_path, {} if name.endswith(".txt") else {name[:-4] + ".txt": "x"})
         verdicts[name] = "" if name == "linked.png" else "not a plain file"
-    cut = tar_bytes([("a.png", PNG), ("a.txt", "x"), ("b.txt", "x"), ("b.png", PNG)])[:3600]
-    write_files(tmp_path, {"a folder.png/a.png": PNG, "a folder.png/a.txt": "x", "row 3.txt/x": "x",
+    write_files(tmp_path, {"linked.txt": "x"})
+    cut = tar_bytes([("a.png", PNG), ("a.txt", "x"), ("b.png", PNG), ("b.txt", "x")])[:2500]
+    write_files(tmp_path, {"a folder.png/a.png": PNG, "a folder.png/a.txt": "x",
                            "caption fifo.png": PNG, "corpus.tar": tar_bytes(members),
                            "cut.tar": cut, "no.tar": "no tar"})
     verdicts |= {"a folder.png/a.png": "", "caption fifo.png": "no caption", "cut.tar/a.png": "",
@@ -2701,13 +2913,13 @@ def test_what_may_not_be_read_is_counted(tmp_path, monkeypatch):
 def test_a_source_of_any_name(tmp_path):
     folder = os.path.join(tmp_path, "\udcff\n")
     write_files(folder, {"meta\udcfe.json": '{"a": {"text": "x"}}', "a.png": PNG})
-    assert scanned(folder) == ({}, {"name is not UTF-8": 1, "row without an image": 1})
+    assert scanned(folder) == ({}, {"name is not UTF-8": 1})
 
 
 def test_a_table_of_a_tars_images(tmp_path):
     write_files(tmp_path, {"t.jsonl": '{"id": 1, "text": "x"}',
                            "0.tar": tar_bytes([("1.png", PNG), ("1.txt", "y")])})
-    assert scanned(tmp_path / "t.jsonl") == ({"0.tar/1.png": "x"}, {})
+    assert scanned(tmp_path / "t.jsonl") == ({"0.tar/1.png": "x"}, {"extra caption file": 1})
 
 
 def test_odd_tars_are_read_as_far_as_they_go(tmp_path):
@@ -2729,7 +2941,8 @@ def test_odd_tars_are_read_as_far_as_they_go(tmp_path):
             tar.addfile(text, io.BytesIO(b"x"))
     found, report = scanned(tmp_path)
     assert found == {"z.tar/a.png": "x", "z.tar/b.png": "x", "bad.tar/a.png": "x"}
-    assert report == {"not a plain file": 5, "duplicate name": 4, "zero bytes": 1, "tar cut short": 3}
+    assert report == {"not a plain file": 4, "duplicate name": 4, "zero bytes": 1, "tar cut short": 3,
+                      "caption without an image": 4}
 
 
 def test_flipped_bytes_never_crash(tmp_path):
@@ -3004,6 +3217,87 @@ def test_a_held_out_picture_that_cannot_be_read_is_told(place, tmp_path, capsys)
     assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
 
 
+def parquet_bytes(columns, rows_in_a_group=3):
+    """A parquet file of {column: values}, in small row groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), file, row_group_size=rows_in_a_group)
+    return file.getvalue()
+
+
+def test_parquet_is_read_in_place_by_row(place, vae_folder, tmp_path, capsys, monkeypatch):
+    """As Hugging Face exports it: the same images and captions as in a folder, and an update opens none."""
+    folder = prepare.open_index(place / "data")
+    images = [Path(folder[i].file).read_bytes() for i in range(len(folder))]
+    captions = [folder[i].caption for i in range(len(folder))]
+    for shard, part in enumerate((slice(0, 10), slice(10, None))):
+        cells = [{"bytes": data, "path": "cat.jpg"} for data in images[part]]
+        write_files(tmp_path / "hf" / "data", {f"train-0000{shard}-of-00002.parquet": parquet_bytes(
+            {"image": cells, "id": [1.0] * len(cells), "text": captions[part]})})
+    index = indexed(tmp_path / "index", tmp_path / "hf", "--verify")
+    assert len(index) == len(folder) and not any(index.changed(i) for i in range(len(index)))
+    for i, name in enumerate(names(index)):
+        shard, row = re.fullmatch(r"data/train-0000(\d)-of-00002.parquet/(\d{6})", name).groups()
+        other = 10 * int(shard) + int(row)
+        assert torch.equal(index.read(i, 16), folder.read(other, 16)) and index[i].caption == captions[other]
+        assert index[i].length == len(images[other])
+    train_tiny(place, tmp_path / "run", data=tmp_path / "index", images=16, workers=1)
+    prepare.main([str(tmp_path / "index"), "--latents", "--image_size=16", f"--vae={vae_folder}"])
+
+    def refuse(*args):
+        raise AssertionError("an update opens no image")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "read_row_group", refuse)
+        again = indexed(tmp_path / "index", tmp_path / "hf", "--verify")
+    assert (again.records == index.records).all()
+    one = tmp_path / "hf" / "data" / "train-00001-of-00002.parquet"
+    found = scan(one)
+    assert [one.name for one in found] == [f"train-00001-of-00002.parquet/{i:06d}" for i in range(14)]
+    os.utime(one, (1, 1))
+    i = next(i for i, name in enumerate(names(index)) if "00001-of" in name)
+    assert "changed since it was indexed" in one_line(lambda: index.read(i)) and index.changed(i)
+
+
+def test_each_kind_of_parquet(tmp_path, monkeypatch):
+    cells = [{"bytes": PNG, "path": None}, {"bytes": b"", "path": None}, {"bytes": None, "path": "b.png"},
+             {"bytes": PNG, "path": None}]
+    texts = [["x", "y"], ["z"], ["w"], None]
+    kinds = {
+        "struct": {"image": cells, "file_name": ["a.png"] * 4, "caption": texts},
+        "plain": {"md5": [b"1"] * 4, "image": [cell["bytes"] for cell in cells], "text": ["x", "", "", ""]},
+        "names": {"image": [{"bytes": None, "path": f"{name}.png"} for name in "abcd"], "text": [*"xyzw"]},
+        "file_name": {"file_name": ["a.png", "b", None, "c.png"], "tags": [["x", "y z"], ["w"], [], []]},
+        "alone": {"image": [{"bytes": PNG, "path": "a.png"}]},
+        "ids": {"id": [1.0, 2.0], "text": ["x", "y"]}, "none": {"url": ["x"], "caption": ["y"]}}
+    for kind, columns in kinds.items():
+        write_files(tmp_path / kind, {f"{kind}.parquet": parquet_bytes(columns), "a.png": PNG, "b.png": PNG,
+                                      "1.png": PNG})
+    results = {
+        "struct": {"struct.parquet/000000": f"x{hdm.OR}y"}, "plain": {"plain.parquet/000000": "x"},
+        "names": {"a.png": "x", "b.png": "y"}, "file_name": {"a.png": "x $$ y z", "b.png": "w"},
+        "ids": {"1.png": "x"}, "none": {}, "alone": {}}
+    for kind, want in results.items():
+        for source in tmp_path / kind, tmp_path / kind / f"{kind}.parquet":
+            found = scan(source, report := prepare.Report())
+            assert {one.name: one.caption for one in found} == want, (source, report)
+    assert report["no caption"]["count"] == 1                # of alone.parquet
+    scan(tmp_path / "struct" / "struct.parquet", report := prepare.Report())
+    assert {kind: entry["count"] for kind, entry in report.items()} == {"zero bytes": 2, "empty caption": 1}
+    write_files(tmp_path / "bad", {"bad.parquet": "PAR1", "a.png": PNG, "a.txt": "x"})
+    assert scanned(tmp_path / "bad") == ({"a.png": "x"}, {"unreadable": 1})
+    assert "bad.parquet: not a table" in one_line(lambda: scan(tmp_path / "bad" / "bad.parquet"))
+
+
+def test_parquet_without_pyarrow_names_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    write_files(tmp_path, {"x.parquet": "x", "a.png": PNG, "a.txt": "x"})
+    found, report = scanned(tmp_path)
+    assert found == {"a.png": "x"} and any("pip install pyarrow" in kind for kind in report)
+    assert "pip install pyarrow" in one_line(lambda: scan(tmp_path / "x.parquet"))
+
+
 def test_a_caption_that_is_gone_or_changed_costs_no_picture(place, vae_folder, tmp_path, capsys):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(place / "data", arcname=".")
@@ -3023,11 +3317,12 @@ def test_what_is_not_read_is_told_too(tmp_path):
     write_files(tmp_path, {"a.heic": "x", "b.TIF": "x", "c.png": PNG, "c.txt": "x", "metadata.jsonl":
                            '{"file_name": "c.png", "text": "t", "stage": "late age", "tag_string": "x y"}'})
     write_files(tmp_path / "900_0", {"t.tar": tar_bytes([("c.png", PNG), ("c.txt", "x")])})
-    assert scanned(tmp_path)[1] == {"format not read": 2}
+    assert scanned(tmp_path)[1] == {"format not read": 2, "extra caption file": 1}
     found, report = scanned(tmp_path, caption="{stage} ||| {tag_string}")
     assert found["c.png"] == "late age ||| x $$ y"
     found, report = scanned(tmp_path, caption="{txet}")      # of which no table knows
-    assert found["c.png"] == "x" and report == {"format not read": 2, "table without a column txet": 1}
+    assert found["c.png"] == "x" and report.pop("table without a column txet") == 1
+    assert report == {"format not read": 2, "json or row without a caption: keys file_name, text, stage": 1}
     assert {one.name: one.weight for one in scan(tmp_path)} == {"c.png": 1.0, "900_0/t.tar/c.png": 1.0}
 
 
