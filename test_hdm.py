@@ -3379,6 +3379,17 @@ def test_an_index_is_read_as_the_folder_is(place, tmp_path):
     assert len(pickle.dumps(index)) < 500                    # loader processes get its path alone
 
 
+def test_an_index_of_before_colour_profiles_is_read(place, tmp_path):
+    prepare.main([str(place / "data"), f"--out={tmp_path / 'index'}"])
+    index, about = prepare.open_index(tmp_path / "index"), tmp_path / "index" / "index.json"
+    images = [index[i] for i in range(len(index))]
+    old = index.records[[name for name in index.records.dtype.names if name != "colours"]]
+    old.astype(prepare.RECORD_4).tofile(tmp_path / "index" / "records.bin")
+    about.write_text(json.dumps(json.loads(about.read_text()) | dict(format=4)))
+    index = prepare.open_index(tmp_path / "index")
+    assert [index[i] for i in range(len(index))] == images
+
+
 def test_a_tar_is_read_as_the_folder_is(place, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(place / "data", arcname=".")
