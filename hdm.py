@@ -1547,8 +1547,8 @@ def check_name(where, name, known, what="option"):
 
 
 def warn_idle(given, calls, rules):
-    """Warns of each setting that was given, {name: value}, and can have no effect in any of these calls, which
-    are objects of all settings; rules: [(names, whether they have none in a call, why)]."""
+    """Warns of each setting that was given, {name: value}, and has no effect in any of calls, objects of all
+    settings; rules: [(names, whether they have none in a call, why)]."""
     for names, idle, why in rules:
         for name in names.split():
             if given.get(name, "") != "" and given[name] is not False and all(map(idle, calls)):

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import hdm
 from prepare import Latents, latents_folder, open_at, open_index, shard
-from sample import gather, generate, image_grid
+from sample import Picture, gather, generate, image_grid, prompt_line
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
@@ -154,8 +154,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
     ("preview_prompts", lambda s: not s.sample_every, "with --sample_every=0"),
     ("eval_every", lambda s: s.eval_every and not s.validation, "with --validation=0"),
-    ("milestone_every", lambda s: not s.save_every, "with --save_every=0"),
-    ("text_lengths", lambda s: s.text_lengths > s.text_length, "above --text_length")]
+    ("milestone_every", lambda s: not s.save_every, "with --save_every=0")]
 
 
 def read_settings(argv, ranks=1):
@@ -401,7 +400,7 @@ def open_schedule(s, state):
                     for one in (old, s))                     # steps are never cut
     was, now = (f"{lr:.4g}" for lr in (lr_at(seen, old, old_warmup, old_end), lr_at(seen, s, warmup, end)))
     if was != now or s.images != old.images:
-        print(f"resume: lr at {seen:,} images {was} -> {now}")
+        print(f"lr at this point, {seen:,} images: {was} -> {now}")
     if warmup > end and not s.bench:
         print(f"warning: --warmup={s.warmup}, {warmup:,} images: the run ends before its peak, at {end:,}")
     return warmup, end
@@ -571,7 +570,8 @@ def open_log(out_dir, s, config, start, run_id):
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
+        raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there (if none is, remove "
+                            f"{out_dir / 'lock'})") from error
     except (NotImplementedError, OSError) as error:          # of some network file systems
         print(f"warning: {out_dir} cannot be locked ({hdm.first_line(error)}): start no second run there")
     shutil.rmtree(out_dir / "partial_ckpt", ignore_errors=True)     # of a run that was killed while saving
@@ -596,6 +596,10 @@ def read_prompts(file):
     with hdm.naming(f"--preview_prompts={file}", "no readable file of one prompt a line"):
         lines = [line.strip() for line in Path(file).read_bytes().decode("utf-8-sig").split("\n")]
     prompts = [line for line in lines if line and not line.startswith("#")]
+    for line in prompts:
+        if prompt_line(line, Picture()).prompt != line:
+            raise hdm.UserError(f"--preview_prompts={file}: {line!r}: a line holds no settings here, "
+                                f"all have --sample_steps and --sample_cfg")
     if not prompts:
         raise hdm.UserError(f"--preview_prompts={file}: no prompt in it")
     return prompts
