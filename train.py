@@ -167,6 +167,8 @@ def read_settings(argv, ranks=1):
     if flags.get("images"):
         config.pop("epochs", None)
     given = config | flags
+    if given.get("epochs"):
+        given.pop("images", None)                            # open_data counts them
     s = Settings(**{name: given[name] for name in given if hasattr(Settings, name)})
     for name, value in vars(s).items():
         least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
