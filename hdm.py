@@ -26,6 +26,7 @@ Time runs from t = 0 (data) to t = 1 (pure noise).
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import inspect
@@ -1676,11 +1677,64 @@ def setting_value(where, value, kind):
     raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
 
 
+# What settings are called by diffusers' scripts, kohya's, AUTOMATIC1111 and their like; after a colon, how
+# ours differ. Each program suggests its own settings alone.
+NEIGHBOURS = dict(
+    lr="learning_rate learn_rate unet_lr base_lr", schedule="lr_scheduler lr_schedule",
+    warmup="lr_warmup_steps warmup_steps", clip="max_grad_norm gradient_clip gradient_clip_val",
+    weight_decay="adam_weight_decay", beta1="adam_beta1", beta2="adam_beta2",
+    ema="use_ema ema_decay: the decay, a number",
+    epochs="num_train_epochs max_train_epochs max_epochs num_epochs",
+    images="max_train_steps num_train_steps train_steps total_steps: steps x global_batch, the length of run "
+           "and schedule; max_steps stops early and leaves the schedule as it is",
+    batch_size="train_batch_size", checkpointing="gradient_checkpointing",
+    global_batch="gradient_accumulation_steps accumulate_grad_batches: images of one optimiser step, "
+                 "batch_size x processes x accumulation",
+    dtype="mixed_precision precision fp16 bf16: float32, bfloat16 or float16", log="report_to log_with",
+    workers="num_workers dataloader_num_workers max_data_loader_n_workers",
+    data="train_data_dir instance_data_dir data_dir dataset_name dataset", image_size="resolution",
+    text_length="max_token_length max_sequence_length", latents="cache_latents",
+    vae="vae_path pretrained_vae_model_name_or_path", out_dir="output_dir save_dir logging_dir",
+    out="output_dir outdir output save_dir", resume="resume_from_checkpoint",
+    init_from="pretrained_model_name_or_path pretrained_model model_path",
+    ckpt="pretrained_model_name_or_path model model_path checkpoint", log_every="logging_steps",
+    save_every="checkpointing_steps save_every_n_steps save_steps: in steps",
+    keep_ckpts="checkpoints_total_limit save_total_limit", eval_every="eval_steps: in steps",
+    sample_every="validation_steps validation_epochs sample_every_n_steps: in steps",
+    preview_prompts="validation_prompt validation_prompts sample_prompts num_validation_images: a file",
+    caption_dropout="caption_dropout_rate proportion_empty_prompts", tag_dropout="caption_tag_dropout_rate",
+    tag_separator="caption_separator", t_shift="flow_shift discrete_flow_shift timestep_shift",
+    caption="caption_column text_column", negative_prompt="negative neg_prompt n_prompt",
+    num_images="num_images_per_prompt n_samples batch_count n_iter num_samples", height="H",
+    width="resolution W", steps="num_inference_steps sampling_steps ddim_steps num_steps",
+    shift="flow_shift timestep_shift", cfg="guidance_scale cfg_scale guidance scale",
+    cfg_rescale="guidance_rescale", sampler="sampler_name scheduler",
+    strength="denoising_strength denoise", init_image="init_img input_image", mask="mask_image",
+    prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen")
+
+
 def check_name(where, name, known, what="option"):
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-        raise UserError(f"{where}: no {what} named {name!r}. {hint}")
+    """Refuses a name that is not known, and suggests a near one, or ours for what other programs call so."""
+    if name in known:
+        return
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.75)    # 0.75: siez for size
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    def letters(word):
+        return re.sub("[-_]", "", word).lower()
+    for ours, text in NEIGHBOURS.items():
+        words, _, note = text.partition(":")
+        if ours in known and letters(name) in map(letters, words.split()):
+            hint = f"Did you mean {ours!r}?" + (f" ({note.strip()})" if note else "")
+    raise UserError(f"{where}: no {what} named {name!r}. {hint}")
+
+
+def warn_idle(given, calls, rules):
+    """Warns of each setting that was given, {name: value}, and has no effect in any of calls, objects of all
+    settings; rules: [(names, whether they have none in a call, why)]."""
+    for names, idle, why in rules:
+        for name in names.split():
+            if given.get(name, "") != "" and given[name] is not False and all(map(idle, calls)):
+                print(f"warning: --{name}={given[name]} has no effect {why}")
 
 
 def parse_args(argv, classes, positionals=(), doc="", aliases={}):
@@ -1773,10 +1827,28 @@ def start_ranks():
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    torch.distributed.init_process_group()                   # gloo for CPU tensors, NCCL for those on CUDA
+    # Gloo for CPU tensors, NCCL for those on CUDA. Ranks wait while one indexes, downloads or encodes: hours.
+    torch.distributed.init_process_group(timeout=datetime.timedelta(hours=24))
     if torch.distributed.get_rank() > 0:
         sys.stdout = Output(open(os.devnull, "w"))           # one process speaks
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python", "sklearn": "scikit-learn",
+            "skimage": "scikit-image", "google.protobuf": "protobuf", "dateutil": "python-dateutil",
+            "attr": "attrs", "bs4": "beautifulsoup4", "dotenv": "python-dotenv"}    # module: its package
+
+
+def missing_module(error):
+    """-> the line of a ModuleNotFoundError; it names a package only where installing one is the mend."""
+    name = error.name or ""
+    top = name.partition(".")[0]
+    ours = top in ("hdm", "prepare", "sample", "train")
+    if not name or ours or top in sys.stdlib_module_names:   # the last: Python was built without it
+        return str(error)
+    if sys.modules.get(top) is not None and name not in PACKAGES:
+        return f"{error}; {top} is installed, but has no such part: another version may have it"
+    return f"{error}: pip install {PACKAGES.get(name) or PACKAGES.get(top, top)}"
 
 
 def run(main):
@@ -1794,7 +1866,7 @@ def run(main):
             error = UserError("out of memory: a lower --batch_size, a smaller picture or --dtype=bfloat16")
         code = {KeyboardInterrupt: 130, UserError: 2, ModuleNotFoundError: 2}.get(type(error), 1)
         if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
-            error = f"{error}: pip install {error.name}"
+            error = missing_module(error)
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         # Of several processes the first to fail tells its error: the others then fail because it is gone.
         key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")

@@ -1104,6 +1104,11 @@ def prepare(s, *paths):
         encode_latents(s, vae, device, rank, ranks)
 
 
+IDLE = [  # settings, when they have no effect, and why
+    ("vae batch_size workers device dtype", lambda s: not s.latents or s.dry_run, "without --latents"),
+    ("text_encoder text_length", lambda s: not s.dry_run, "without --dry_run"),
+    ("image_size", lambda s: not s.latents and not s.dry_run, "without --latents or --dry_run"),
+    ("sidecar_place", lambda s: not s.sidecar, "without --sidecar")]
 LEAST = dict(count=1, seed=0, vocab=257, seeds=1, max_ratio=1, image_size=1, text_length=1, batch_size=1,
              workers=1)
 COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),
@@ -1122,6 +1127,7 @@ def main(argv):
     for name, least in LEAST.items():
         if getattr(settings, name, least) < least:
             raise hdm.UserError(f"--{name}={getattr(settings, name)}: at least {least}")
+    hdm.warn_idle(values, [settings], IDLE if command is prepare else [])
     command(settings, *words)
 
 

@@ -31,6 +31,7 @@ import threading
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -115,6 +116,14 @@ LIMITS = dict(  # both allowed
     x_shift=(-100, 100), y_shift=(-100, 100), cfg=(-100, 100), width=(-16384, 16384), height=(-16384, 16384),
     cfg_low=(0, 1), cfg_high=(0, 1), cfg_rescale=(0, 1), strength=(0, 1), tread_cond=(0, 0.999),
     tread_uncond=(0, 0.999))
+IDLE = [  # settings, when they have no effect, and why
+    ("strength", lambda p: not p.init_image, "without --init_image"),
+    ("negative_prompt", lambda p: p.cfg == 1 and not p.tipo, "with --cfg=1"),
+    ("cfg_low cfg_high cfg_rescale tread_uncond", lambda p: p.cfg == 1, "with --cfg=1"),
+    ("cfg_low cfg_high", lambda p: p.cfg_low > p.cfg_high, "as cfg_low is above cfg_high: no guidance"),
+    ("format", lambda p: not p.slots, "without --slots"),
+    ("force", lambda p: not p.export, "without --export"),
+    ("prompt prompts slots sheet tipo num_images ui device dtype", lambda p: p.export, "with --export")]
 SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}         # AUTOMATIC1111's
 FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
 TIPO = "KBlueLeaf/TIPO-200M-ft"    # a LLaMA that was trained on tags and captions of the same pictures
@@ -833,11 +842,25 @@ def read_sheet(text, jobs):
     return cells, len(columns), list(columns), list(rows)
 
 
+def warn_idle(flags, p, s, jobs, settings):
+    """Says what can have no effect: a flag in any job, or what a prompt's line sets in its own."""
+    calls, lines = [], {}
+    for job in jobs:
+        unset = {name: settings[name] for name in ("cfg", "cfg_low") if getattr(job, name) is None}
+        calls.append(SimpleNamespace(**vars(s) | vars(job) | unset))
+        own = {name: getattr(job, name) for name in vars(p).keys() - flags.keys() - {"seed"}
+               if getattr(job, name) != getattr(p, name)}
+        lines[repr(own)] = own, calls[-1]                    # the same once
+    hdm.warn_idle(flags, calls, IDLE)
+    for own, call in lines.values():
+        hdm.warn_idle(own, [call], IDLE)
+
+
 def main(argv):
     if argv and not argv[0].startswith("-"):
         raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
-    _, values = hdm.parse_args(argv, [Picture, Sampling], doc=__doc__, aliases=ALIASES)
-    expected = None
+    _, flags = hdm.parse_args(argv, [Picture, Sampling], doc=__doc__, aliases=ALIASES)
+    values, expected = dict(flags), None
     if "from_image" in values:
         kept, expected = read_settings(values["from_image"])
         if values.keys() & {"prompts", "slots"}:             # other prompts
@@ -870,6 +893,9 @@ def main(argv):
         if vae is None and model.config.in_channels != 3:
             raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
+        todo = [job for job in jobs if job.ckpt == ckpt]
+        if not s.ui:                                         # a page can change what it begins with
+            warn_idle(flags, p, s, todo, settings)
         if s.export:
             if rank == 0:
                 export(s.export, model, vae, settings, s.force)
@@ -878,7 +904,6 @@ def main(argv):
         common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
         if s.ui:
             return page(model, vae, get_te, settings, s, p, common)
-        todo = [job for job in jobs if job.ckpt == ckpt]
         with tqdm(total=len(share(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
             paths += draw_files(model, vae, get_te, todo, settings, s, common,
                                 lambda done, x0: bar.update(done - bar.n))

@@ -13,6 +13,8 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import datetime
+import errno
 import functools
 import gc
 import hashlib
@@ -1066,6 +1068,88 @@ def test_wrong_flags_are_named(argv, words):
     assert all(word in message for word in words)
 
 
+PROGRAMS = dict(train=train.CLASSES, sample=[sample.Picture, sample.Sampling], prepare=[prepare.DataSettings])
+
+
+def hint(program, name):
+    return one_line(hdm.check_name, f"--{name}", name, hdm.setting_types(PROGRAMS[program]))
+
+
+@pytest.mark.parametrize("program, names", [
+    ("train", "learning_rate:lr max-grad-norm:clip resolution:image_size max_train_steps:images "
+              "num_train_epochs:epochs train_batch_size:batch_size gradient_accumulation_steps:global_batch "
+              "mixed_precision:dtype lr_scheduler:schedule lr_warmup_steps:warmup outputDir:out_dir "
+              "train_data_dir:data pretrained_model_name_or_path:init_from checkpointing_steps:save_every "
+              "validation_prompt:preview_prompts report_to:log gradient_checkpointing:checkpointing "
+              "adam_beta1:beta1 max_token_length:text_length resume_from_checkpoint:resume use_ema:ema "
+              "batchsize:batch_size imgsize:image_size learnrate:lr out-dir:out_dir"),
+    ("sample", "negative:negative_prompt num_images_per_prompt:num_images sampler_name:sampler cfg_scale:cfg "
+               "denoising_strength:strength output_dir:out W:width model:ckpt promt:prompt"),
+    ("prepare", "output_dir:out resolution:image_size num_workers:workers cache_latents:latents"),
+    ("train", "noise_offset snr_gamma use_8bit_adam center_crop revision push_to_hub network_dim scale_lr"),
+    ("sample", "clip_skip hr_scale lora restore_faces"), ("prepare", "min_resolution recursive")])
+def test_names_of_other_programs_lead_to_ours_and_far_words_to_none(program, names):
+    for theirs, _, ours in (pair.partition(":") for pair in names.split()):
+        assert (f"Did you mean {ours!r}?" if ours else "Known: ") in hint(program, theirs), theirs
+        assert ours or "Did you mean" not in hint(program, theirs)
+
+
+def test_each_name_of_other_programs_means_one_setting_of_a_program():
+    settings = {program: hdm.setting_types(classes) for program, classes in PROGRAMS.items()}
+    assert all(any(ours in known for known in settings.values()) for ours in hdm.NEIGHBOURS)
+    for known in settings.values():
+        words = [word for ours, text in hdm.NEIGHBOURS.items() if ours in known
+                 for word in text.partition(":")[0].split()]
+        assert len(set(words)) == len(words) and not set(words) & set(known)
+    assert "max_steps stops early" in hint("train", "max_train_steps")
+
+
+@pytest.mark.parametrize("name, message, text", [
+    ("wandb", "No module named 'wandb'", "No module named 'wandb': pip install wandb"),
+    ("matplotlib_.pyplot", "No module named 'matplotlib_.pyplot'", ": pip install matplotlib_"),
+    ("PIL", "No module named 'PIL'", ": pip install pillow"), ("yaml", "x", "x: pip install pyyaml"),
+    ("cv2.dnn", "x", "x: pip install opencv-python"), (None, "this needs a thing", "this needs a thing"),
+    ("hdm", "No module named 'hdm'", "No module named 'hdm'"), ("_lzma", "x", "x"), ("_ctypes", "x", "x"),
+    ("torch._parts_that_are_none", "No module named 'torch._parts_that_are_none'", "torch is installed")])
+def test_a_missing_module_names_a_package_where_that_is_the_mend(name, message, text):
+    line = hdm.missing_module(ModuleNotFoundError(message, name=name))
+    assert line.startswith(message) and text in line
+    assert ("pip install" in line) == ("pip install" in text)
+
+
+def test_every_rule_of_settings_without_effect_names_settings():
+    tables = dict(train=train.IDLE, sample=sample.IDLE, prepare=prepare.IDLE)
+    for program, rules in tables.items():
+        names = {name for names, _, _ in rules for name in names.split()}
+        assert names <= set(hdm.setting_types(PROGRAMS[program]))
+
+
+@pytest.mark.parametrize("argv, idle", [
+    ("--gpus=8 --baseline --new_data", "gpus baseline new_data"), ("--gpus=8 --plan", ""),
+    ("--vae_chunk=2 --memory_budget=0.5", "vae_chunk memory_budget"), ("--new_data --resume", ""),
+    ("--preview_prompts=x --sample_every=0", "preview_prompts"), ("--preview_prompts=x --new_data=false", ""),
+    ("--eval_every=5 --validation=0", "eval_every"), ("--eval_every=0 --validation=0", ""), ("", "")])
+def test_settings_without_effect_in_a_training_call_are_said(argv, idle, place, capsys):
+    """Those of the command line alone: a config file serves other calls, too."""
+    train.read_settings([str(place / "tiny.py"), *argv.split()])
+    assert sorted(re.findall(r"warning: --(\w+)=", capsys.readouterr().out)) == sorted(idle.split())
+
+
+@pytest.mark.parametrize("argv, idle", [
+    ("--negative_prompt=b --cfg=1 --cfg_high=0.5", "negative_prompt cfg_high"), ("--negative_prompt=b", ""),
+    ("--strength=0.6", "strength"), ("--cfg_low=0.6 --cfg_high=0.2", "cfg_low cfg_high"), ("--cfg=1", ""),
+    ("--negative_prompt=b --sheet=cfg=1,2", ""), ("--force --format=x", "format force"),
+    ("--prompts={}", "negative_prompt strength")])
+def test_settings_without_effect_on_an_image_are_said(argv, idle, trained, tmp_path, capsys):
+    lines = ["a --negative_prompt=b --cfg=1", "a --negative_prompt=b --cfg=1 --seed=3", "a --strength=1",
+             "a --negative_prompt=b"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    words = argv.format(tmp_path / "prompts.txt").split()
+    words += [] if "prompts=" in argv else ["--prompt=a"]
+    sample.main([f"--ckpt={trained}", f"--out={tmp_path}", "--steps=1", *words])
+    assert sorted(re.findall(r"warning: --(\w+)=", capsys.readouterr().out)) == sorted(idle.split())
+
+
 def config(tmp_path, text):
     (tmp_path / "config.py").write_text(text)
     return hdm.read_config(str(tmp_path / "config.py"), [Example, Further])
@@ -1194,9 +1278,10 @@ def trained(place):
 def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     keys = {"step", "images", "loss", "lr", "grad_norm", "images_per_s", "val_loss"}
-    others = {"loss_by_t", "data_s", "memory_gb", "skipped", "unreadable", "split_s", "text_tokens"}
+    others = {"epoch", "loss_by_t", "data_s", "memory_gb", "skipped", "unreadable", "split_s", "text_tokens"}
     assert all(set(line) == keys | others for line in lines)
     assert [(line["step"], line["images"]) for line in lines] == [(0, 0), (3, 24), (6, 48)]
+    assert [line["epoch"] for line in lines] == [0, 24 / 22, 48 / 22]                 # two are held out
     assert lines[0]["loss"] is None and lines[0]["val_loss"] > 0
     assert all(line[key] > 0 for line in lines[1:] for key in keys)
     assert all(line["data_s"] > 0 and line["memory_gb"] >= 0 for line in lines[1:])
@@ -1299,14 +1384,14 @@ def test_accumulated_micro_steps_are_one_large_step(place, tmp_path):
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
 
 
-@pytest.mark.parametrize("clip", [0.01, 1e9])
+@pytest.mark.parametrize("clip", [0.01, 1e9, 0])
 def test_the_gradient_is_clipped_to_its_global_norm(clip, place, tmp_path):
     train_tiny(place, tmp_path, clip=clip, max_steps=1, log_every=1)
     state = checkpoint(tmp_path / "ckpt_00000001")["train.pt"]["optimizer"]["state"]
     gradient = torch.cat([each["exp_avg"].flatten() for each in state.values()]) / (1 - 0.9)
     norm = metrics(tmp_path)[1]["grad_norm"]                 # logged before it is clipped
     assert norm > 0.1
-    assert gradient.norm().item() == pytest.approx(min(clip, norm), rel=1e-3)
+    assert gradient.norm().item() == pytest.approx(min(clip or math.inf, norm), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -1362,14 +1447,118 @@ def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(trained, plac
 
 
 def test_lr_warms_up_linearly_and_ends_at_one_percent():
-    s = SimpleNamespace(lr=0.5, warmup=10)
-    rates = [train.lr_at(step, s, 1000) for step in range(1000)]
+    s = train.Settings(lr=0.5, warmup=10, global_batch=48, images=48_000)
+    rates = [train.lr_at(48 * step, s, *train.open_schedule(s, {})) for step in range(1000)]
     assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
     assert rates[10] == pytest.approx(0.5) == max(rates)
     assert rates[505] == pytest.approx(0.5 * 0.505)          # half way down the cosine
     assert rates[-1] == pytest.approx(0.005, rel=1e-3)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert train.lr_at(0, SimpleNamespace(lr=0.5, warmup=0), 10) == 0.5
+    constant = dataclasses.replace(s, schedule="constant")
+    assert [train.lr_at(48 * step, constant, 480, 48_000) for step in range(1000)] == rates[:10] + [0.5] * 990
+    assert train.lr_at(0, dataclasses.replace(s, warmup=0), 0, 480) == 0.5
+
+
+@pytest.mark.parametrize("lr, images, global_batch, warmup", [
+    (0.5, 152_500_000, 2048, 1000), (0.1, 42_340_000, 516, 1000), (0.3, 56_000, 12, 200), (0.7, 1001, 7, 0),
+    (0.3, 100, 7, 15)])
+def test_lr_of_an_uninterrupted_run_is_bitwise_the_formula_in_steps(lr, images, global_batch, warmup):
+    s = train.Settings(lr=lr, images=images, global_batch=global_batch, warmup=warmup)
+    total, lengths = math.ceil(images / global_batch), train.open_schedule(s, {})
+    for step in [*range(min(total, 1200)), *range(0, total, 97), total - 1]:
+        part = (step - warmup) / max(1, total - warmup)
+        cosine = lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
+        expected = lr * (step + 1) / warmup if step < warmup else cosine
+        assert train.lr_at(step * global_batch, s, *lengths) == expected
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("batches", [(8, 32, 8), (32, 8, 16), (24, 56, 40)])
+def test_another_global_batch_at_a_resume_moves_the_lr_by_no_more_than_a_step_does(schedule, batches, capsys):
+    """Wherever the run is, and again after the next resume; another --warmup is taken as it is."""
+    state, before = {}, 0.0
+    for turn, batch in enumerate(batches):
+        s = train.Settings(lr=1.0, images=40_000, global_batch=batch, warmup=150, schedule=schedule)
+        warmup, end = train.open_schedule(s, state)
+        assert warmup == 150 * batches[0] and 0 <= end - 40_000 < batch
+        rates = [train.lr_at(seen, s, warmup, end) for seen in range(state.get("images", 0), end, batch)]
+        for rate in rates[:len(rates) if turn == 2 else 100]:
+            assert abs(rate - before) <= 1.01 * max(batches) / warmup and rate <= 1
+            before = rate
+        assert before == (pytest.approx(0.01, abs=1e-3) if schedule == "cosine" else 1) or turn < 2
+        state = dict(images=state.get("images", 0) + 100 * batch, settings=vars(s), warmup_images=warmup)
+    changed = train.Settings(lr=1.0, images=40_000, global_batch=16, warmup=10)
+    assert train.open_schedule(changed, state)[0] == 160
+    capsys.readouterr()
+    longer = dataclasses.replace(s, images=80_000)
+    now = train.lr_at(state["images"], longer, *train.open_schedule(longer, state))
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"lr at this point, {state['images']:,} images: ")
+    assert line.endswith(f"-> {now:.4g}")
+
+
+def test_a_checkpoint_without_the_newer_settings_resumes_as_it_was_run(trained, place, tmp_path, capsys):
+    old = Path(shutil.copytree(trained / "ckpt_00000004", tmp_path / "ckpt_00000004"))
+    state = torch.load(old / "train.pt", weights_only=True)
+    for name in ("schedule", "epochs", "preview_prompts"):
+        state["settings"].pop(name)
+    del state["warmup_images"], state["wandb"]
+    torch.save(state, old / "train.pt")
+    train_tiny(place, tmp_path, resume=True)
+    said = capsys.readouterr().out
+    assert "schedule" not in said and "lr at" not in said
+    assert same(checkpoint(tmp_path / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+
+
+def test_a_run_is_as_long_as_its_images_or_its_epochs(place, tmp_path):
+    train_tiny(place, tmp_path / "run", epochs=1.5, eval_every=0, sample_every=0)
+    assert metrics(tmp_path / "run")[-1]["images"] == 40     # 1.5 x 22, in whole steps of 8
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["images"] == 33
+    message = one_line(lambda: train_tiny(place, tmp_path / "other", epochs=1.5, images=48))
+    assert "images=48, epochs=1.5" in message
+    by_epochs = tmp_path / "epochs.py"                       # a flag wins over the other one of the file
+    by_epochs.write_text(re.sub("images = 48", "epochs = 2", (place / "tiny.py").read_text()))
+    assert train.read_settings([str(by_epochs)])[0].epochs == 2
+    s, _ = train.read_settings([str(by_epochs), "--images=16"])
+    assert (s.images, s.epochs) == (16, 0)
+
+
+def test_held_out_times_and_noise_depend_on_no_setting(place, monkeypatch):
+    """So that runs compare: a fork's distribution of training times moves none either."""
+    def drawn(**settings):
+        held = stream(place / "data", training=False, **settings)
+        return [(held[i]["t"], held[i]["noise"]) for i in range(len(held.places))]
+    expected = drawn(validation=0.2)
+    times = torch.stack([t for t, _ in expected])
+    assert len(set(times.tolist())) == len(times) and (0 < times).all() and (times < 1).all()
+    changes = [dict(t_shift=4.0), dict(tread_rate=0.0), dict(seed=7), dict(batch_size=1, global_batch=2),
+               dict(text_lengths=1, text_length=3), dict(mask_padding=True), dict(tag_dropout=0.9),
+               dict(caption_dropout=0.9, group_dropout=0.0), dict(tag_separator=","), dict(workers=3)]
+    for change in changes:
+        assert same(drawn(validation=0.2, **change), expected), change
+    monkeypatch.setattr(hdm, "draw_time", lambda n, shift=1.0, generator=None: torch.full((n,), 0.5))
+    assert same(drawn(validation=0.2), expected)
+    assert stream(place / "data")[0]["t"] == 0.5
+
+
+def test_prompts_of_a_file_are_previewed_after_the_captions(place, tmp_path):
+    """One prompt a line, which ends at a line feed; with fixed seeds, whatever the captions before them."""
+    file = tmp_path / "mine.txt"
+    file.write_bytes("\ufeff# mine\r\nlarge circle\r\n\n  a\u2028b  \n".encode())
+    train_tiny(place, tmp_path / "run", preview_prompts=file, max_steps=1, sample_every=1)
+    model, _, settings = hdm.load_model(tmp_path / "run")
+    held = stream(place / "data", training=False, validation=TINY["validation"])
+    prompts = [held[i]["caption"] for i in range(len(held.places))]
+    seeds = [*range(len(prompts)), 0, 1]
+    prompts += ["large circle", "a\u2028b"]
+    images = sample.generate(model, None, hdm.load_text_encoder(settings), prompts, seeds, settings)
+    expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
+    drawn = np.asarray(Image.open(max((tmp_path / "run" / "samples").iterdir())))
+    assert drawn.shape == expected.shape and abs(drawn - expected).max() <= 1
+    file.write_text("# none\n")
+    (tmp_path / "settings.txt").write_text("a circle --cfg=2\n")
+    for bad in (file, tmp_path / "missing.txt", tmp_path / "settings.txt"):
+        assert str(bad) in one_line(lambda: train_tiny(place, tmp_path / "other", preview_prompts=bad))
 
 
 def stream(data, training=True, pos="long_side", latents=None, **settings):
@@ -2035,6 +2224,61 @@ def test_a_resume_with_grown_data_begins_an_epoch_and_with_others_is_refused_unl
     assert state["position"] == math.ceil((math.ceil(16 / before) * n + 16) / n) * before + 16
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_files_cannot_be_locked_a_run_warns_and_trains(number, place, tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    with warnings.catch_warnings(record=True) as caught:     # filelock's own, where it has another way
+        warnings.simplefilter("always")
+        train_tiny(place, tmp_path, max_steps=1, eval_every=0, sample_every=0)
+    assert "cannot be locked" in capsys.readouterr().out or any("lock" in str(one.message) for one in caught)
+    assert len(hdm.list_checkpoints(tmp_path)) == 1
+
+
+def test_ranks_wait_for_hours(monkeypatch):
+    """For what one of them does alone: indexing, a download, encoding."""
+    waits = []
+    def join(*arguments, timeout=datetime.timedelta(minutes=30), **how):
+        waits.append(timeout)
+        raise KeyboardInterrupt
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    with pytest.raises(KeyboardInterrupt):
+        hdm.start_ranks()
+    assert waits[0] >= datetime.timedelta(hours=6)
+
+
+@pytest.mark.parametrize("text", [
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
+    "out of shared memory. Please try to raise your shared memory limit.",
+    "unable to open shared memory object </torch_7_1_0> in read-write mode: No such file or directory (2)",
+    "unable to write to file </torch_7_1>: No space left on device (28)",
+    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    "RuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"])
+def test_loaders_without_shared_memory_are_one_line(text, place, tmp_path, monkeypatch):
+    """The texts of torch 1.13 to 2.13."""
+    def failing(*arguments):
+        raise RuntimeError(text)
+    monkeypatch.setattr(train, "loss_inputs", failing)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    message = one_line(lambda: train_tiny(place, tmp_path))
+    assert "--workers=0" in message and "--shm-size" in message and text.splitlines()[-1].strip() in message
+
+
+@slow
+@pytest.mark.parametrize("size", ["4k", "64k"])
+def test_a_small_dev_shm_is_one_line(size, place, tmp_path):
+    """The first has no room for a semaphore, the second none for a batch."""
+    mount = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount of its own")
+    argv = [*mount, sys.executable, HERE / "train.py", place / "tiny.py", "--workers=2", "--image_size=128"]
+    done = subprocess.run(list(map(str, argv)), cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --workers=2") and "--workers=0" in done.stderr
+
+
 def test_two_runs_do_not_share_a_folder(place, tmp_path):
     process = started(place / "tiny.py", "--out_dir=run", "--images=80000", cwd=tmp_path, after=1)
     before = content(tmp_path / "run").keys()
@@ -2121,9 +2365,40 @@ def test_tensorboard_and_wandb_are_for_those_who_have_them(place, tmp_path, monk
             hdm.run(train.main)
         error = capfd.readouterr().err
         assert caught.value.code == 2 and name in error and error.count("\n") == 1
-    pytest.importorskip("tensorboard")
-    train_tiny(place, tmp_path / "run", log="tensorboard", max_steps=1)
-    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_goes_on_where_a_run_does(trained, place, tmp_path):
+    """A run that was killed after step 5 goes on from step 3: each step stands there once, with previews."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    argv = dict(log="tensorboard", log_every=1, save_every=3)
+    train_tiny(place, tmp_path, **argv, max_steps=5)
+    shutil.rmtree(tmp_path / "ckpt_00000005")
+    train_tiny(place, tmp_path, **argv, resume=True)
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    lines = metrics(tmp_path)
+    for name in ("lr", "loss", "val_loss", "epoch"):
+        expected = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (step, pytest.approx(value)) for step, value in expected]
+    previews = {event.step: event.encoded_image_string for event in events.Images("previews")}
+    assert sorted(previews) == [0, 3, 6]
+    drawn = Image.open(tmp_path / "samples" / "00000006.png")
+    assert same(np.asarray(Image.open(io.BytesIO(previews[6]))).tolist(), np.asarray(drawn).tolist())
+
+
+@slow
+def test_wandb_goes_on_in_the_same_run(place, tmp_path, monkeypatch):
+    """The real one, offline: two folders of one run id, with previews."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for argv in (["--max_steps=3"], ["--resume", "--images=96"]):
+        done = command("train.py", place / "tiny.py", "--out_dir=run", "--log=wandb", *argv, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    ids = {torch.load(path / "train.pt", weights_only=True)["wandb"]
+           for path in hdm.list_checkpoints(tmp_path / "run")}
+    assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == ids
+    assert all(list(folder.rglob("previews_*.png")) for folder in folders)
 
 
 def test_loader_processes_may_be_spawned(trained, place, tmp_path):
@@ -5302,7 +5577,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("train.py @tiny.py --weight_decay=-1", "--weight_decay=-1"),
     ("train.py @tiny.py --beta2=1", "--beta2=1"),
     ("train.py @tiny.py --t_shift=0", "--t_shift=0"),
-    ("train.py @tiny.py --clip=0", "--clip=0"),
+    ("train.py @tiny.py --clip=-1", "--clip=-1"),
     ("train.py @tiny.py --device=cuda", "--device=cuda --device=cpu"),
     ("train.py @tiny.py --device=mps", "--device=mps --device=cpu"),
     ("train.py @tiny.py --device=tpu", "--device=tpu cpu cuda"),

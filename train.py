@@ -24,6 +24,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -46,7 +48,7 @@ from tqdm import tqdm
 
 import hdm
 from prepare import Latents, latents_folder, open_at, open_index, shard
-from sample import gather, generate, image_grid
+from sample import Picture, gather, generate, image_grid, prompt_line
 
 
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
@@ -70,7 +72,8 @@ class Run:
     save_every: int = 1000         # steps between two checkpoints; 0: one at the end
     keep_ckpts: int = 3            # how many of the newest checkpoints stay; 0: all
     milestone_every: int = 0       # images; the first checkpoint after each multiple always stays; 0: none
-    log: str = ""                  # metrics go to wandb or tensorboard as well, if installed
+    log: str = ""                  # metrics and previews go to wandb or tensorboard as well, if installed
+    preview_prompts: str = ""      # file with one prompt a line, # first: a comment; previewed after captions
 
 
 @dataclasses.dataclass
@@ -98,16 +101,18 @@ class Data:
 @dataclasses.dataclass
 class Optim:
     preset: str = "base"           # small, base or large: an XUTConfig, which the settings below change
-    images: int = 152_500_000      # the stage's length in images seen (published at 256 px: 20 x 7.624M)
+    images: int = 152_500_000      # the stage's length in images seen (published at 256 px: 20 x 7.624M) ...
+    epochs: float = 0.0            # ... or in passes over the data; 0: not given
     batch_size: int = 32           # images in one micro-step of one process
     global_batch: int = 2048       # images in one optimiser step, a multiple of batch_size x processes
     checkpointing: bool = False    # compute blocks again in the backward pass: a third slower, less memory
     lr: float = 0.5                # peak, before each tensor's division by its fan-in
-    warmup: int = 1000             # steps of linear warm-up; then a cosine to 1 % of the peak
+    warmup: int = 1000             # steps of linear warm-up to the peak
+    schedule: str = "cosine"       # then: cosine, to 1 % of the peak at the stage's end; constant
     beta1: float = 0.9             # AdamW
     beta2: float = 0.98            # AdamW
     weight_decay: float = 0.02     # AdamW's, times the tensor's own lr
-    clip: float = 3.0              # largest global gradient norm
+    clip: float = 3.0              # largest global gradient norm; 0: any
     tread_rate: float = 0.5        # share of image tokens that go around the U, in [0, 1)
     t_shift: float = 1.0           # > 1 moves training and sampling times toward noise; 1: published
     ema: float = 0.9999            # decay of the averaged weights, a step; 0: no average
@@ -137,16 +142,34 @@ CLASSES = Run, Data, Optim, Bench, hdm.XUTConfig
 LEAST = dict.fromkeys(("images", "batch_size", "global_batch", "image_size", "text_length", "text_lengths",
                        "log_every", "sample_steps", "caption_tokens", "gpus"), 1)     # of other numbers: 0
 ABOVE_0, BELOW_1 = sys.float_info.min, math.nextafter(1, 0)    # normal: training flushes denormals
-LEAST |= dict.fromkeys(("lr", "clip", "t_shift", "memory_budget", "tflops", "utilisation"), ABOVE_0)
+LEAST |= dict.fromkeys(("lr", "t_shift", "memory_budget", "tflops", "utilisation"), ABOVE_0)
 MOST = dict(text_lengths=4, memory_budget=1, utilisation=1, sample_steps=1000, sample_cfg=100)
 MOST |= dict.fromkeys(("caption_dropout", "tag_dropout", "group_dropout", "validation", "max_unreadable",
                        "tread_rate", "ema", "sample_cfg_low", "beta1", "beta2"), BELOW_1)
+
+IDLE = [  # settings, when they have no effect, and why
+    ("gpus tflops utilisation dollars_per_gpu_hour", lambda s: not s.plan, "without --plan"),
+    ("baseline caption_tokens", lambda s: not s.bench, "without --bench"),
+    ("new_data", lambda s: not s.resume, "without --resume"),
+    ("memory_budget", lambda s: not s.compile, "with --compile=false"),
+    ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
+    ("preview_prompts", lambda s: not s.sample_every, "with --sample_every=0"),
+    ("eval_every", lambda s: s.eval_every and not s.validation, "with --validation=0"),
+    ("milestone_every", lambda s: not s.save_every, "with --save_every=0")]
 
 
 def read_settings(argv, ranks=1):
     """-> the Settings, and the {name: value} that were given, also of XUTConfig."""
     (config_file,), flags = hdm.parse_args(argv, CLASSES, ["CONFIG"], __doc__)
-    given = hdm.read_config(config_file, CLASSES) | flags
+    config = hdm.read_config(config_file, CLASSES)
+    for place in (config, flags):                            # flags win over the file
+        if place.get("images") and place.get("epochs"):
+            raise hdm.UserError(f"images={place['images']}, epochs={place['epochs']}: one of the two, please")
+    if flags.get("images"):
+        config.pop("epochs", None)
+    given = config | flags
+    if given.get("epochs"):
+        given.pop("images", None)                            # open_data counts them
     s = Settings(**{name: given[name] for name in given if hasattr(Settings, name)})
     for name, value in vars(s).items():
         least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
@@ -163,11 +186,13 @@ def read_settings(argv, ranks=1):
     if not s.tag_separator.strip():
         raise hdm.UserError("--tag_separator=: $$, or a comma, is needed")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
+    hdm.check_name(f"--schedule={s.schedule}", s.schedule, ("cosine", "constant"), "schedule")
     hdm.check_name(f"--log={s.log}", s.log, ("", "wandb", "tensorboard"), "place")
     before = Path(config_file).with_name(Path(s.init_from).name + ".py")    # configs/256.py of out/256
     fresh = s.init_from and not (s.resume or s.bench or s.plan)
     if fresh and not os.path.exists(s.init_from) and before.is_file():
         raise hdm.UserError(f"--init_from={s.init_from}: none; train.py {before} makes it, or name another")
+    hdm.warn_idle(flags, [s], IDLE)
     return s, given
 
 
@@ -242,14 +267,16 @@ def open_data(s):
     identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
     if len(set(gather((identity, str(s.resume))))) > 1:
         raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
-    return index, Epochs(parts, s.seed), held, identity
+    epochs = Epochs(parts, s.seed)
+    s.images = max(1, round(s.epochs * epochs.length)) if s.epochs else s.images
+    return index, epochs, held, identity
 
 
 class Samples(Dataset):
     """Item i of the endless training stream, or of the held-out set: what the loss of one image needs.
 
     Training (places: Epochs): a random square crop. Held out (places: record numbers): centre crop, all tags,
-    fixed t and noise, no dropout, no TREAD. latents: prepare.Latents, or None.
+    t and noise that no setting changes, no dropout, no TREAD. latents: prepare.Latents, or None.
     """
 
     def __init__(self, index, places, latents, s, config, factor, training):
@@ -285,11 +312,14 @@ class Samples(Dataset):
         spare = width - side, height - side                  # one of them is 0
         left, top = (rng.randint(0, most) if training else most // 2 for most in spare)
         patch = config.patch_size * self.factor // unit
+        # Held-out times are the published ones, without shift and not by hdm.draw_time: losses of runs that
+        # train on other times compare.
+        t = (hdm.draw_time(1, s.t_shift, generator) if training
+             else torch.sigmoid(torch.randn(1, generator=generator)))[0]
         item = dict(caption=caption, changed=picture.name * self.index.changed(number),
                     crop=(left, top, side), aspect=torch.tensor(math.log(sides[0] / sides[1])),
                     pos=hdm.crop_positions(height, width, top, left, side, patch, config.pos),
-                    t=hdm.draw_time(1, s.t_shift, generator)[0],
-                    noise=torch.randn(shape, generator=generator))
+                    t=t, noise=torch.randn(shape, generator=generator))
         item["moments" if self.latents else "pixels"] = whole[:, top:top + side, left:left + side]
         if s.vae:                                            # for a draw from its posterior
             item["vae_noise"] = torch.randn(shape, generator=generator)
@@ -364,12 +394,34 @@ class Laps:
         return self.seconds
 
 
-def lr_at(step, s, total):
-    """The lr of step 0 .. total - 1 before the division: linear warm-up, then a cosine to 1 % of the peak."""
-    if step < s.warmup:
-        return s.lr * (step + 1) / s.warmup
-    part = (step - s.warmup) / max(1, total - s.warmup)
+def lr_at(seen, s, warmup, end):
+    """The lr, before the division, of the step after `seen` images: linear warm-up over `warmup` images, then
+    constant, or a cosine to 1 % of the peak at `end` images."""
+    if seen < warmup:
+        steps = warmup / s.global_batch
+        return s.lr * min(seen / s.global_batch + 1, steps) / steps
+    if s.schedule == "constant":
+        return s.lr
+    part = min(1, (seen - warmup) / max(1, end - warmup))
     return s.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
+
+
+def open_schedule(s, state):
+    """-> lr_at's warmup and end, in images. A resumed run with another global batch keeps its warm-up in
+    images, and so its lr; where a command moves the lr, or changes the length, it says from what to what."""
+    before = state.get("settings", vars(s))
+    old = Settings(**{name: before[name] for name in before if hasattr(Settings, name)})
+    old_warmup = state.get("warmup_images", old.warmup * old.global_batch)
+    warmup = old_warmup if s.warmup == old.warmup else s.warmup * s.global_batch
+    seen = state.get("images", 0)
+    old_end, end = (seen + math.ceil((one.images - seen) / one.global_batch) * one.global_batch
+                    for one in (old, s))                     # steps are never cut
+    was, now = (f"{lr:.4g}" for lr in (lr_at(seen, old, old_warmup, old_end), lr_at(seen, s, warmup, end)))
+    if was != now or s.images != old.images:
+        print(f"lr at this point, {seen:,} images: {was} -> {now}")
+    if warmup > end and not s.bench:
+        print(f"warning: --warmup={s.warmup}, {warmup:,} images: the run ends before its peak, at {end:,}")
+    return warmup, end
 
 
 def dry_run(index, s, tokenizer):
@@ -463,7 +515,7 @@ def load_state(s, identity, epochs, ranks):
     """train.pt of --resume, its place in the stream moved to a fresh epoch where the pictures are others."""
     with hdm.naming(f"--resume={s.resume}", "no whole checkpoint of a run; --init_from takes weights alone"):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
-        old = state["settings"]
+        old = vars(Settings()) | state["settings"]           # with what older checkpoints do not know
     if state["identity"] != identity:
         told = (f"--data={s.data}: other pictures or weights ({epochs.pictures:,}) than {s.resume} saw "
                 f"({state['pictures']:,})")
@@ -505,25 +557,42 @@ def plot(runs):
     print(f"plot.png: {', '.join(runs)}")
 
 
-def tracker(name, folder, settings):
-    """-> a function of ({name: number}, step=) that tells wandb or tensorboard, or, name "", nobody."""
-    if name == "wandb":
+def tracker(s, folder, start, run_id):
+    """-> report(step, record, sheet): a line of metrics and an image of previews, to wandb, tensorboard or,
+    with s.log "", nobody; wandb's id of the run, in which a resumed one goes on."""
+    def numbers(record):
+        return {name: value for name, value in record.items() if isinstance(value, float)}
+    def report(step, record={}, sheet=None):
+        pass
+    if s.log == "wandb":
         import wandb
-        return wandb.init(project="hdm", name=str(folder), config=settings).log
-    if name == "tensorboard":
+        run = wandb.init(project="hdm", name=str(folder), config=vars(s), id=run_id, resume="allow")
+        run_id = run.id
+        def report(step, record={}, sheet=None):
+            previews = {} if sheet is None else {"previews": wandb.Image(sheet)}
+            run.log(numbers(record) | previews, step=step)
+    if s.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(folder)
-        return lambda values, step: [board.add_scalar(name, values[name], step) for name in values]
-    return lambda values, step: None
+        board = SummaryWriter(folder, purge_step=start)      # what stood there from this step on is hidden
+        def report(step, record={}, sheet=None):
+            for name, value in numbers(record).items():
+                board.add_scalar(name, value, step)
+            if sheet is not None:
+                board.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
+            board.flush()
+    return report, run_id
 
 
-def open_log(out_dir, s, config, start):
+def open_log(out_dir, s, config, start, run_id):
     """The folder is this run's: run.json, metrics.jsonl less what a resumed run writes again or never had."""
     lock = FileLock(out_dir / "lock")                        # free when this process ends, however it ends
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there") from error
+        raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there (if none is, remove "
+                            f"{out_dir / 'lock'})") from error
+    except (NotImplementedError, OSError) as error:          # of some network file systems
+        print(f"warning: {out_dir} cannot be locked ({hdm.first_line(error)}): start no second run there")
     shutil.rmtree(out_dir / "partial_ckpt", ignore_errors=True)     # of a run that was killed while saving
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
@@ -533,7 +602,26 @@ def open_log(out_dir, s, config, start):
     lines = [record for record in read_metrics(out_dir) if record["step"] < start + scheduled]
     (out_dir / "metrics.new").write_text("".join(json.dumps(record) + "\n" for record in lines))
     (out_dir / "metrics.new").replace(out_dir / "metrics.jsonl")
-    return lock, tracker(s.log, out_dir, vars(s))
+    report, run_id = tracker(s, out_dir, start, run_id)
+    sheet = out_dir / "samples" / f"{start:08d}.png"
+    if start and s.log == "tensorboard":                     # this step's are hidden, too, but stay
+        record = lines[-1] if lines and lines[-1]["step"] == start else {}
+        report(start, record, Image.open(sheet) if sheet.is_file() else None)
+    return lock, report, run_id
+
+
+def read_prompts(file):
+    """The prompts of --preview_prompts, one a line."""
+    with hdm.naming(f"--preview_prompts={file}", "no readable file of one prompt a line"):
+        lines = [line.strip() for line in Path(file).read_bytes().decode("utf-8-sig").split("\n")]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    for line in prompts:
+        if prompt_line(line, Picture()).prompt != line:
+            raise hdm.UserError(f"--preview_prompts={file}: {line!r}: a line holds no settings here, "
+                                f"all have --sample_steps and --sample_cfg")
+    if not prompts:
+        raise hdm.UserError(f"--preview_prompts={file}: no prompt in it")
+    return prompts
 
 
 # ---- The model, the loop --------------------------------------------------------------------------------
@@ -671,6 +759,7 @@ def train(s, given, rank, ranks):
         s.resume = str((hdm.list_checkpoints(out_dir if s.resume is True else s.resume) or [s.resume])[-1])
     if existing and not s.resume:
         raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
+    more_prompts = read_prompts(s.preview_prompts) if s.preview_prompts else []
     index, epochs, held_out, identity = open_data(s)
     state = load_state(s, identity, epochs, ranks) if s.resume else {}
     start, seen, position = (state.get(name, 0) for name in ("step", "images", "position"))
@@ -702,9 +791,11 @@ def train(s, given, rank, ranks):
     held = Samples(index, held_out, cache, s, model.config, samples.factor, training=False)
     say_what_is_cut(index, te, s)
     shown = held_out[:8] or [epochs[i][2] for i in range(8)]                          # in previews
-    prompts = [hdm.draw_caption(index[number].caption, None, s) for number in shown]
+    prompts = [hdm.draw_caption(index[number].caption, None, s) for number in shown] + more_prompts
+    preview_seeds = [*range(len(shown)), *range(len(more_prompts))]
     micro_steps = s.global_batch // s.batch_size // ranks
-    total = start + math.ceil((s.images - seen) / s.global_batch)
+    warmup, end = open_schedule(s, state)
+    total = start + (end - seen) // s.global_batch
     last = min(total, s.max_steps) if s.max_steps else total
     if start >= last:
         raise hdm.UserError(f"--resume={s.resume}: at step {start} of {last}, so there is nothing to do")
@@ -716,8 +807,9 @@ def train(s, given, rank, ranks):
                     cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator,
                     spaces=s.spaces)
     hdm.make_folder(out_dir / "samples", "--out_dir")
+    lock = report = run_id = None
     if rank == 0:
-        lock, tell = open_log(out_dir, s, model.config, start)
+        lock, report, run_id = open_log(out_dir, s, model.config, start, state.get("wandb"))
     parameters = sum(p.numel() for p in model.parameters())
     gb = 4e-9 * parameters * (4 if s.ema else 3)             # a checkpoint: weights, moments, average
     kept = s.keep_ckpts + 1 if s.keep_ckpts else total // (s.save_every or total)
@@ -743,12 +835,13 @@ def train(s, given, rank, ranks):
     # Since the last line of metrics: sums of losses and their number by tenths of t; seconds
     window, laps = state.get("window", torch.zeros(2, 10)).to(device), Laps(kind, state.get("seconds"))
     bad = state.get("bad", torch.zeros(2, dtype=torch.int64)).to(device)              # skipped: all, in a row
-    lr, norm, T, stop, began = lr_at(start, s, total), None, 0.0, False, time.monotonic()
+    lr, norm, T, stop, began = lr_at(seen, s, warmup, end), None, 0.0, False, time.monotonic()
     heard, told = [], {}                                     # troubles with the data
     def save():
         state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, images=seen,
                      position=position, next_epoch=epochs.next_epoch(position), pictures=epochs.pictures,
                      identity=identity, window=window, bad=bad, seconds=dict(laps.read()),
+                     warmup_images=warmup, wandb=run_id,
                      settings=vars(s) | dict(ranks=ranks))
         milestone = s.milestone_every and seen % s.milestone_every < s.save_every * s.global_batch
         return rank > 0 or save_checkpoint(out_dir, settings, model, ema, state, s.keep_ckpts, milestone, gb)
@@ -770,11 +863,12 @@ def train(s, given, rank, ranks):
                     heard.append(batch["trouble"])
                 val_loss = sum(gather(val_loss)) / len(held_out)
             if due(s.sample_every):                          # the same prompts and seeds each time
-                images = generate(ema, vae, te, prompts, range(len(prompts)), settings, s.batch_size)
+                images = generate(ema, vae, te, prompts, preview_seeds, settings, s.batch_size)
                 if rank == 0:
                     with if_the_disk_allows("a sheet of previews"):
                         sheet = image_grid(images, 4, scale=max(1, 128 // s.image_size))
                         sheet.save(out_dir / "samples" / f"{step:08d}.png")
+                        report(step, sheet=sheet)
         model.train()
         if due(s.log_every) or val_loss is not None or step == last > start:
             sums, (skipped, in_a_row) = window.tolist(), bad.tolist()                 # of losses, of images
@@ -789,7 +883,8 @@ def train(s, given, rank, ranks):
             waited = split["data"] / seconds if step - start > s.log_every else 0         # but at the start
             unreadable = tell_troubles(s, heard, told, epochs.pictures, waited)
             record = dict(
-                step=step, images=seen, lr=lr, val_loss=val_loss, skipped=skipped, data_s=split["data"],
+                step=step, images=seen, epoch=position / epochs.length, lr=lr, val_loss=val_loss,
+                skipped=skipped, data_s=split["data"],
                 loss=sum(sums[0]) / count if count else None,
                 grad_norm=norm.item() if norm is not None and norm.isfinite() else None,
                 images_per_s=count / seconds if seconds else None, unreadable=unreadable,
@@ -804,7 +899,7 @@ def train(s, given, rank, ranks):
                 if rank == 0:
                     with open(out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
-                    tell({key: value for key, value in record.items() if isinstance(value, float)}, step=step)
+                    report(step, record)
         if step % s.log_every == 0:
             window, laps = torch.zeros_like(window), Laps(kind, {})
         if due(s.save_every) and start < step < last:
@@ -814,7 +909,7 @@ def train(s, given, rank, ranks):
 
         # One optimiser step
         laps(None)
-        lr, T = lr_at(step, s, total), 0.0
+        lr, T = lr_at(seen, s, warmup, end), 0.0
         for group in optimizer.param_groups:
             group["lr"] = lr / group["fan_in"]
         stats = torch.zeros_like(window)
@@ -840,7 +935,7 @@ def train(s, given, rank, ranks):
         if ranks > 1:
             torch.distributed.all_reduce(stats)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
         finite = stats.isfinite().all() & norm.isfinite()
         optimizer.found_inf = 1 - finite.float()             # the fused AdamW skips the step: no host waits
         if kind != "mps" or finite:                          # whether MPS heeds found_inf was not tried
@@ -896,6 +991,8 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
 
 def plan(s, given):
     """Prints what the run costs on other machines, counted, and a guess of how much of their rate it gets."""
+    if s.epochs:
+        open_data(s)                                         # counts the images of an epoch
     s.init_from = s.resume = ""                              # what the weights are costs nothing
     dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
     costs, (parameters, *encoders) = costs_of(s, given, s.text_length, dtype)
@@ -968,8 +1065,8 @@ def bench(s, given, rank, ranks):
         folder = Path(gather(folder)[0])                     # the first process's, for all
         made_up = gather(make_up(s, folder) if rank == 0 else None)[0]
         fixed = dict(validation=0.0, init_from="", resume=False, log_every=1, eval_every=0, sample_every=0,
-                     save_every=0, max_steps=0, max_hours=0.0, log="", global_batch=global_batch,
-                     images=(warm + steps) * global_batch)
+                     save_every=0, max_steps=0, max_hours=0.0, log="", preview_prompts="",
+                     global_batch=global_batch, epochs=0.0, images=(warm + steps) * global_batch)
         for name, changes in runs.items():
             run = dataclasses.replace(s, **made_up, **fixed, **changes, out_dir=str(folder / name))
             gc.collect()                                     # compiled blocks refer to themselves
@@ -1010,7 +1107,13 @@ def main(argv):
         return plan(s, given)
     try:
         bench(s, given, rank, ranks) if s.bench else train(s, given, rank, ranks)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        trace = "".join(traceback.format_exception(error))
+        if re.search(r"DataLoader worker \(pid|shared memory object|</?torch_|SemLock|No space.*shm/", trace):
+            sys.unraisablehook = lambda _: None              # torch's half-made loader would add a traceback
+            raise hdm.UserError(f"--workers={s.workers}: the loader processes lack shared memory or died "
+                                f"({trace.strip().splitlines()[-1]}); --workers=0 needs none, in a container "
+                                f"--shm-size=8g gives more") from error
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
