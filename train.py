@@ -613,7 +613,7 @@ def open_log(out_dir, s, config, start, run_id):
 def read_prompts(file):
     """The prompts of --preview_prompts, one a line."""
     with hdm.naming(f"--preview_prompts={file}", "no readable file of one prompt a line"):
-        lines = [line.strip() for line in Path(file).read_bytes().decode("utf-8-sig").split("\n")]
+        lines = [line.strip() for line in hdm.read_text(file).split("\n")]
     prompts = [line for line in lines if line and not line.startswith("#")]
     for line in prompts:
         if prompt_line(line, Picture()).prompt != line:
