@@ -73,7 +73,7 @@ class DataSettings:
     text_length: int = 256                 # ... and those past this many
     latents: bool = False           # write a cache of VAE latents for image_size
     mean_only: bool = False         # without the posterior's variance: half the disk
-    vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id
+    vae: str = hdm.EQ_VAE           # folder or hub id
     batch_size: int = 16            # images at a time in the VAE
     workers: int = 4                # threads that read for it
     device: str = "auto"            # auto, cpu, cuda, cuda:N, mps

@@ -4025,7 +4025,7 @@ def save_shards(tensors, folder, stem=STEM):
 
 def save_part(tensors, folder, shards=False):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(STATISTICS | dict(_class_name="Any", sample_size=8)))
+    (folder / "config.json").write_text(json.dumps(STATISTICS | dict(_class_name="AutoencoderKL", sample_size=8)))
     save_shards(tensors, folder) if shards else save_file(tensors, folder / f"{STEM}.safetensors")
 
 
