@@ -951,7 +951,7 @@ class VAE(nn.Module):
                 with in_float32(self):
                     images[-1] = self.decode(z)
             if not images[-1].isfinite().all():
-                warn(f"{name}: the VAE's image is not finite in float32 either: what is not is black")
+                warn(f"{name}: the VAE's image is not finite in float32 either")
         return torch.cat(images)
 
 
@@ -1002,7 +1002,7 @@ class TextEncoder:
         self.window = min(filter(None, (getattr(config, name, None) for name in names)), default=math.inf)
         with naming(path_or_hub_id, "cannot be run as a text encoder"):
             ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0        # some have neither
-            known = len(self.model.get_input_embeddings().weight)                     # or one the model has not
+            known = len(self.model.get_input_embeddings().weight)                     # or one that is new
             self.pad_id = next(token for token in ends if token is not None and token < known)
             self.causal = self.measure()
 
@@ -1021,52 +1021,39 @@ class TextEncoder:
         ids = self.tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
         return [row or [self.pad_id] for row in ids]
 
+    @torch.no_grad()
     def encode(self, ids, T):
         """What tokenize gives -> states and mask of T tokens each, as above."""
-        tokens, mask = self.padded(ids, T)
-        if min(map(len, ids)) == T:
-            return self.states(tokens, None), mask
-        # Made ready: of a (B, T) mask transformers asks on the host whether it pads, and waits.
-        return self.states(tokens, causal_mask(mask, self.model.dtype) if self.causal and T <= self.window
-                           else mask.long()), mask
-
-    def padded(self, ids, T):
-        """-> tokens and mask, (B, T) each, on the model's device."""
         tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
         mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids])
-        return [to_device(x, self.model.device) for x in (tokens, mask)]
-
-    @torch.no_grad()
-    def states(self, tokens, mask):
+        tokens, mask = (to_device(x, self.model.device) for x in (tokens, mask))
+        ready = mask.long()
+        if min(map(len, ids)) == T:
+            ready = None
+        elif self.causal and T <= self.window:
+            # Made ready here: of a (B, T) mask transformers asks on the host whether it pads, and waits.
+            causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+            ready = torch.zeros(len(ids), 1, T, T, dtype=self.model.dtype, device=mask.device)
+            ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(ready.dtype).min)
         with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
-            return self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+            states = self.model(input_ids=tokens, attention_mask=ready)
+        return states.last_hidden_state, mask
 
     def measure(self):
-        """-> whether, on a short text, causal_mask does what the (B, T) mask does; an encoder where not even
-        that one keeps padding out of the states is refused."""
-        n = max(2, min(8, self.max_length // 2))
+        """-> whether, on a short text, encode's causal mask does what the (B, T) mask does; an encoder where
+        not even that one keeps padding out of the states is refused."""
+        n, exact = max(2, min(8, self.max_length // 2)), self.model.dtype == torch.float32
         row = (self.tokenize(["a large red circle above a small blue square"], n)[0] * n)[:n]
-        tokens, mask = self.padded([row], 2 * n)
-        alone, dtype = self.states(tokens[:, :n], None).float(), self.model.dtype
-        if not alone.isfinite().all():
-            raise UserError(f"its states are not finite in {str(dtype)[6:]}; use --dtype=float32")
+        alone = self.encode([row], n)[0].float()
 
-        def moved(mask):                                     # by rounding: 1e-6, in bfloat16 up to 0.01
-            return ((self.states(tokens, mask)[:, :n].float() - alone).norm() / alone.norm()).item()
-        exact = dtype == torch.float32
-        if not moved(mask.long()) <= (1e-3 if exact else 0.05):
-            raise UserError("its states depend on padding, whatever the mask")
+        def moved(causal):                                   # by rounding 1e-6, in bfloat16 up to 0.01
+            self.causal = causal
+            return ((self.encode([row], 2 * n)[0][:, :n].float() - alone).norm() / alone.norm()).item()
+        if not moved(causal=False) <= (1e-3 if exact else 0.05):                      # nan is not
+            raise UserError(f"its states depend on padding, or are not finite in {str(self.model.dtype)[6:]}")
         with contextlib.suppress(Exception):                 # some take no such mask
-            return moved(causal_mask(mask, dtype)) <= (1e-4 if exact else 0.02)
+            return 2 * n <= self.window and moved(causal=True) <= (1e-4 if exact else 0.02)
         return False
-
-
-def causal_mask(mask, dtype):
-    """mask (B, T), True on real tokens -> (B, 1, T, T) to add to scores: a token sees those up to itself."""
-    T = mask.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-    ready = torch.zeros(len(mask), 1, T, T, dtype=dtype, device=mask.device)
-    return ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(dtype).min)
 
 
 def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
@@ -1406,8 +1393,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
         settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
     else:                                                    # a published file, Lightning's, diffusers', bare
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=TEXT_ENCODER, text_length=512,
-                        step=0, images=0, **SAMPLING)
-        settings["vae"] = beside("vae", EQ_VAE if settings["config"].in_channels == 4 else "")
+                        vae=beside("vae", ""), step=0, images=0, **SAMPLING)
     own = None if vae else own
     settings["vae"] = vae or (str(path) if own else settings["vae"])
     settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
@@ -1689,8 +1675,7 @@ def start_ranks():
 
 def warn(line):
     """A warning of any process: of all but the first stdout is closed (start_ranks)."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    stream = sys.stderr if together and torch.distributed.get_rank() > 0 else sys.stdout
+    stream = sys.stdout if os.environ.get("RANK", "0") == "0" else sys.stderr
     print(f"warning: {line}", file=stream, flush=True)
 
 

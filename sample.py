@@ -447,7 +447,7 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
             with hdm.in_float32(model):
                 latent = draw_latents(model, vae, texts, [job], lambda t, x0: None)[0][0]
         if not latent.isfinite().all():
-            hdm.warn(f"{name}: its latent is not finite in float32: what is shown is not what was meant")
+            hdm.warn(f"{name}: its latent is not finite in float32{' either' * (dtype != torch.float32)}")
         image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None], name))[0]
         yield image if anew is None else np.where(anew[..., None], image, source), latent
 
@@ -757,11 +757,15 @@ def main(argv):
     jobs, paths = gather(number(jobs, Path(s.out)))[0], []
     files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
     for ckpt, file in files.items():
-        how = {} if s.export else dict(device=device, dtype=dtype)
-        model, vae, settings = hdm.load_model(file, **how, vae=s.vae)
+        how = ("cpu",) if s.export else (device, dtype)
+        model, vae, settings = hdm.load_model(file, *how, vae=s.vae)
         digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
+        if vae is None and model.config.in_channels == 4:    # published, without its VAE
+            settings["vae"] = hdm.EQ_VAE
+            with hdm.expecting(ckpt, "vae", hdm.EQ_VAE, given=""):
+                vae = hdm.load_vae(hdm.EQ_VAE, *how)
         channels = 3 if vae is None else vae.latent_channels
         if channels != model.config.in_channels:
             its = f"those of the VAE {settings['vae']} {channels}" if vae else "and it has no VAE"

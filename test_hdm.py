@@ -886,7 +886,7 @@ def test_states_depend_on_no_padding_whatever_the_encoder(kind, te_folder, tmp_p
 
 
 @pytest.mark.parametrize("dtype, config, settings, words", [
-    (torch.float32, "FNetConfig", TINY_LM, "depend on padding"),  # mixes all tokens, pads too, and takes no mask
+    (torch.float32, "FNetConfig", TINY_LM, "depend on padding"),           # it mixes all tokens, pads too
     (torch.float16, "Qwen3Config", ROTARY, "not finite float16")])
 def test_an_encoder_that_will_not_do_is_refused_at_load(dtype, config, settings, words, te_folder, tmp_path):
     save_encoder(tmp_path / "te", te_folder, config, **settings)
@@ -3486,14 +3486,14 @@ def test_a_published_model_without_a_vae_takes_the_published_one(layout, te_fold
     save_part(XUT_ALONE, path)
     save_part(VAE_ALONE, tmp_path / "elsewhere")
     ckpt = path / f"{STEM}.safetensors" if layout == "bare file" else path.parent
-    message = one_line(hdm.load_model, ckpt)
-    assert "KBlueLeaf/EQ-SDXL-VAE" in message and "--vae=" in message
-    own = hdm.load_model(ckpt, vae=tmp_path / "elsewhere")
-    hub = {hdm.EQ_VAE: tmp_path / "elsewhere"}
+    argv = ["--prompt=red circle", "--width=16", "--height=16", "--steps=2", f"--text_encoder={te_folder}"]
+    message = one_line(sample.main, [f"--ckpt={ckpt}", f"--out={tmp_path}", *argv])
+    assert all(word in message for word in (str(ckpt), "KBlueLeaf/EQ-SDXL-VAE", "--vae="))
+    named = draw(ckpt, tmp_path / "b", *argv, f"--vae={tmp_path / 'elsewhere'}")["00000-0.png"]
+    hub = {train.Settings().vae: tmp_path / "elsewhere"}
     monkeypatch.setattr(hdm, "fetch", lambda name, file, what: hub[name] / file)
-    default = hdm.load_model(ckpt)
-    assert same(*(dict(vae.state_dict()) for _, vae, _ in (own, default))) and own[1].mean == default[1].mean
-    assert hdm.load_model(ckpt, with_vae=False)[2]["vae"] == train.Settings().vae == hdm.EQ_VAE
+    assert np.array_equal(draw(ckpt, tmp_path / "c", *argv)["00000-0.png"], named)
+    assert hdm.load_model(ckpt)[1] is None                   # a model alone asks for no download
 
 
 def told(capfd):
