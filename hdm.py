@@ -1367,12 +1367,11 @@ def expecting(path, part, place, given):
                         f"--{part}=PLACE, a folder or hub id, names another") from error
 
 
-def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True, vae=""):
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
     """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
     settings is a dict: config (the XUTConfig), text_encoder, text_length, vae, image_size, step, images, and
-    for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged weights where it has them. vae:
-    another place of the VAE.
+    for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged weights where it has them.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = read_tensors(path)
@@ -1394,10 +1393,9 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     else:                                                    # a published file, Lightning's, diffusers', bare
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=TEXT_ENCODER, text_length=512,
                         vae=beside("vae", ""), step=0, images=0, **SAMPLING)
-    own = None if vae else own
-    settings["vae"] = vae or (str(path) if own else settings["vae"])
+    settings["vae"] = str(path) if own else settings["vae"]
     settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
-    with expecting(path, "vae", settings["vae"], given=vae or own):
+    with expecting(path, "vae", settings["vae"], given=own):
         vae = load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
     return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
 

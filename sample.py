@@ -757,15 +757,15 @@ def main(argv):
     jobs, paths = gather(number(jobs, Path(s.out)))[0], []
     files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
     for ckpt, file in files.items():
-        how = ("cpu",) if s.export else (device, dtype)
-        model, vae, settings = hdm.load_model(file, *how, vae=s.vae)
+        how = ("cpu", torch.float32) if s.export else (device, dtype)
+        model, vae, settings = hdm.load_model(file, *how, s.ema, not s.vae)
         digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
-        if vae is None and model.config.in_channels == 4:    # published, without its VAE
-            settings["vae"] = hdm.EQ_VAE
-            with hdm.expecting(ckpt, "vae", hdm.EQ_VAE, given=""):
-                vae = hdm.load_vae(hdm.EQ_VAE, *how)
+        if s.vae or vae is None and model.config.in_channels == 4:                    # published without VAE
+            settings["vae"] = s.vae or hdm.EQ_VAE
+            with hdm.expecting(ckpt, "vae", settings["vae"], given=s.vae):
+                vae = hdm.load_vae(settings["vae"], *how)
         channels = 3 if vae is None else vae.latent_channels
         if channels != model.config.in_channels:
             its = f"those of the VAE {settings['vae']} {channels}" if vae else "and it has no VAE"
