@@ -3356,7 +3356,8 @@ def poisoned(monkeypatch, te, prompt, value, where=lambda model: True):
     monkeypatch.setattr(hdm.XUT, "forward", other)
 
 
-@pytest.mark.parametrize("dtype, value", [("float32", math.inf), ("float16", math.nan), ("bfloat16", math.inf)])
+@pytest.mark.parametrize("dtype, value", [
+    ("float32", math.inf), ("float16", math.nan), ("bfloat16", math.inf)])
 def test_an_image_that_is_not_finite_is_named_and_touches_no_other(
         dtype, value, trained, tmp_path, monkeypatch, capfd):
     """In 16 bit it is drawn again in float32, by weights that are then as before."""
