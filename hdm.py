@@ -610,6 +610,7 @@ def dpmpp_2m(v, x, times):
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+euler.title, heun.title, dpmpp_2m.title = "Euler", "Heun", "DPM++ 2M"      # AUTOMATIC1111's names, if any
 
 
 def stack_texts(states, masks=None):
@@ -681,6 +682,20 @@ class Guidance:
 def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance):
     """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0; guidance: fields of Guidance."""
     return euler(Guidance(model, ctx, uncond, **guidance), noise, sampling_times(steps, t_shift))
+
+
+@contextlib.contextmanager
+def in_float32(module):
+    """In the block the module works in float32, without autocast; then it has the very weights it had."""
+    narrow = [(weight, weight.dtype) for weight in module.parameters() if weight.dtype != torch.float32]
+    try:
+        for weight, _ in narrow:
+            weight.data = weight.data.float()
+        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for weight, dtype in narrow:
+            weight.data = weight.data.to(dtype)
 
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
@@ -755,13 +770,15 @@ class PixelAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, width, groups):
+    def __init__(self, width, groups, attention):
         super().__init__()
-        self.attentions = nn.ModuleList([PixelAttention(width, groups)])
+        self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = layer(x)
+        return x
 
 
 class Downsample(nn.Module):
@@ -802,13 +819,13 @@ class VAELevel(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    def __init__(self, widths, layers, latent_channels, groups):
+    def __init__(self, widths, layers, latent_channels, groups, attention):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             VAELevel(widths[max(i - 1, 0)], width, layers, groups, downsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
-        self.mid_block = MidBlock(widths[-1], groups)
+        self.mid_block = MidBlock(widths[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
@@ -820,11 +837,11 @@ class VAEEncoder(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    def __init__(self, widths, layers, latent_channels, groups):
+    def __init__(self, widths, layers, latent_channels, groups, attention):
         super().__init__()
         widths = widths[::-1]
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups)
+        self.mid_block = MidBlock(widths[0], groups, attention)
         self.up_blocks = nn.ModuleList(
             VAELevel(widths[max(i - 1, 0)], width, layers + 1, groups, upsample=i < len(widths) - 1)
             for i, width in enumerate(widths))
@@ -841,6 +858,7 @@ class VAEDecoder(nn.Module):
 class VAE(nn.Module):
     """Frozen image <-> latent: images (B, 3, height, width) in [-1, 1], latents (B, C, height/8, width/8).
 
+    The arguments are those of diffusers' AutoencoderKL. SD3's and FLUX's have 16 channels and no quant convs.
     Latents are normalised here and nowhere else: (z - latents_mean) / latents_std for each channel where the
     VAE has these numbers (EQ-SDXL-VAE: in its config.json), else (z - shift_factor) * scaling_factor. The
     defaults leave latents as they are.
@@ -848,15 +866,18 @@ class VAE(nn.Module):
 
     def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
                  norm_num_groups=32, latents_mean=None, latents_std=None, scaling_factor=1.0,
-                 shift_factor=0.0):
+                 shift_factor=0.0, use_quant_conv=True, use_post_quant_conv=True,
+                 mid_block_add_attention=True):
         super().__init__()
         widths = tuple(block_out_channels)
         if any(width % norm_num_groups for width in widths):
             raise UserError(f"VAE widths {widths}: not all multiples of norm_num_groups={norm_num_groups}")
-        self.encoder = VAEEncoder(widths, layers_per_block, latent_channels, norm_num_groups)
-        self.decoder = VAEDecoder(widths, layers_per_block, latent_channels, norm_num_groups)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        shape = widths, layers_per_block, latent_channels, norm_num_groups, mid_block_add_attention
+        self.encoder, self.decoder = VAEEncoder(*shape), VAEDecoder(*shape)
+        self.quant_conv, self.post_quant_conv = (
+            nn.Conv2d(channels, channels, 1) if there else nn.Identity()
+            for channels, there in ((2 * latent_channels, use_quant_conv),
+                                    (latent_channels, use_post_quant_conv)))
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(widths) - 1)                 # pixels on the side of a latent cell
         # Python numbers, not buffers: half() must not round them, and they are no parameters of the file's.
@@ -865,6 +886,9 @@ class VAE(nn.Module):
         if not (len(self.mean) == len(self.std) == latent_channels and math.isfinite(sum(self.mean))
                 and all(std > 0 for std in self.std)):
             raise UserError(f"VAE: latents_mean and latents_std must be {latent_channels} numbers each")
+        by_channel = dict(latents_mean=self.mean, latents_std=self.std, scaling_factor=1.0)
+        by_factor = dict(scaling_factor=scaling_factor, shift_factor=shift_factor)
+        self.normalisation = by_channel if latents_mean or latents_std else by_factor
         self.eval().requires_grad_(False)
 
     def diffusers_config(self):
@@ -875,8 +899,10 @@ class VAE(nn.Module):
                     up_block_types=["UpDecoderBlock2D"] * len(levels),
                     block_out_channels=[level.resnets[0].conv2.out_channels for level in levels],
                     layers_per_block=len(levels[0].resnets), latent_channels=self.latent_channels,
-                    norm_num_groups=self.encoder.conv_norm_out.num_groups, latents_mean=self.mean,
-                    latents_std=self.std)
+                    norm_num_groups=self.encoder.conv_norm_out.num_groups,
+                    use_quant_conv=isinstance(self.quant_conv, nn.Conv2d),
+                    use_post_quant_conv=isinstance(self.post_quant_conv, nn.Conv2d),
+                    mid_block_add_attention=len(self.encoder.mid_block.attentions) > 0, **self.normalisation)
 
     def statistics(self, z):
         return (to_device(torch.tensor(numbers, dtype=z.dtype).view(1, -1, 1, 1), z.device)
@@ -885,7 +911,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def moments(self, images):
         """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalised."""
-        weight = self.quant_conv.weight
+        weight = self.encoder.conv_in.weight
         with torch.autocast(weight.device.type, enabled=False):                       # float16 overflows here
             out = self.quant_conv(self.encoder(images.to(weight.dtype)))
         mean, logvar = out.float().contiguous().chunk(2, dim=1)
@@ -912,55 +938,78 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Normalised latents -> images, float32, not clamped."""
         mean, std = self.statistics(latents)
-        weight = self.post_quant_conv.weight
+        weight = self.decoder.conv_in.weight
         with torch.autocast(weight.device.type, enabled=False):
             z = self.post_quant_conv((latents * std + mean).to(weight.dtype))
             return self.decoder(z).float().contiguous()
 
-    def decode_each(self, latents):
-        """decode for little memory: image by image, and again in float32 what is not finite."""
-        images, dtype = [], self.post_quant_conv.weight.dtype
+    def decode_each(self, latents, name="an image"):
+        """decode for little memory: image by image, and again in float32 what is not finite, with a warning
+        that names it. A latent that is not finite is its caller's to report."""
+        images, dtype = [], self.decoder.conv_in.weight.dtype
         for z in latents.split(1):
             images.append(self.decode(z))
-            if dtype != torch.float32 and z.isfinite().all() and not images[-1].isfinite().all():
-                print(f"the VAE's picture is not finite in {dtype}: decoded again in float32")
-                try:
-                    images[-1] = self.float().decode(z)
-                finally:
-                    self.to(dtype)                           # to the very weights that it had
+            if not z.isfinite().all() or images[-1].isfinite().all():
+                continue
+            if dtype != torch.float32:
+                warn(f"{name}: the VAE's image is not finite in {str(dtype)[6:]}: decoded again in float32")
+                with in_float32(self):
+                    images[-1] = self.decode(z)
+            if not images[-1].isfinite().all():
+                warn(f"{name}: the VAE's image is not finite in float32 either")
         return torch.cat(images)
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------
 
-class TextEncoder:
-    """A frozen Hugging Face causal LM: its last hidden state, after the final norm, is what XUT reads.
+def text_class(config):
+    """transformers' class that loads a config's model: where there is one that is its encoder alone (T5)."""
+    import transformers                                      # takes seconds, and not all commands need it
+    alone = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if alone else transformers.AutoModel
 
-    path_or_hub_id goes to AutoTokenizer and AutoModel (the decoder body, no head): any of them will do. Texts
-    are cut at max_length tokens. dtype None: 16 bit on CUDA, else float32.
+
+def text_part(model):
+    """The part of a model that reads text: the encoder of two halves, the language model beside others."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
+class TextEncoder:
+    """A frozen Hugging Face language model: its last hidden state, after the final norm, is what XUT reads.
+
+    path_or_hub_id goes to AutoTokenizer and AutoModel (no head): any will do whose states do not depend on
+    padding, which is measured. Texts are cut at max_length tokens. dtype None: 16 bit on CUDA, else float32.
     """
 
     def __init__(self, path_or_hub_id, max_length=256, device="cpu", dtype=None):
-        import transformers                                  # takes seconds, and not all commands need it
+        import transformers
         transformers.utils.logging.disable_progress_bar()
         dtype = pick_dtype("auto", device) if dtype is None else dtype
         if looks_local(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
             raise UserError(f"text encoder {path_or_hub_id}: no such folder")
         beside = Path(path_or_hub_id).with_name("tokenizer")                          # as diffusers has it
         split = beside.is_dir() and not any(Path(path_or_hub_id).glob("tokenizer*"))
-        with naming(path_or_hub_id, "no causal LM and tokenizer to be had for --text_encoder"):
+        with naming(path_or_hub_id, "no language model and tokenizer to be had for --text_encoder"):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(beside if split else path_or_hub_id)
-            model, info = transformers.AutoModel.from_pretrained(path_or_hub_id, dtype=dtype,
-                                                                 output_loading_info=True)
-            assert len(self.tokenizer) > 1 and not info["missing_keys"], "else it would run on random weights"
-        longest = getattr(model.config, "max_position_embeddings", max_length)
-        if max_length > longest:
+            load = text_class(transformers.AutoConfig.from_pretrained(path_or_hub_id)).from_pretrained
+            model, info = load(path_or_hub_id, dtype=dtype, output_loading_info=True)
+            missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]   # not read
+            assert len(self.tokenizer) > 1 and not missing, "else it would run on random weights"
+            self.model = text_part(model).to(device).eval().requires_grad_(False)
+        config = self.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", max_length)
+        if 0 < longest < max_length:
             raise UserError(f"text_length={max_length}: {path_or_hub_id} reads at most {longest} tokens")
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.max_length = max_length
-        self.dim = model.config.hidden_size
-        ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        self.pad_id = next(token for token in ends if token is not None)
+        config.use_cache, self.max_length, self.dim = False, max_length, config.hidden_size
+        names = "sliding_window", "attention_chunk_size", "attention_window_size", "local_attention"
+        self.window = min(filter(None, (getattr(config, name, None) for name in names)), default=math.inf)
+        with naming(path_or_hub_id, "cannot be run as a text encoder"):
+            ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0        # some have neither
+            known = len(self.model.get_input_embeddings().weight)                     # or one that is new
+            self.pad_id = next(token for token in ends if token is not None and token < known)
+            self.causal = self.measure()
 
     def __call__(self, prompts, pad_to=None):
         """list of B strings -> states (B, T, ctx_dim), mask (B, T) bool, True on real tokens.
@@ -983,18 +1032,34 @@ class TextEncoder:
         tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
         mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids])
         tokens, mask = (to_device(x, self.model.device) for x in (tokens, mask))
-        config, ready = self.model.config, mask.long()
-        rotary = hasattr(config, "rope_theta") or hasattr(config, "rope_parameters")  # others read positions
-        if min(map(len, ids)) == T:                          # from the mask
+        ready = mask.long()
+        if min(map(len, ids)) == T:
             ready = None
-        elif rotary and T <= (getattr(config, "sliding_window", None) or T):
+        elif self.causal and T <= self.window:
             # Made ready here: of a (B, T) mask transformers asks on the host whether it pads, and waits.
             causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
             ready = torch.zeros(len(ids), 1, T, T, dtype=self.model.dtype, device=mask.device)
             ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(ready.dtype).min)
         with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
-            states = self.model(input_ids=tokens, attention_mask=ready, use_cache=False)
+            states = self.model(input_ids=tokens, attention_mask=ready)
         return states.last_hidden_state, mask
+
+    def measure(self):
+        """-> whether, on a short text, encode's causal mask does what the (B, T) mask does; an encoder where
+        not even that one keeps padding out of the states is refused."""
+        n, exact = max(2, min(8, self.max_length // 2)), self.model.dtype == torch.float32
+        row = (self.tokenize(["a large red circle above a small blue square"], n)[0] * n)[:n]
+        alone = self.encode([row], n)[0].float()
+
+        def moved(causal):                                   # by rounding: 1e-6, in bfloat16 0.02 (28 layers)
+            self.causal = causal
+            return ((self.encode([row], 2 * n)[0][:, :n].float() - alone).norm() / alone.norm()).item()
+        plain = moved(causal=False)
+        if not plain <= (1e-3 if exact else 0.2):            # nan is not
+            raise UserError(f"its states depend on padding, or are not finite in {str(self.model.dtype)[6:]}")
+        with contextlib.suppress(Exception):                 # some take no such mask
+            return 2 * n <= self.window and moved(causal=True) <= 2 * plain + (1e-4 if exact else 0.01)
+        return False
 
 
 def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
@@ -1084,6 +1149,7 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
 RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
 RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
 TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
+EQ_VAE = "KBlueLeaf/EQ-SDXL-VAE"                             # its VAE, for files that hold none
 SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0,    # ours hold their own
                 tag_separator="$$", spaces=False)            # of parse_caption
 
@@ -1275,7 +1341,7 @@ def config_from_tensors(tensors, path):
 
 
 def vae_from_tensors(tensors, path, device, dtype, **statistics):
-    """A VAE, its widths and layers read from names and shapes; statistics: VAE's normalisation arguments."""
+    """A VAE, its architecture read from names and shapes; statistics: VAE's normalisation arguments."""
     if inner := part_of(tensors, "vae."):
         keys = dict(latents_mean="vae_mean", latents_std="vae_std")                   # (1, C, 1, 1) each
         statistics |= {name: tensors[key].flatten().tolist() for name, key in keys.items() if key in tensors}
@@ -1289,14 +1355,34 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
         widths.append(tensors[name.format(len(widths), 0)].numel())
     while name.format(0, layers) in tensors:
         layers += 1
-    if not widths or "post_quant_conv.bias" not in tensors:
-        raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, post_quant_conv)")
-    channels = tensors["post_quant_conv.bias"].numel()
+    if not widths or "decoder.conv_in.weight" not in tensors:
+        raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, decoder.conv_in)")
+    parts = dict(use_quant_conv="quant_conv.bias", use_post_quant_conv="post_quant_conv.bias",
+                 mid_block_add_attention="decoder.mid_block.attentions.0.to_q.weight")
+    parts = {name: key in tensors for name, key in parts.items()}
     if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
         dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
     with naming(path, "not a VAE"):
-        vae = load_strict(lambda: VAE(widths, layers, channels, **statistics), tensors, path, device, dtype)
+        channels = tensors["decoder.conv_in.weight"].shape[1]
+        vae = load_strict(lambda: VAE(widths, layers, channels, **statistics, **parts), tensors, path, device,
+                          dtype)
+    if statistics.keys() <= {"norm_num_groups"}:
+        print(f"vae {path}: no latents_mean, latents_std or scaling_factor: its latents are used as they are")
     return vae.to(memory_format=torch.channels_last)         # what 16-bit convolutions are fast in
+
+
+def vae_config(file):
+    """A VAE's config.json -> VAE's arguments in it; a VAE of another class or other blocks is refused."""
+    with naming(file, "not a json file of settings"):
+        config = json.loads(read_text(file))
+        for name, value in dict(_class_name="AutoencoderKL", down_block_types="DownEncoderBlock2D",
+                                up_block_types="UpDecoderBlock2D", act_fn="silu").items():
+            its = config.get(name, value)
+            if others := set(its if isinstance(its, list) else [its]) - {value}:
+                others = ", ".join(map(str, others))
+                raise UserError(f"{file}: a VAE with {name} {others}: only {value} is read")
+        names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
+        return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
@@ -1304,16 +1390,14 @@ def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
     that holds one as vae/, or a file (with a config.json beside it, where its latents are normalised)."""
     path, stem = Path(path_or_hub_id), "diffusion_pytorch_model"
     if path.is_file():
-        weights, config_file = path, path.with_name("config.json")
-    else:
-        name = str(path / "vae") if (path / "vae").is_dir() else path_or_hub_id
-        config_file = fetch(name, "config.json", "vae")
-        weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
-    with naming(config_file, "not a json file of settings"):
-        config = json.loads(read_text(config_file)) if config_file.is_file() else {}
-        names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
-        given = {name: config[name] for name in names if config.get(name) is not None}
-    return vae_from_tensors(tensors or read_tensors(weights)[0], weights, device, dtype, **given)
+        tensors, beside = tensors or read_tensors(path)[0], path.with_name("config.json")
+        its = beside.is_file() and not part_of(tensors, "vae.")                       # else it is a model's
+        return vae_from_tensors(tensors, path, device, dtype, **vae_config(beside) if its else {})
+    name = str(path / "vae") if (path / "vae").is_dir() else path_or_hub_id
+    config_file = fetch(name, "config.json", "vae")
+    statistics = vae_config(config_file)
+    weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
+    return vae_from_tensors(read_tensors(weights)[0], weights, device, dtype, **statistics)
 
 
 def list_checkpoints(out_dir):
@@ -1341,6 +1425,18 @@ def find_weights(name, ema):
     if not file:
         raise UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or ckpt_*")
     return file
+
+
+@contextlib.contextmanager
+def expecting(path, part, place, given):
+    """An error of the block says where a checkpoint expects its encoder, unless another place was given."""
+    try:
+        yield
+    except UserError as error:
+        if given:
+            raise
+        raise UserError(f"{path}: its {part.replace('_', ' ')} is expected at {place} ({error}); sample.py's "
+                        f"--{part}=PLACE, a folder or hub id, names another") from error
 
 
 def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
@@ -1371,15 +1467,18 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
                         vae=beside("vae", ""), step=0, images=0, **SAMPLING)
     settings["vae"] = str(path) if own else settings["vae"]
     settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
-    vae = load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
+    with expecting(path, "vae", settings["vae"], given=own):
+        vae = load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
     return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
 
 
-def load_text_encoder(settings, device="cpu", dtype=None):
-    """The TextEncoder that a checkpoint's settings name."""
-    te = TextEncoder(settings["text_encoder"], settings["text_length"], device, dtype)
+def load_text_encoder(settings, device="cpu", dtype=None, place=""):
+    """The TextEncoder that a checkpoint's settings name; place: another place of it."""
+    name = place or settings["text_encoder"]
+    with expecting("the checkpoint", "text_encoder", name, given=place):
+        te = TextEncoder(name, settings["text_length"], device, dtype)
     if te.dim != settings["config"].ctx_dim:
-        raise UserError(f"text encoder {settings['text_encoder']}: {te.dim} wide, but the model was trained "
+        raise UserError(f"text encoder {name}: {te.dim} wide, but the model was trained "
                         f"with ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
     return te
 
@@ -1849,6 +1948,12 @@ def missing_module(error):
     if sys.modules.get(top) is not None and name not in PACKAGES:
         return f"{error}; {top} is installed, but has no such part: another version may have it"
     return f"{error}: pip install {PACKAGES.get(name) or PACKAGES.get(top, top)}"
+
+
+def warn(line):
+    """A warning of any process: of all but the first stdout is closed (start_ranks)."""
+    stream = sys.stdout if os.environ.get("RANK", "0") == "0" else sys.stderr
+    print(f"warning: {line}", file=stream, flush=True)
 
 
 def run(main):

@@ -78,7 +78,7 @@ class DataSettings:
     spaces: bool = False                   # likewise
     latents: bool = False           # write a cache of VAE latents for image_size
     mean_only: bool = False         # without the posterior's variance: half the disk
-    vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id
+    vae: str = hdm.EQ_VAE           # folder or hub id
     batch_size: int = 16            # images at a time in the VAE
     workers: int = 4                # threads that read for it
     device: str = "auto"            # auto, cpu, cuda, cuda:N, mps
@@ -929,12 +929,10 @@ class Latents:
 def half_moments(vae, pixels, channels):
     """-> moments (B, channels, h, w) float16; of images where they are not finite again, in float32."""
     moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
-    bad, dtype = ~moments.isfinite().flatten(1).all(1), next(vae.parameters()).dtype
-    if bad.any() and dtype != torch.float32:
-        try:
-            moments[bad] = half_moments(vae.float(), pixels[bad.to(pixels.device)], channels)
-        finally:
-            vae.to(dtype)                        # to the very weights that it had
+    bad = ~moments.isfinite().flatten(1).all(1)
+    if bad.any() and next(vae.parameters()).dtype != torch.float32:
+        with hdm.in_float32(vae):
+            moments[bad] = half_moments(vae, pixels[bad.to(pixels.device)], channels)
     return moments
 
 
@@ -981,8 +979,8 @@ def encode_latents(s, vae, device, rank, ranks):
                         if moment.isfinite().all():
                             latents[str(i)] = moment.clone()
                         else:
-                            print(f"warning: {index[i].name}: its latent is not finite in float16, also if "
-                                  f"encoded in float32; no latents of it", flush=True)
+                            hdm.warn(f"{index[i].name}: its latent is not finite in float16, also if encoded "
+                                     f"in float32; no latents of it")
             partial = shard(folder, numbers[0]).with_suffix(".partial")
             save_file(latents, partial)
             hdm.open_modes(partial)

@@ -51,7 +51,7 @@ class Picture:                     # a line of --prompts may end in any of these
     seed: int = 0                  # of the first picture of each prompt, the next one's is one more; -1: any
     width: int | None = None       # pixels; None: the checkpoint's training size, or init_image's
     height: int | None = None      # likewise
-    sampler: str = "euler"         # euler, heun (two evaluations a step), dpmpp_2m
+    sampler: str = "euler"         # of those above; heun takes two evaluations a step, the others one
     steps: int | None = None       # None: the checkpoint's own (published: 24)
     shift: float | None = None     # of time (train.py's t_shift); None: the checkpoint's own (published: 1)
     cfg: float | None = None       # guidance, 1 is none; None: the checkpoint's own (published: 3)
@@ -102,6 +102,7 @@ class Sampling:
     latents_out: bool = False      # also write each picture's latent, NAME.safetensors
     ema: bool = True               # the averaged weights, where the checkpoint has them
     text_encoder: str = ""         # another place of the text encoder; "": where the checkpoint says
+    vae: str = ""                  # likewise of the VAE, a folder, file or hub id
     device: str = "auto"           # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"            # float32, bfloat16, float16; auto: 16 bit on CUDA, else float32
     export: str = ""               # write the weights as FILE.safetensors (published layout) or a FOLDER
@@ -124,7 +125,6 @@ IDLE = [  # settings, when they have no effect, and why
     ("format", lambda p: not p.slots, "without --slots"),
     ("force", lambda p: not p.export, "without --export"),
     ("prompt prompts slots sheet tipo num_images ui device dtype", lambda p: p.export, "with --export")]
-SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}         # AUTOMATIC1111's
 FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
 TIPO = "KBlueLeaf/TIPO-200M-ft"    # a LLaMA that was trained on tags and captions of the same pictures
 TIPO_TOKENS = 512                  # at most, of its words
@@ -257,12 +257,14 @@ def load_tipo(name):
 def parameters(job, digest):
     """Prompt and settings in AUTOMATIC1111's form, which many programs show."""
     model = Path(job.ckpt).name.removesuffix(".safetensors")
-    pairs = {"Steps": job.steps, "Sampler": SAMPLER_NAMES[job.sampler], "CFG scale": f"{job.cfg:g}",
+    sampler = getattr(hdm.SAMPLERS[job.sampler], "title", job.sampler)
+    pairs = {"Steps": job.steps, "Sampler": sampler, "CFG scale": f"{job.cfg:g}",
              "Seed": job.seed, "Size": f"{job.width}x{job.height}", "Model hash": digest[:10], "Model": model}
     line = ", ".join(f"{key}: " + (json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", str(value))
                                    else str(value)) for key, value in pairs.items())
     negative = [f"Negative prompt: {job.negative_prompt}"] if job.negative_prompt else []
-    return "\n".join([job.prompt, *negative, line])
+    text = "\n".join([job.prompt, *negative, line])
+    return text.encode(errors="replace").decode()            # a file's name can hold any bytes
 
 
 def exif_block(about, text):
@@ -302,7 +304,7 @@ def read_settings(path):
                             f"or with --no_metadata, or another program has saved it")
     with hdm.naming(f"--from_image={path}", "broken settings in it"):
         about, types = json.loads(about), hdm.setting_types([Picture, Sampling])
-        known = [one.name for one in fields(Picture)] + ["ema", "text_encoder", "dtype"]   # not: out, ...
+        known = [one.name for one in fields(Picture)] + ["ema", "text_encoder", "vae", "dtype"]   # not: out
         values = {name: hdm.setting_value(name, about[name], types[name]) for name in known if name in about}
         return values | dict(prompt=[str(about["prompt"])]), str(about["model_hash"])
 
@@ -412,14 +414,8 @@ def batches(jobs, batch_size):
             yield batch
 
 
-@torch.inference_mode()
-def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
-    """Draws jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its picture
-    (height, width, 3) uint8 and its latent (C, h, w).
-
-    All that is random comes from a picture's own seed, on the CPU: the same in any batch, on any device.
-    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then.
-    """
+def draw_latents(model, vae, texts, jobs, watch):
+    """-> latents (B, C, h, w) of jobs; what init_image and mask keep, as pixels, or None. See draw."""
     p, config, device = jobs[0], model.config, model.in_patch.proj.weight.device
     factor = 1 if vae is None else vae.factor
     rows, cols = (side // factor // config.patch_size for side in (p.height, p.width))
@@ -456,10 +452,31 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
             v = torch.where(cells, v, noise - known)
         watch(t, x - t * v)
         return v
-    x = hdm.SAMPLERS[p.sampler](velocity, x, times)
+    return hdm.SAMPLERS[p.sampler](velocity, x, times), source, anew
+
+
+@torch.inference_mode()
+def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
+    """Draws jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its picture
+    (height, width, 3) uint8 and its latent (C, h, w).
+
+    All that is random comes from a picture's own seed, on the CPU: the same in any batch, on any device.
+    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. What is not
+    finite is drawn again in float32, with a warning.
+    """
+    x, source, anew = draw_latents(model, vae, texts, jobs, watch)
     watch(0, x)
-    for latent in x:                                         # the VAE takes one at a time: less memory
-        image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None]))[0]
+    kind, dtype = x.device.type, model.in_patch.proj.weight.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    for job, latent in zip(jobs, x):                         # the VAE takes one at a time: less memory
+        name = f"image {job.number:05d}-{job.seed}, {job.prompt[:60]!r}"
+        if not latent.isfinite().all() and dtype != torch.float32:
+            hdm.warn(f"{name}: its latent is not finite in {str(dtype)[6:]}: drawn again in float32")
+            with hdm.in_float32(model):
+                latent = draw_latents(model, vae, texts, [job], lambda t, x0: None)[0][0]
+        if not latent.isfinite().all():
+            hdm.warn(f"{name}: its latent is not finite in float32{' either' * (dtype != torch.float32)}")
+        image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None], name))[0]
         yield image if anew is None else np.where(anew[..., None], image, source), latent
 
 
@@ -483,7 +500,8 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
     """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture.
     Under torchrun each process draws its part, and gets all."""
     p = resolved(Job(**how), settings, model, vae)
-    jobs = share([replace(p, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds)])
+    jobs = share([replace(p, prompt=prompt, seed=seed, number=i)
+                  for i, (prompt, seed) in enumerate(zip(prompts, seeds))])
     texts = encode_texts(te, jobs, settings)
     images = [image for batch in batches(jobs, batch_size) for image, _ in draw(model, vae, texts, batch)]
     parts = gather(images)
@@ -515,13 +533,16 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
         if (n := len(te.tokenizer(as_trained(text, settings))["input_ids"])) > te.max_length:
             print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
     del te                                                   # its memory goes to the pictures
+    def content(job, image):
+        text = "" if s.no_metadata else parameters(job, common["model_hash"])
+        return encode_file(image, s.file_type, text, json.dumps(asdict(replace(job, number=0)) | common))
     for batch in batches(share(jobs), s.batch_size):
+        for job in batch:                                    # what no file can hold fails before it is drawn
+            content(job, np.zeros((job.height, job.width, 3), np.uint8))
         drawn = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
         for job, (image, latent) in zip(batch, drawn):
             path = Path(s.out, f"{job.number:05d}-{job.seed}.{s.file_type}")
-            about = json.dumps(asdict(replace(job, number=0)) | common)
-            text = "" if s.no_metadata else parameters(job, common["model_hash"])
-            path = write_new(path, encode_file(image, s.file_type, text, about))
+            path = write_new(path, content(job, image))
             if s.latents_out:
                 write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
             yield path
@@ -859,7 +880,8 @@ def warn_idle(flags, p, s, jobs, settings):
 def main(argv):
     if argv and not argv[0].startswith("-"):
         raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
-    _, flags = hdm.parse_args(argv, [Picture, Sampling], doc=__doc__, aliases=ALIASES)
+    doc = f"{__doc__.rstrip()}\n\nSamplers: {', '.join(hdm.SAMPLERS)}."
+    _, flags = hdm.parse_args(argv, [Picture, Sampling], doc=doc, aliases=ALIASES)
     values, expected = dict(flags), None
     if "from_image" in values:
         kept, expected = read_settings(values["from_image"])
@@ -886,12 +908,20 @@ def main(argv):
     jobs, paths = gather(number(jobs, Path(s.out)))[0], []
     files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
     for ckpt, file in files.items():
-        model, vae, settings = hdm.load_model(file, *(("cpu",) if s.export else (device, dtype)))
+        how = ("cpu", torch.float32) if s.export else (device, dtype)
+        model, vae, settings = hdm.load_model(file, *how, s.ema, not s.vae)
         digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
         if expected not in (None, digest):
             print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
-        if vae is None and model.config.in_channels != 3:
-            raise hdm.UserError(f"--ckpt={ckpt}: no VAE for its {model.config.in_channels}-channel latents")
+        if s.vae or vae is None and model.config.in_channels == 4:                    # published without VAE
+            settings["vae"] = s.vae or hdm.EQ_VAE
+            with hdm.expecting(ckpt, "vae", settings["vae"], given=s.vae):
+                vae = hdm.load_vae(settings["vae"], *how)
+        channels = 3 if vae is None else vae.latent_channels
+        if channels != model.config.in_channels:
+            its = f"those of the VAE {settings['vae']} {channels}" if vae else "and it has no VAE"
+            raise hdm.UserError(f"--ckpt={ckpt}: its latents have {model.config.in_channels} channels, {its};"
+                                f" --vae=PLACE names another, a folder, file or hub id")
         settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
         todo = [job for job in jobs if job.ckpt == ckpt]
         if not s.ui:                                         # a page can change what it begins with
@@ -900,8 +930,9 @@ def main(argv):
             if rank == 0:
                 export(s.export, model, vae, settings, s.force)
             return
-        get_te = partial(hdm.load_text_encoder, settings, device, dtype)
-        common = dict(ema=s.ema, text_encoder=s.text_encoder, dtype=str(dtype)[6:], model_hash=digest)
+        get_te = partial(hdm.load_text_encoder, settings, device, dtype, s.text_encoder)
+        common = dict(ema=s.ema, text_encoder=s.text_encoder, vae=s.vae, dtype=str(dtype)[6:],
+                      model_hash=digest)
         if s.ui:
             return page(model, vae, get_te, settings, s, p, common)
         with tqdm(total=len(share(todo)), unit_scale=True, disable=rank > 0 or None) as bar:

@@ -706,11 +706,88 @@ def test_an_overflowing_decode_is_done_again_in_float32(capsys):
     vae, z = vae.half(), torch.randn(2, 4, 4, 6) * torch.tensor([1e-3, 1.0])[:, None, None, None]
     weights = {name: value.clone() for name, value in vae.state_dict().items()}
     with torch.inference_mode():
-        images = vae.decode_each(z)
-    assert capsys.readouterr().out.count("again in float32") == 1 and images.isfinite().all()
+        images = vae.decode_each(z, "image 7")
+    assert images.isfinite().all()
+    assert re.fullmatch("warning: image 7: .*float16.* again in float32\n", capsys.readouterr().out)
     assert not vae.decode(z)[1].isfinite().all() and torch.equal(vae.decode(z[:1]), images[:1])
     assert same(dict(vae.state_dict()), weights)
     assert torch.equal(vae.float().decode(z[1:]), images[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=3)))
+def test_a_vae_of_any_parts_is_the_same_from_any_file(parts, tmp_path, capsys):
+    """16 channels, a shift, with and without quant convs and attention: as SD3's and FLUX's."""
+    names = dict(zip(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), parts))
+    vae = fill(hdm.VAE((32, 64), 1, 16, shift_factor=0.0609, scaling_factor=0.3611, **names))
+    weights = vae.state_dict()
+    assert ["quant_conv.bias" in weights, "post_quant_conv.bias" in weights] == list(parts[:2])
+    assert any("attentions" in name for name in weights) == parts[2]
+    (tmp_path / "folder").mkdir()
+    config = vae.diffusers_config()
+    assert config.items() >= dict(names, shift_factor=0.0609, scaling_factor=0.3611).items()
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "folder" / f"{STEM}.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "XUDiTConditionModel"}')   # not the VAE's
+    statistics = {f"vae_{name}": torch.tensor(numbers)[None, :, None, None]
+                  for name, numbers in dict(mean=vae.mean, std=vae.std).items()}
+    save_file({f"vae.{name}": value for name, value in weights.items()} | statistics, tmp_path / "whole")
+    images, z = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(1, 16, 5, 3)
+    assert close(vae.encode(images), (vae.moments(images)[0] - 0.0609) * 0.3611, 1e-5)
+    for place in ("folder", f"folder/{STEM}.safetensors", "whole"):
+        loaded = hdm.load_vae(tmp_path / place)
+        assert loaded.latent_channels == 16
+        assert close(loaded.encode(images), vae.encode(images), 1e-5)
+        assert close(loaded.decode(z), vae.decode(z), 1e-5)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "bare").mkdir()
+    save_file(weights, tmp_path / "bare" / "vae.safetensors")
+    assert hdm.load_vae(tmp_path / "bare" / "vae.safetensors").mean == (0,) * 16
+    assert re.fullmatch("vae .*bare.*no latents_mean, .*\n", capsys.readouterr().out)      # one line
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [
+    dict(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=0.3611),
+    dict(latents_mean=[0.5] * 16, latents_std=[2.0] * 16, mid_block_add_attention=False)])
+def test_diffusers_and_we_read_each_others_vaes(how, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.utils.logging.set_verbosity_error()
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64), norm_num_groups=8, latent_channels=16, layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, **how).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = hdm.load_vae(tmp_path / "theirs")
+    images, z = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 16, 8, 12)
+    mean, std = (0.5, 2.0) if "latents_mean" in how else (0.0609, 1 / 0.3611)
+    assert close(ours.encode(images), (theirs.encode(images).latent_dist.mean - mean) / std, 1e-5)
+    assert close(ours.decode(z), theirs.decode(z * std + mean).sample, 1e-5)
+    (tmp_path / "ours").mkdir()
+    save_file({name: value.contiguous() for name, value in ours.state_dict().items()},
+              tmp_path / "ours" / f"{STEM}.safetensors")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(ours.diffusers_config()))
+    again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
+    assert same(dict(again.state_dict()), dict(theirs.state_dict()))
+    for name in ("latents_mean", "latents_std", "shift_factor", "use_quant_conv", "mid_block_add_attention"):
+        if name in how:
+            assert getattr(again.config, name) == how[name], name
+
+
+@pytest.mark.parametrize("name, value", [
+    ("_class_name", "AutoencoderTiny"), ("_class_name", "AutoencoderDC"), ("_class_name", "VQModel"),
+    ("_class_name", "AutoencoderKLWan"), ("_class_name", "AsymmetricAutoencoderKL"), ("act_fn", "relu"),
+    ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
+    ("up_block_types", ["AttnUpDecoderBlock2D"])])
+def test_a_vae_of_another_kind_is_refused_by_its_name(name, value, tmp_path):
+    save_part(VAE_ALONE, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {name: value}))
+    odd = value if isinstance(value, str) else value[-1]
+    for place in (tmp_path / "a", tmp_path / "a" / f"{STEM}.safetensors"):
+        message = one_line(hdm.load_vae, place)
+        assert str(tmp_path / "a") in message and odd in message
+    os.remove(tmp_path / "a" / f"{STEM}.safetensors")        # whatever its weights are called
+    assert odd in one_line(hdm.load_vae, tmp_path / "a")
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------
@@ -753,6 +830,76 @@ def test_text_is_cut_at_max_length_and_at_pad_to(te, te_folder):
         whole, _ = te([phrase(30)])                          # causal: the cut is not felt before it
         torch.testing.assert_close(states, whole[:, :10], atol=1e-5, rtol=0)
     assert short([phrase(30)], pad_to=16)[1].sum() == 10
+
+
+TINY_LM = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, pad_token_id=0)
+ROTARY = TINY_LM | dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, bos_token_id=None,
+                        eos_token_id=None)
+BERT = TINY_LM | dict(num_attention_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)
+T5 = dict(vocab_size=512, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0)
+EYES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+            patch_size=14)
+ENCODERS = {  # class of the config, its settings; whether the mask is made ready, so that CUDA does not wait
+    "Qwen3": ("Qwen3Config", ROTARY, True), "Llama": ("LlamaConfig", ROTARY, True),
+    "Gemma3, windows longer than the text": ("Gemma3TextConfig", ROTARY | dict(sliding_window=64), True),
+    "Gemma3, windows shorter than some": ("Gemma3TextConfig", ROTARY | dict(sliding_window=20), True),
+    "Gemma3, windows shorter than all": ("Gemma3TextConfig", ROTARY | dict(sliding_window=4), False),
+    "Mistral, short windows": ("MistralConfig", ROTARY | dict(sliding_window=5), False),
+    "EmbeddingGemma": ("Gemma3TextConfig", ROTARY | dict(use_bidirectional_attention=True), False),
+    "ModernBERT": ("ModernBertConfig", BERT | dict(local_attention=8, global_attn_every_n_layers=2,
+                                                   cls_token_id=None, sep_token_id=None), False),
+    "BERT": ("BertConfig", BERT, False), "RoBERTa": ("RobertaConfig", BERT, False),
+    "GPT-2": ("GPT2Config", dict(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64,
+                                 bos_token_id=None, eos_token_id=None), True),
+    "OPT": ("OPTConfig", dict(vocab_size=512, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+                              num_attention_heads=2, word_embed_proj_dim=32), False),
+    "T5, both halves": ("T5Config", T5, False),
+    "BART, both halves": ("BartConfig", dict(
+        vocab_size=512, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32), False),
+    "Gemma3 with eyes": ("Gemma3Config", dict(
+        text_config=ROTARY | dict(sliding_window=64), vision_config=EYES, mm_tokens_per_image=4,
+        image_token_index=63, boi_token_index=62, eoi_token_index=61), True)}
+
+
+def save_encoder(folder, te_folder, config, **settings):
+    """A random encoder of a class of transformers; its tokenizer, te_folder's, has neither pad nor eos."""
+    model = transformers.AutoModel.from_config(getattr(transformers, config)(**settings))
+    for weight in model.parameters():
+        if weight.dim() == 2:                                # each token's state depends on those it sees
+            weight.data.normal_(std=weight.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(te_folder / "tokenizer.json"))
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_states_depend_on_no_padding_whatever_the_encoder(kind, te_folder, tmp_path):
+    config, settings, ready = ENCODERS[kind]
+    save_encoder(tmp_path / "te", te_folder, config, **settings)
+    te = hdm.TextEncoder(tmp_path / "te", 48)
+    assert te.dim == 32 and te.causal == ready
+    prompts = [phrase(3), phrase(40, 1), "", phrase(17, 2), phrase(1)]
+    alone = [te([prompt])[0][0] for prompt in prompts]
+    for pad_to in (None, 48):
+        states, mask = te(prompts, pad_to)
+        for its, real, expected in zip(states, mask, alone):
+            assert close(its[real], expected)
+    assert not close(alone[0], te([phrase(3, 1)])[0][0])     # nor are they all one
+
+
+@pytest.mark.parametrize("dtype, config, settings, words", [
+    (torch.float32, "FNetConfig", TINY_LM, "depend on padding"),           # it mixes all tokens, pads too
+    (torch.float16, "Qwen3Config", ROTARY, "not finite float16")])
+def test_an_encoder_that_will_not_do_is_refused_at_load(dtype, config, settings, words, te_folder, tmp_path):
+    save_encoder(tmp_path / "te", te_folder, config, **settings)
+    if dtype == torch.float16:
+        weights = load_file(tmp_path / "te" / "model.safetensors")
+        weights["layers.0.mlp.down_proj.weight"] *= 1e4
+        weights["layers.0.mlp.up_proj.weight"] *= 1e3
+        save_file(weights, tmp_path / "te" / "model.safetensors", metadata=dict(format="pt"))
+    message = one_line(hdm.TextEncoder, tmp_path / "te", 48, "cpu", dtype)
+    assert str(tmp_path / "te") in message and all(word in message for word in words.split())
 
 
 CAPTION = "first thing $$ second_thing ||| a1 $$ a2 $$ a3 %% b1 $$ b2"
@@ -4069,6 +4216,157 @@ def test_settings_of_a_checkpoint_are_the_defaults(trained, place, tmp_path):
     assert abs(sample.to_uint8(x0)[0].astype(int) - plain).max() <= 1
 
 
+def poisoned(monkeypatch, te, prompt, value, where=lambda model: True):
+    """XUT gives one prompt's image this velocity, in a model for which where is true."""
+    word, forward = te([prompt])[0][0, 0], hdm.XUT.forward
+
+    def other(model, x, t, ctx, **how):
+        v = forward(model, x, t, ctx, **how)
+        its = (ctx[:, 0].float() - word).abs().amax(1) < 0.05
+        return torch.where((its & where(model))[:, None, None, None], value, v)
+    monkeypatch.setattr(hdm.XUT, "forward", other)
+
+
+@pytest.mark.parametrize("dtype, value", [
+    ("float32", math.inf), ("float16", math.nan), ("bfloat16", math.inf)])
+def test_an_image_that_is_not_finite_is_named_and_touches_no_other(
+        dtype, value, trained, tmp_path, monkeypatch, capfd):
+    """In 16 bit it is drawn again in float32, by weights that are then as before."""
+    prompts = ["--prompt=red circle", "--prompt=blue square", "--prompt=red circle"]
+    argv = [*prompts, f"--dtype={dtype}", "-n", "2"]
+    plain = draw(trained, tmp_path / "a", *argv)
+    full = draw(trained, tmp_path / "b", *prompts, "-n", "2")
+    te = hdm.load_text_encoder(hdm.load_model(trained)[2])
+    assert "warning" not in told(capfd)
+    for cured in (True, False):
+        poisoned(monkeypatch, te, "blue square", value,
+                 where=lambda model: not cured or model.in_patch.proj.weight.dtype != torch.float32)
+        drawn = draw(trained, tmp_path / str(cured), *argv)
+        monkeypatch.undo()
+        lines = [line for line in told(capfd).splitlines() if line.startswith("warning")]
+        named = [re.match(r"warning: image (\d+-\d), 'blue square': .*", line)[1] for line in lines]
+        again = [line.endswith("again in float32") for line in lines]
+        count = 0 if dtype == "float32" and cured else 1 if cured or dtype == "float32" else 2
+        assert named == ["00002-0"] * count + ["00003-1"] * count
+        assert again == ([True, False] if count == 2 else [dtype != "float32"] * count) * 2
+        for name, image in drawn.items():
+            if name not in ("00002-0.png", "00003-1.png") or count == 0:
+                assert np.array_equal(image, plain[name])
+            elif cured:
+                assert abs(image - full[name]).max() <= 3
+
+
+def test_a_preview_that_autocast_breaks_is_drawn_again_without_it(trained, monkeypatch, capfd):
+    model, _, settings = hdm.load_model(trained)
+    te = hdm.load_text_encoder(settings)
+    how = model, None, te, ["red circle", "blue square"], [4, 5], settings
+    expected = sample.generate(*how)
+    poisoned(monkeypatch, te, "blue square", math.nan, where=lambda model: torch.is_autocast_enabled("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        images = sample.generate(*how)
+    assert "image 00001-5, 'blue square': its latent is not finite in bfloat16" in told(capfd)
+    assert abs(images[1].astype(int) - expected[1]).max() <= 1 and not np.array_equal(images[0], expected[0])
+    for weight in model.parameters():
+        weight.data.mul_(1)                                  # training goes on: they can be written
+
+
+def test_what_a_vae_makes_infinite_is_named_too(published, te_folder, tmp_path, monkeypatch, capfd):
+    decode = hdm.VAE.decode
+    monkeypatch.setattr(hdm.VAE, "decode", lambda vae, z: decode(vae, z) / (z[0, 0, 0, 0] > 0))
+    draw(published, tmp_path, "--prompt=red circle", "-n", "6", "--width=8", "--height=8", "--steps=1",
+         f"--text_encoder={te_folder}", "--dtype=bfloat16", "--latents_out")
+    lines = [line for line in told(capfd).splitlines() if "VAE" in line]
+    bad = [path.stem for path in sorted(tmp_path.glob("0*.safetensors"))
+           if load_file(path)["latent"][0, 0, 0] <= 0]
+    assert 0 < len(bad) < 6 and len(lines) == 2 * len(bad)
+    for name, (first, second) in zip(bad, zip(lines[::2], lines[1::2])):
+        assert all(line.startswith(f"warning: image {name}, 'red circle': ") for line in (first, second))
+        assert first.endswith("again in float32") and "in float32 either" in second
+
+
+def test_a_sampler_is_one_entry(trained, tmp_path, monkeypatch, capsys):
+    """The flag, the help, a sheet, the file's text; its other name is one that it may have."""
+    monkeypatch.setitem(hdm.SAMPLERS, "half", lambda v, x, times: hdm.euler(v, x, times) / 2)
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    assert "half" in capsys.readouterr().out
+    draw(trained, tmp_path, "--prompt=red circle", "--sheet=sampler=euler,half,dpmpp_2m")
+    paths = sorted(tmp_path.glob("0*.png"))
+    names = [read_parameters(Image.open(path).text["parameters"])[2]["Sampler"] for path in paths]
+    assert names == ["Euler", "half", "DPM++ 2M"]
+    assert [sample.read_settings(path)[0]["sampler"] for path in paths] == ["euler", "half", "dpmpp_2m"]
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("jpg", ["--prompt=" + 70_000 * "a "]), ("webp", ["--prompt=a", "--width=16400"])])
+def test_what_a_file_cannot_hold_is_refused_before_it_is_drawn(
+        kind, settings, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "draw", lambda *how: pytest.fail("drawn in vain"))
+    monkeypatch.setitem(sample.LIMITS, "width", (0, 20_000))
+    argv = [f"--ckpt={trained}", f"--out={tmp_path}", f"--file_type={kind}", *settings]
+    assert f"--file_type={kind}" in one_line(sample.main, argv)
+    assert content(tmp_path) == {}
+
+
+@pytest.fixture(scope="session")
+def flux(place, te_folder, tmp_path_factory):
+    """A folder with a VAE as FLUX's, a cache of its latents, and a run on them; then both moved elsewhere."""
+    flux = tmp_path_factory.mktemp("flux")
+    vae = fill(hdm.VAE((32, 64), 1, 16, shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False,
+                       use_post_quant_conv=False))
+    (flux / "vae").mkdir()
+    (flux / "vae" / "config.json").write_text(json.dumps(vae.diffusers_config()))
+    file = flux / "vae" / f"{STEM}.safetensors"
+    save_file(vae.state_dict(), file)
+    argv = [place / "data", "--latents", f"--vae={file}", "--image_size=16", "--workers=1"]
+    indexed(flux / "index", *argv)
+    te = shutil.copytree(te_folder, flux / "te")
+    train_tiny(place, flux / "run", data=flux / "index", vae=file, text_encoder=te, patch_size=2, images=16,
+               latents=True)
+    shutil.rmtree(next((flux / "run").glob("ckpt_*")) / "text_encoder")
+    shutil.move(flux / "te", flux / "te2")
+    shutil.move(flux / "vae", flux / "vae2")
+    return flux
+
+
+def test_an_encoder_that_is_gone_is_named_with_the_flag_that_names_another(flux, trained, tmp_path, capfd):
+    run, te, vae = (flux / name for name in ("run", "te", "vae"))
+    message = one_line(hdm.load_model, run)
+    assert str(vae / f"{STEM}.safetensors") in message and "--vae=" in message and "ckpt_" in message
+    message = one_line(sample.main, [f"--ckpt={run}", f"--vae={flux / 'vae2'}", "--prompt=red circle"])
+    assert f"{te} (" in message and "--text_encoder=" in message and "--vae" not in message
+    wrong = one_line(sample.main, [f"--ckpt={run}", "--vae=nowhere", "--prompt=red circle"])
+    assert "nowhere" in wrong and str(vae) not in wrong      # the flag's own mistake
+    both = [f"--text_encoder={te}2", f"--vae={flux / 'vae2'}"]
+    first = draw(run, tmp_path / "a", "--prompt=red circle", *both)["00000-0.png"]
+    assert first.std() > 1
+    sample.main([f"--from_image={tmp_path / 'a' / '00000-0.png'}", f"--out={tmp_path / 'a'}"])
+    assert (tmp_path / "a" / "00001-0.png").read_bytes() == (tmp_path / "a" / "00000-0.png").read_bytes()
+    both[1] += f"/{STEM}.safetensors"                        # the same VAE by its file
+    assert np.array_equal(first, draw(run, tmp_path / "b", "--prompt=red circle", *both)["00000-0.png"])
+    for ckpt, channels in ((trained, "3 channels 16"), (flux / "plain.safetensors", "4 channels 16")):
+        if not ckpt.exists():
+            save_file(XUT_ALONE, ckpt)
+        message = one_line(sample.main, [f"--ckpt={ckpt}", "--prompt=a", *both])
+        assert all(word in message for word in [str(ckpt), "--vae=", *channels.split()])
+
+
+@pytest.mark.parametrize("layout", ["bare file", "bare folder"])
+def test_a_published_model_without_a_vae_takes_the_published_one(layout, te_folder, tmp_path, monkeypatch):
+    path = tmp_path / "a" / "transformer"
+    save_part(XUT_ALONE, path)
+    save_part(VAE_ALONE, tmp_path / "elsewhere")
+    ckpt = path / f"{STEM}.safetensors" if layout == "bare file" else path.parent
+    argv = ["--prompt=red circle", "--width=16", "--height=16", "--steps=2", f"--text_encoder={te_folder}"]
+    message = one_line(sample.main, [f"--ckpt={ckpt}", f"--out={tmp_path}", *argv])
+    assert all(word in message for word in (str(ckpt), "KBlueLeaf/EQ-SDXL-VAE", "--vae="))
+    named = draw(ckpt, tmp_path / "b", *argv, f"--vae={tmp_path / 'elsewhere'}")["00000-0.png"]
+    hub = {train.Settings().vae: tmp_path / "elsewhere"}
+    monkeypatch.setattr(hdm, "fetch", lambda name, file, what: hub[name] / file)
+    assert np.array_equal(draw(ckpt, tmp_path / "c", *argv)["00000-0.png"], named)
+    assert hdm.load_model(ckpt)[1] is None                   # a model alone asks for no download
+
+
 def told(capfd):
     return capfd.readouterr().out
 
@@ -4922,7 +5220,8 @@ def save_shards(tensors, folder, stem=STEM):
 
 def save_part(tensors, folder, shards=False):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(STATISTICS | dict(_class_name="Any", sample_size=8)))
+    config = STATISTICS | dict(_class_name="AutoencoderKL", sample_size=8)
+    (folder / "config.json").write_text(json.dumps(config))
     save_shards(tensors, folder) if shards else save_file(tensors, folder / f"{STEM}.safetensors")
 
 
@@ -5599,10 +5898,13 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     ("sample.py --prompt=a --ckpt=@file", "@file"),
     ("sample.py --prompt=a --ckpt=@cut.safetensors", "@cut.safetensors"),
     ("sample.py --prompt=a --ckpt=@stranger.safetensors", "@stranger.safetensors"),
-    ("sample.py --prompt=a --ckpt=@no_vae.safetensors --text_encoder=@wide_te", "@no_vae.safetensors vae"),
+    ("sample.py --prompt=a --ckpt=@no_vae.safetensors --text_encoder=@wide_te",
+     "@no_vae.safetensors KBlueLeaf/EQ-SDXL-VAE --vae="),
     ("sample.py --prompt=a", "KBlueLeaf/HDM-xut-340M-anime"),
     ("sample.py --prompt=a --ckpt=@published.safetensors --width=32 --height=32", "Qwen/Qwen3-0.6B"),
     ("sample.py --prompt=a --ckpt=@run --text_encoder=nowhere", "nowhere"),
+    ("sample.py --prompt=a --ckpt=@run --vae=nowhere", "nowhere"),
+    ("sample.py --prompt=a --ckpt=@run --vae=@good_vae", "@run 3 4 --vae="),
     ("sample.py --prompt=a --ckpt=@run --text_encoder=@wide_te", "@wide_te 48 32"),
     ("sample.py --prompt=a --ckpt=@run --width=18", "18 16 multiple"),
     ("sample.py --prompt=a --ckpt=@run --height=0", "16 0 4 multiple"),

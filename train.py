@@ -79,7 +79,7 @@ class Run:
 @dataclasses.dataclass
 class Data:
     data: str = "data/train"       # what prepare.py wrote, or a source of captioned images as it takes it
-    vae: str = "KBlueLeaf/EQ-SDXL-VAE"     # folder or hub id; "": train on pixels
+    vae: str = hdm.EQ_VAE          # folder or hub id; "": train on pixels
     text_encoder: str = hdm.TEXT_ENCODER   # folder or hub id of a causal LM
     image_size: int = 256          # side of the square crop in pixels: an image's short side is scaled to it
     text_length: int = 256         # tokens that captions are cut to
@@ -981,7 +981,7 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
     vae = hdm.load_vae(s.vae, "meta") if at_hand(s.vae) else None
     with torch.device("meta"):
         vae = vae or (hdm.VAE() if s.vae else None)
-        text = transformers.AutoModel.from_config(text).float()
+        text = hdm.text_part(hdm.text_class(text).from_config(text)).float()
         model = build_model(s, given, vae, text.config.hidden_size, "meta")
     side = s.image_size // (vae.factor if vae else 1)
     numbers = [sum(p.numel() for p in module.parameters()) if module else 0 for module in (model, vae, text)]
