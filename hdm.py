@@ -24,7 +24,9 @@ Letters, in every shape comment:
 Time runs from t = 0 (data) to t = 1 (pure noise).
 """
 import atexit
+import bisect
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -36,6 +38,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -47,18 +50,29 @@ import typing
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
 from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch.utils.checkpoint import checkpoint
 
 
 def to_device(x, device):
     """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
     return x.to(device, non_blocking="cuda" in str(device))
+
+
+# Types of settings with their bounds, both allowed; the least above 0 is normal: training flushes denormals.
+Whole = Annotated[int, 0, math.inf]
+Count = Annotated[int, 1, math.inf]
+Positive = Annotated[float, sys.float_info.min, math.inf]
+NotNegative = Annotated[float, 0, math.inf]
+Share = Annotated[float, 0, math.nextafter(1, 0)]            # from 0, below 1
+Part = Annotated[float, sys.float_info.min, 1]               # above 0, up to 1
 
 
 class UserError(Exception):
@@ -147,11 +161,11 @@ def time_frequencies(dim, device=None):
 class TimeEmbedding(nn.Module):
     """t (B,) in [0, 1] -> (B, 1, D)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, init=True):
         super().__init__()
         # In the published files, so in ours, but not read below: half precision rounds it, and 1000 t times
         # that error turns the angles by up to 0.24 rad.
-        self.register_buffer("freqs", time_frequencies(dim))
+        self.register_buffer("freqs", time_frequencies(dim) if init else torch.empty(1, dim // 2))
         self.proj = nn.Sequential(nn.Linear(dim, dim), nn.Mish())
 
     def forward(self, t):
@@ -339,11 +353,11 @@ class SharedAdaLN(nn.Sequential):
 
 class Block(nn.Module):
     """Self-attention, [cross-attention to a skip], SwiGLU; each modulated by the shared AdaLN."""
-    checkpointing = False      # set on the class: True computes blocks again in backward, which saves memory
 
     def __init__(self, config, cross=False):
         super().__init__()
         self.residual = config.residual
+        self.checkpointing = False                           # True: computed again in backward: less memory
         self.attn = SelfAttention(config)
         self.attn_pre_norm = PreNorm(config.dim)
         if cross:
@@ -448,13 +462,15 @@ def join_text(pos, T, ctx_mask):
 
 
 class XUT(nn.Module):
-    def __init__(self, config):
+    """The model. init False: without the initial weights, where others are loaded at once."""
+
+    def __init__(self, config, init=True):
         super().__init__()
         self.config = config
         D = config.dim
         self.in_patch = PatchIn(config.in_channels, D, config.patch_size)
         self.ctx_proj = nn.Linear(config.ctx_dim, D)
-        self.time_emb = TimeEmbedding(D)
+        self.time_emb = TimeEmbedding(D, init)
         if config.aspect_cond:
             self.addon_info_embs_proj = nn.Sequential(nn.Linear(1, D), nn.Mish(), nn.Linear(D, D))
         self.shared_adaln_attn = SharedAdaLN(D)
@@ -464,7 +480,14 @@ class XUT(nn.Module):
         self.backbone = Backbone(config)
         self.post_tread_trns = Stack(config, config.post_blocks)
         self.out_patch = PatchOut(D, config.in_channels, config.patch_size)
-        self.init_weights()
+        if init:
+            self.init_weights()
+
+    def checkpoint_blocks(self, on):
+        """Whether the backward pass computes blocks again in place of keeping what they computed."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.checkpointing = on
 
     def init_weights(self):
         """PyTorch's defaults, except what follows, in the model's order."""
@@ -551,6 +574,127 @@ def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=No
     return loss if reduction == "none" else loss.mean()
 
 
+# ---- The training example, and the way from a batch to its loss ------------------------------------------
+
+@dataclass
+class Example:
+    """What a training example is made by."""
+    image_size: Count = 256        # side of the square crop in pixels: an image's short side is scaled to it
+    text_length: Count = 256       # tokens that captions are cut to
+    text_lengths: Annotated[int, 1, 4] = 4     # and padded to the nearest of so many, in equal steps
+    mask_padding: bool = False     # False: pads are ordinary tokens, as published; True: nothing sees them
+    caption_dropout: Share = 0.1   # share of captions replaced by an empty one, for guidance
+    tag_dropout: Share = 0.25      # share of a caption's shuffled tags (after |||) that are left out
+    group_dropout: Share = 0.3     # share of its groups of them
+    tag_separator: str = "$$"      # ",": captions are plain lists of tags, shuffled as a whole but for a |||
+    spaces: bool = False           # underscores in captions become spaces, not in ^_^
+    tread_rate: Share = 0.5        # share of image tokens that go around the U
+    t_shift: Positive = 1.0        # > 1 moves training and sampling times toward noise; 1: published
+    vae_chunk: Whole = 0           # images that the VAE takes at a time; 0: a micro-step's
+
+
+def training_example(image, caption, sides, key, s, config, factor=None, latent=False, training=True):
+    """One image's part of a batch, as a dict. All that is random in it is a function of `key` (a text), drawn
+    on the CPU: the number of workers or GPUs changes nothing, and resuming needs no generator.
+
+    image: (3, height, width) uint8, the short side s.image_size long; or, latent, its moments from the VAE,
+    (C or 2 C, height, width). sides: width and height of the whole image in pixels, scaled like it.
+    caption: as draw_caption takes it. factor: pixels on the side of a latent cell; None: XUT reads pixels.
+    training False: a held-out image. Centre crop, all tags, no dropout, no TREAD, and a time that no setting
+    moves (the published distribution), so that held-out losses of runs can be compared.
+    """
+    rng = random.Random(key)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    dropped = training and rng.random() < s.caption_dropout
+    text = "" if dropped else draw_caption(caption, rng if training else None, s)
+
+    # Shifted square crop: the cut starts at any pixel, or at any cell of a latent, along the long side.
+    cell = factor or 1                                       # pixels
+    cells = s.image_size // cell                             # h = w
+    size, patch = s.image_size, config.patch_size * cell     # of the crop and of a token, in pixels
+    if latent:                                               # ... in cells
+        size, patch = cells, config.patch_size
+    height, width = image.shape[1:]
+    if training:
+        left, top = rng.randint(0, width - size), rng.randint(0, height - size)
+    else:
+        left, top = (width - size) // 2, (height - size) // 2
+
+    shape = config.in_channels, cells, cells                 # (C, h, w)
+    if training:
+        t = draw_time(1, s.t_shift, generator)[0]
+    else:
+        t = torch.sigmoid(torch.randn(1, generator=generator))[0]
+    example = dict(caption=text, crop=(left, top, size), t=t,
+                   aspect=torch.tensor(math.log(sides[0] / sides[1])),
+                   pos=crop_positions(height, width, top, left, size, patch, config.pos),     # (N, 2)
+                   noise=torch.randn(shape, generator=generator))
+    example["moments" if latent else "pixels"] = image[:, top:top + size, left:left + size]
+    if factor is not None:                                   # for a draw from the VAE's posterior
+        example["vae_noise"] = torch.randn(shape, generator=generator)
+    if training and s.tread_rate > 0:
+        example["keep"] = pick_tokens(1, len(example["pos"]), s.tread_rate, generator)[0]     # (R,)
+    return example
+
+
+def padded_lengths(s):
+    """The numbers of tokens that a micro-batch's texts are padded to: all shapes that XUT will meet."""
+    steps = range(1, s.text_lengths + 1)
+    return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
+
+
+def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
+    """A batch of training examples -> the arguments of flow_loss, through the frozen encoders. The host waits
+    for nothing. lap: called with the name of what has just been done."""
+    batch = {name: to_device(value, device) if isinstance(value, torch.Tensor) else value
+             for name, value in batch.items()}
+    if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
+        moments = batch["moments"].float().split(vae.latent_channels, dim=1)
+        x0 = vae.latents(moments[0], moments[-1], batch["vae_noise"] if len(moments) > 1 else None)
+    else:
+        x0 = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
+        if vae is not None:
+            chunk = s.vae_chunk or len(x0)
+            pairs = zip(x0.split(chunk), batch["vae_noise"].split(chunk))
+            x0 = torch.cat([vae.encode(images, sample=True, noise=noise) for images, noise in pairs])
+    lap("vae")
+    ids = te.tokenize(batch["caption"], s.text_length)
+    # Each caption keeps the pads up to its own length and no more, whatever stands beside it in the batch.
+    lengths = padded_lengths(s)
+    own = [lengths[bisect.bisect_left(lengths, len(row))] for row in ids]
+    ctx, mask = te.encode(ids, max(own))                     # (B, T, ctx_dim), (B, T)
+    if not s.mask_padding:
+        mask = torch.arange(max(own)) < torch.tensor(own)[:, None] if min(own) < max(own) else None
+    lap("text")
+    inputs = {name: batch[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in batch}
+    return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if mask is None else to_device(mask, device))
+
+
+def blank_inputs(config, batch, side, T, tread_rate=0.0, masked=False, device="cpu"):
+    """flow_loss's arguments of training, all zero: for latents of side x side cells and T text tokens."""
+    N = (side // config.patch_size) ** 2
+    sizes = dict(x0=(config.in_channels, side, side), noise=(config.in_channels, side, side), pos=(N, 2),
+                 ctx=(T, config.ctx_dim), t=(), aspect=())
+    inputs = {name: torch.zeros(batch, *size, device=device) for name, size in sizes.items()}
+    keep = torch.zeros(batch, N - math.floor(N * tread_rate), dtype=torch.int64, device=device)
+    mask = torch.ones(batch, T, dtype=torch.bool, device=device)
+    return dict(inputs, keep=keep if tread_rate else None, ctx_mask=mask if masked else None)
+
+
+# ---- The optimizer step ----------------------------------------------------------------------------------
+
+def lr_at(seen, s, warmup, end):
+    """The lr, before the division by fan-in, of the step after `seen` images: linear warm-up over `warmup`
+    images, then constant, or a cosine to 1 % of the peak at `end` images."""
+    if seen < warmup:
+        steps = warmup / s.global_batch
+        return s.lr * min(seen / s.global_batch + 1, steps) / steps
+    if s.schedule == "constant":
+        return s.lr
+    part = min(1, (seen - warmup) / max(1, end - warmup))
+    return s.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
+
+
 def parameter_groups(model):
     """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in.
 
@@ -564,6 +708,78 @@ def parameter_groups(model):
         groups.setdefault(fan_in, []).append(parameter)
     return [dict(params=parameters, fan_in=fan_in) for fan_in, parameters in groups.items()]
 
+
+class AdamW:
+    """What follows the backward passes of a step: clip, skip a step that is not finite, AdamW, average.
+
+    Another optimizer is a subclass: it changes make and state_bytes, and --optimizer takes its name in lower
+    case. Resume, --plan and the size of checkpoints follow.
+    """
+    state_bytes = 8                # of a parameter: AdamW's two moments in float32
+    skips_steps = True             # by found_inf, as below; False: the host waits for each step's verdict
+
+    def __init__(self, model, s, kind, dtype):
+        """model: XUT in float32; s: train.py's settings; kind: "cpu", "cuda", "mps"; dtype: autocast's."""
+        self.model, self.s, self.kind = model, s, kind
+        self.inner = self.make(parameter_groups(model))
+        self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+        self.average = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else model
+        device = model.in_patch.proj.weight.device
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=device)               # steps: all, in a row
+
+    def make(self, groups):
+        """parameter_groups -> a torch.optim.Optimizer. A step sets each group's lr."""
+        s = self.s
+        return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self, lr, step, finite):
+        """One step with the gradients that were summed up; step: how many were before it; finite: whether
+        the losses were, a bool tensor. -> the gradient's global norm before clipping; whether it was done."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr / group["fan_in"]
+        self.scaler.unscale_(self.inner)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)
+        finite = finite & norm.isfinite()
+        # torch's GradScaler has a private contract with its fused optimizers: an attribute found_inf, a float
+        # tensor on the device, makes them skip the step. The scaler sets it in float16 alone; here it is set
+        # in every type, so that no host waits to know. Not tried on MPS, where the host asks.
+        self.inner.found_inf = 1 - finite.float()
+        if self.skips_steps and self.kind != "mps" or finite:
+            self.scaler.step(self.inner)
+        self.scaler.update()
+        self.inner.zero_grad(set_to_none=True)
+        self.skipped = torch.stack([self.skipped[0] + ~finite, (self.skipped[1] + 1) * ~finite])
+        if self.s.ema:
+            decay = min(self.s.ema, (1 + step) / (10 + step))                         # soon forgets the init
+            weights = [parameter.data for parameter in self.model.parameters()]
+            torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
+        return norm, finite
+
+    def checkpoint_gb(self):
+        """Of weights, average and state, on a disk."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return 1e-9 * parameters * ((8 if self.s.ema else 4) + self.state_bytes)
+
+    def state_dict(self):
+        return dict(optimizer=self.inner.state_dict(), scaler=self.scaler.state_dict(), bad=self.skipped)
+
+    def load_state_dict(self, state):
+        """state: of state_dict, among other things. The betas and the decay stay those of s."""
+        own = [{name: value for name, value in group.items() if name not in ("params", "lr")}
+               for group in self.inner.param_groups]
+        self.inner.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.inner.param_groups, own):
+            group.update(settings)
+        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())      # empty: was not fp16
+        self.skipped = state["bad"].to(self.skipped.device)
+
+
+def optimizers():
+    """{name for --optimizer: class}"""
+    return {cls.__name__.lower(): cls for cls in (AdamW, *AdamW.__subclasses__())}
 
 # ---- Samplers: functions of v(x, t), x and the times; Guidance makes v from the model --------------------
 
@@ -964,7 +1180,7 @@ class VAE(nn.Module):
 
 def text_class(config):
     """transformers' class that loads a config's model: where there is one that is its encoder alone (T5)."""
-    import transformers                                      # takes seconds, and not all commands need it
+    import transformers  # takes seconds, and not all commands need it
     alone = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
     return transformers.AutoModelForTextEncoding if alone else transformers.AutoModel
 
@@ -1062,41 +1278,6 @@ class TextEncoder:
         return False
 
 
-def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
-    """Saves to the folder `out` a byte-level BPE tokenizer trained on `captions` and a tiny random Qwen3, as
-    AutoTokenizer and AutoModel load them: the path of a real encoder without its download or its knowledge (a
-    word that stands in no caption means nothing). shape: other settings of its Qwen3Config."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # here: slow to import
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, logging
-    logging.disable_progress_bar()  # it would write "Writing model shards" over our own lines
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    # All 256 bytes are tokens, so that any text can be encoded, emoji too, whatever the captions held.
-    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right",
-                            clean_up_tokenization_spaces=False).save_pretrained(out)
-    tiny = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=dim, intermediate_size=2 * dim,
-                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=dim // 4,
-                pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    config = Qwen3Config(**tiny | shape)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = Qwen3Model(config)
-        # Nothing is trained here, so the scales decide what a state says. Where layers keep the size of what
-        # they read (1 / sqrt(fan in)), embeddings of std 2 make it mostly its own word, a bit those before.
-        # Mean cosine of the states of one shape word in two captions | of two shape words, over the 384 (this
-        # function, 2026): std 0.5: 0.57 | 0.16; 2: 0.92 | -0.01; 8: 1.00 | -0.05; all at Qwen3's 0.02: 0.59 |
-        # 0.28. In each case a linear probe on the last token's state finds all four attributes.
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.normal_(std=2.0 if name == "embed_tokens.weight" else weight.shape[1] ** -0.5)
-    model.save_pretrained(out)
-    open_modes(out)
-
-
 OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, where there is a sidecar
 
 
@@ -1146,12 +1327,8 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
 
 # ---- Weights in and out ----------------------------------------------------------------------------------
 
-RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
-RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
 TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
 EQ_VAE = "KBlueLeaf/EQ-SDXL-VAE"                             # its VAE, for files that hold none
-SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0,    # ours hold their own
-                tag_separator="$$", spaces=False)            # of parse_caption
 
 
 def first_line(error):
@@ -1261,46 +1438,9 @@ def is_finite(value):
     return value.is_floating_point() and (not value.numel() or all(map(math.isfinite, value.aminmax())))
 
 
-ADAPTER = re.compile(r"(?i)(?<![a-z])(lycoris|lora|dora|lokr|loha|hada|b?oft|ia3)[._]")
-AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|swa)(?![a-z])")
-WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_\w+_module)\.")               # by compile, DDP, FSDP
-NOT_XUT = re.compile(r"vae\.|vae_(mean|std)$|n_averaged$|(te|text_encoders?|text_model|cond_stage_model)\.")
-
-
-def xut_part(tensors, path, ema):
-    """A file's tensors -> those with ctx_proj.weight's prefix, XUT's, by their own names, and the others."""
-    if adapters := [name for name in tensors if ADAPTER.search(name)]:
-        raise UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without which "
-                        f"it is another model: merge them by the program that trained them")
-    plain = {WRAPPER.sub("", name): value for name, value in tensors.items()}
-    starts = [name.removesuffix("ctx_proj.weight") for name in plain
-              if re.search(r"(^|\.)ctx_proj\.weight$", name)]
-    if not starts:
-        raise UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and no "
-                        f"ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
-    averaged = [start for start in starts if AVERAGED.search(start)]
-    live = [start for start in starts if start not in averaged]
-    chosen = averaged if averaged and (ema or not live) else live
-    if len(chosen) > 1 or len(plain) < len(tensors):
-        names = ", ".join(f"{start}*" for start in starts)
-        raise UserError(f"{path}: holds several models ({names}); keep one of them in it")
-    start, inner = chosen[0], tuple(one for one in starts if len(one) > len(chosen[0]))
-    own = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)
-           and not name.startswith(inner) and (start or not NOT_XUT.match(name))}
-    others = {name: value for name, value in plain.items()
-              if not name.startswith(start) or name.removeprefix(start) not in own}
-    if unread := [name for name in others if not NOT_XUT.match(name)]:
-        kinds = {name.partition(".")[0]: name for name in reversed(unread)}
-        print(f"{path}: {start}* is read; {len(unread)} other tensors are not, such as "
-              f"{', '.join(list(kinds.values())[:5])}")
-    return own, others
-
-
 def load_strict(build, tensors, path, device, dtype):
     """build() filled with exactly these tensors; a file that does not fit is refused, naming why."""
-    # No memory, no random numbers: weights will come. Any arithmetic on "meta" would import 67 MB of torch.
-    with (torch.device("meta"), mock.patch.object(XUT, "init_weights"),
-          mock.patch(f"{__name__}.time_frequencies", lambda dim: torch.empty(1, dim // 2))):
+    with torch.device("meta"):                               # no memory: the weights will come
         module = build()
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -1320,24 +1460,6 @@ def load_strict(build, tensors, path, device, dtype):
         tensors["time_emb.freqs"] = time_frequencies(2 * want["time_emb.freqs"][1]).to(device)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
-
-
-def config_from_tensors(tensors, path):
-    """The XUTConfig of a file without one, by names and shapes; skips, residual and pos as published."""
-    def count(pattern):
-        return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
-    with naming(path, "not an XUT checkpoint"):
-        dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape
-        heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape
-        return XUTConfig(
-            dim=dim, ctx_dim=tensors["ctx_proj.weight"].shape[1], heads=heads, head_dim=4 * quarter,
-            mlp_dim=tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape[1],
-            depth=count(r"backbone\.enc_blocks\.(\d+)\."),
-            enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."),
-            dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
-            pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."),
-            post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."), patch_size=patch_size,
-            in_channels=in_channels, aspect_cond="addon_info_embs_proj.0.weight" in tensors)
 
 
 def vae_from_tensors(tensors, path, device, dtype, **statistics):
@@ -1412,77 +1534,6 @@ def weights_in(folder, stem):
     return next(filter(Path.is_file, (Path(folder, stem + end) for end in ends)), None)
 
 
-def find_weights(name, ema):
-    """A run's folder, one checkpoint, a diffusers-style folder, a file or a hub id -> the file to read."""
-    if not looks_local(name):
-        if name == RELEASED:
-            print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
-        return fetch(name, RELEASED_FILE, "checkpoint")
-    path = (list_checkpoints(name) or [Path(name)])[-1]
-    file = (path if path.is_file() else ema and weights_in(path, "ema") or weights_in(path, "model")
-            or weights_in(path / "transformer", "diffusion_pytorch_model")
-            or weights_in(path, "diffusion_pytorch_model"))
-    if not file:
-        raise UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or ckpt_*")
-    return file
-
-
-@contextlib.contextmanager
-def expecting(path, part, place, given):
-    """An error of the block says where a checkpoint expects its encoder, unless another place was given."""
-    try:
-        yield
-    except UserError as error:
-        if given:
-            raise
-        raise UserError(f"{path}: its {part.replace('_', ' ')} is expected at {place} ({error}); sample.py's "
-                        f"--{part}=PLACE, a folder or hub id, names another") from error
-
-
-def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
-    """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
-
-    settings is a dict: config (the XUTConfig), text_encoder, text_length, tag_separator, spaces, vae,
-    image_size, step, images, and for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged
-    weights where it has them.
-    """
-    path = find_weights(path_or_hub_id, ema)
-    tensors, metadata = read_tensors(path)
-    own = None                                               # a VAE in the same file
-    if "hdm" not in metadata or "ctx_proj.weight" not in tensors:                     # else a run's: only XUT
-        tensors, others = xut_part(tensors, path, ema)
-        own = others if part_of(others, "vae.") else None
-    inside = path.absolute().parent.name == "transformer"
-    folder = path.absolute().parents[1] if inside else path.parent
-    def beside(part, recorded):                              # small encoders move with their checkpoint
-        known = "hdm" in metadata or inside
-        return str(folder / part) if known and (folder / part).is_dir() else recorded
-    if "hdm" in metadata:                                    # ours: the settings stand in the header
-        with naming(path, "broken settings in its header"):
-            settings = SAMPLING | json.loads(metadata["hdm"])
-            settings["config"] = XUTConfig(**settings["config"])
-        settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
-    else:                                                    # a published file, Lightning's, diffusers', bare
-        settings = dict(config=config_from_tensors(tensors, path), text_encoder=TEXT_ENCODER, text_length=512,
-                        vae=beside("vae", ""), step=0, images=0, **SAMPLING)
-    settings["vae"] = str(path) if own else settings["vae"]
-    settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
-    with expecting(path, "vae", settings["vae"], given=own):
-        vae = load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
-    return load_strict(lambda: XUT(settings["config"]), tensors, path, device, dtype), vae, settings
-
-
-def load_text_encoder(settings, device="cpu", dtype=None, place=""):
-    """The TextEncoder that a checkpoint's settings name; place: another place of it."""
-    name = place or settings["text_encoder"]
-    with expecting("the checkpoint", "text_encoder", name, given=place):
-        te = TextEncoder(name, settings["text_length"], device, dtype)
-    if te.dim != settings["config"].ctx_dim:
-        raise UserError(f"text encoder {name}: {te.dim} wide, but the model was trained "
-                        f"with ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
-    return te
-
-
 def open_modes(path):
     """Give path, and all in it, the modes of the umask: safetensors writes for a file's owner alone."""
     os.umask(mask := os.umask(0))                            # it can only be read by setting it
@@ -1508,84 +1559,6 @@ def check_size(height, width, config, vae):
         near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
         raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
                         f"factor), such as {near_w}x{near_h}")
-
-
-# ---- What it costs: counted on tensors without memory, whatever a fork makes of XUT ----------------------
-
-QWEN3 = dict(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,      # 0.6B
-             num_attention_heads=16, num_key_value_heads=8, head_dim=128)
-
-
-def blank_inputs(config, batch, side, T, tread_rate=0.0, masked=False, device="cpu"):
-    """flow_loss's arguments of training, all zero: for latents of side x side cells and T text tokens."""
-    N = (side // config.patch_size) ** 2
-    sizes = dict(x0=(config.in_channels, side, side), noise=(config.in_channels, side, side), pos=(N, 2),
-                 ctx=(T, config.ctx_dim), t=(), aspect=())
-    inputs = {name: torch.zeros(batch, *size, device=device) for name, size in sizes.items()}
-    keep = torch.zeros(batch, N - math.floor(N * tread_rate), dtype=torch.int64, device=device)
-    mask = torch.ones(batch, T, dtype=torch.bool, device=device)
-    return dict(inputs, keep=keep if tread_rate else None, ctx_mask=mask if masked else None)
-
-
-def count_flops(f):
-    """FLOPs of the matrix products and convolutions in f(), by torch's counter; a multiply-add is two."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        f()
-    return counter.get_total_flops()
-
-
-def saved_bytes(f):
-    """Bytes that autograd keeps of f() for its backward pass, shared ones once, parameters not."""
-    kept = {}
-    def keep(x):                                             # held: an address is not to be used again
-        return kept.setdefault(x.untyped_storage()._cdata, x)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        f()
-    return sum(x.untyped_storage().nbytes() for x in kept.values() if not isinstance(x, nn.Parameter))
-
-
-@mock.patch.object(Block, "checkpointing", False)            # what is computed again is counted by the caller
-@mock.patch(f"{__name__}.STRIP", math.inf)                   # nor rows that strips share
-def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16):
-    """What a training image with a latent of side x side cells and T text tokens costs, as a dict.
-
-    FLOPs: xut, forward; step, XUT forward and backward; vae, its encoder; text, the text encoder (modules on
-    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes; or
-    checkpointed, where blocks are: the input of each, and all of one; and shared, weights in 16 bit.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with torch.device("meta"):
-        model, inputs = XUT(config), blank_inputs(config, 1, side, T, tread_rate, device="meta")
-        images = torch.zeros(1, 3, *[side * vae.factor] * 2) if vae else None
-        states = dict(inputs_embeds=torch.zeros(1, T, config.ctx_dim), attention_mask=torch.zeros(1, 1, T, T))
-    costs = dict(step=count_flops(lambda: flow_loss(model, **inputs).backward()))
-    with torch.no_grad():
-        costs["xut"] = count_flops(lambda: flow_loss(model, **inputs))
-        costs["vae"] = count_flops(lambda: vae.encoder(images)) if vae else 0
-        costs["text"] = count_flops(lambda: text(**states)) if text else 0
-    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model = XUT(config)
-        one, two = (saved_bytes(lambda: flow_loss(model, **blank_inputs(config, n, side, T, tread_rate)))
-                    for n in (1, 2))
-    tokens = inputs["pos"].shape[1]
-    through = tokens if inputs["keep"] is None else inputs["keep"].shape[1]           # the U
-    inside = config.depth * (config.enc_blocks + config.dec_blocks)
-    outside = config.pre_blocks + config.post_blocks
-    states = outside * (T + tokens) + inside * (T + through)
-    checkpointed = states * config.dim * dtype.itemsize + (two - one) / (inside + outside)
-    return costs | dict(bytes=two - one, checkpointed=checkpointed, shared=2 * one - two)
-
-
-def matmul_tflops(device, dtype):
-    """The device's own rate of large matrix products, in TFLOP/s: the best of five tries."""
-    n, best = 8192 if "cuda" in str(device) else 2048, math.inf
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    for _ in range(6):                                       # the first one warms up
-        clock = time.perf_counter()
-        (a @ b)[0, 0].item()                                 # waits for it
-        best = min(best, time.perf_counter() - clock)
-    return 2e-12 * n ** 3 / best
 
 
 # ---- Plumbing: pictures, devices, settings ---------------------------------------------------------------
@@ -1695,6 +1668,24 @@ def pick_dtype(name, device):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
+    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
+    of the columns above and of the rows to the left, where they are given."""
+    height = max(image.shape[0] for image in images) * scale + gap
+    width = max([image.shape[1] * scale + gap for image in images] + [7 * len(label) for label in tops])
+    left, top = 7 * max(map(len, sides), default=0) + gap, 14 * bool(tops) + gap      # pixels of a letter
+    size = left + columns * width, top + -(-len(images) // columns) * height
+    sheet = Image.new("RGB", size, "white")
+    for i, image in enumerate(images):
+        tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
+        sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
+    for i, label in enumerate(tops):
+        ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
+    for i, label in enumerate(sides):
+        ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
+    return sheet
+
+
 class SharedCPU:
     """Takes fewer CPU threads while other programs use the same cores, where that is faster.
 
@@ -1776,6 +1767,19 @@ def setting_value(where, value, kind):
     raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
 
 
+def check_bounds(settings):
+    """Refuses a value of a dataclass of settings that is beyond the bounds of its type."""
+    for name, kind in typing.get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if value is None or not hasattr(kind, "__metadata__"):
+            continue
+        least, most = kind.__metadata__
+        if not least <= value <= most:
+            low = "above 0" if 0 < least < 1 else f"{least} or more"
+            high = {math.inf: "", math.nextafter(1, 0): ", below 1"}.get(most, f", at most {most}")
+            raise UserError(f"--{name}={value}: must be {low}{high}")
+
+
 # What settings are called by diffusers' scripts, kohya's, AUTOMATIC1111 and their like; after a colon, how
 # ours differ. Each program suggests its own settings alone.
 NEIGHBOURS = dict(
@@ -1836,7 +1840,7 @@ def warn_idle(given, calls, rules):
                 print(f"warning: --{name}={given[name]} has no effect {why}")
 
 
-def parse_args(argv, classes, positionals=(), doc="", aliases={}):
+def parse_args(argv, classes, positionals=(), doc="", aliases=MappingProxyType({})):
     """Command line -> (positional words, {name: typed value} of the settings that were given).
 
     The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
@@ -1845,7 +1849,8 @@ def parse_args(argv, classes, positionals=(), doc="", aliases={}):
     """
     types = setting_types(classes)
     if "--help" in argv or "-h" in argv:
-        print(doc.strip() + "\n\nSettings, as --name=value:")
+        print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
+              "Positive above 0, Share from 0 and below 1, Part above 0 and up to 1.\n")
         for cls in classes:
             fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
             print("\n".join(line for line in fields if line.strip()), end="\n\n")
@@ -1931,6 +1936,22 @@ def start_ranks():
     if torch.distributed.get_rank() > 0:
         sys.stdout = Output(open(os.devnull, "w"))           # one process speaks
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gather(thing):
+    """What all processes of torchrun bring, in their order; each waits here for the others."""
+    things = [thing]
+    if torch.distributed.is_initialized():
+        things *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(things, thing)
+    return things
+
+
+def share(things):
+    """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
+    if not torch.distributed.is_initialized():
+        return things
+    return things[torch.distributed.get_rank()::torch.distributed.get_world_size()]
 
 
 PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python", "sklearn": "scikit-learn",

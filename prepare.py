@@ -18,41 +18,45 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
+import random
 import re
 import shutil
 import tarfile
+import textwrap
 import time
 import unicodedata
 import warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import hdm
-from sample import gather, generate
 
 
 @dataclass
 class DemoSettings:
     out: str = "data/demo"  # folder of pictures and captions; OUT_unseen.txt and OUT_te are written beside it
-    count: int = 12000      # pictures; 12,000 take about 10 s on one core and 95 MB in blocks of 4 KB
-    seed: int = 0           # picture i depends on (seed, i) alone; also of the text encoder's weights
+    count: hdm.Count = 12000  # images; 12,000 take about 10 s on one core and 95 MB in blocks of 4 KB
+    seed: hdm.Whole = 0     # image i depends on (seed, i) alone; also of the text encoder's weights
     centred: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
 
 
 @dataclass
 class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
-    vocab: int = 4096               # most tokens; at least 257: the 256 bytes and the pad
+    vocab: Annotated[int, 257, math.inf] = 4096  # most tokens; the least: 256 bytes and the pad
     tag_separator: str = "$$"       # this and the next as train.py has them
     spaces: bool = False            # likewise
 
@@ -65,135 +69,32 @@ class DataSettings:
     caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
-    min_size: int = 0               # pixels of the short side
-    max_ratio: float = 10.0         # long side to short side
+    min_size: hdm.Whole = 0               # pixels of the short side
+    max_ratio: Annotated[float, 1, math.inf] = 10.0       # long side to short side
     require_tag: list[str] = field(default_factory=list)  # leave out images without it; may be given often
     drop_tag: list[str] = field(default_factory=list)     # leave out images with it
     verify: bool = False            # decode each picture, in place of looking at its header and its end
     dry_run: bool = False           # write no index, but OUT.png, a sheet of pictures, crops and captions
-    image_size: int = 256           # of training: side of the square crop
-    text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run ...
-    text_length: int = 256                 # ... and those past this many ...
-    tag_separator: str = "$$"              # ... with this and the next as train.py has them
-    spaces: bool = False                   # likewise
+    text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run
     latents: bool = False           # write a cache of VAE latents for image_size
     mean_only: bool = False         # without the posterior's variance: half the disk
     vae: str = hdm.EQ_VAE           # folder or hub id
-    batch_size: int = 16            # images at a time in the VAE
-    workers: int = 4                # threads that read for it
+    batch_size: hdm.Count = 16      # images at a time in the VAE
+    workers: hdm.Count = 4          # threads that read for it
     device: str = "auto"            # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"             # of the VAE: float32, bfloat16; auto: 16 bit on CUDA
 
 
 @dataclass
+class PrepareSettings(DataSettings, hdm.Example):
+    pass                            # a dry run shows examples as train.py makes them
+
+
+@dataclass
 class JudgeSettings:
     ckpt: str = "out/demo"          # train.py's OUT_DIR or one checkpoint
-    seeds: int = 8                  # pictures of each unseen caption, drawn from seeds 0, 1, ...
+    seeds: hdm.Count = 8            # images of each unseen caption, from seeds 0, 1, ...
     camera: bool = False            # measure instead how far shifts and zooms move the shape
-
-
-# ---- what the demo shows ----------------------------------------------------------------------------------
-CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the pictures
-RADIUS = {"small": 0.30, "large": 0.42}  # in short sides
-CENTRED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
-CENTRED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
-           "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (245,) * 3, "black": (20,) * 3}
-# In radii from the centre: the reach up, down and to either side; whether (y, x), y downwards, is inside.
-SHAPES = {
-    "circle": (1, 1, 1, lambda y, x: x**2 + y**2 <= 1),
-    "square": (0.86, 0.86, 0.86, lambda y, x: np.fmax(abs(x), abs(y)) <= 0.86),
-    "triangle": (1, 0.8, 1, lambda y, x: (y <= 0.8) & (1.8 * abs(x) <= y + 1)),
-    "diamond": (1, 1, 0.75, lambda y, x: abs(x) / 0.75 + abs(y) <= 1),
-    "cross": (1, 1, 1, lambda y, x: (np.fmax(abs(x), abs(y)) <= 1) & (np.fmin(abs(x), abs(y)) <= 0.33)),
-    "ring": (1, 1, 1, lambda y, x: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.62**2))}
-BACKGROUNDS = {"gray": (128, 128, 128), "navy": (25, 30, 80), "pink": (250, 190, 205), "teal": (20, 120, 120)}
-ATTRIBUTES = {"size": RADIUS, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
-CAPTION = "a {} {} {} on a {} background"
-COMBINATIONS = list(itertools.product(*ATTRIBUTES.values()))  # 384 of (size, colour, shape, background)
-# The test of composing: 32 combinations stay out of training, though each of their words is in it.
-UNSEEN = [words for words, (size, colour, shape, background) in zip(COMBINATIONS, np.ndindex(2, 8, 6, 4))
-          if (size + colour + 2 * shape + 3 * background) % 12 == 0]
-
-
-def centre_range(size, shape, height, width):
-    """((lowest, highest) cy, (lowest, highest) cx), in pixels, that keep the whole shape on the canvas."""
-    r = RADIUS[size] * min(height, width)
-    up, down, side, _ = SHAPES[shape]
-    return (up * r, height - down * r), (side * r, width - side * r)
-
-
-def random_centre(rng, size, shape, height, width):
-    """Uniform in the middle half of its range on each axis: anywhere is too hard for minutes of training."""
-    ranges = centre_range(size, shape, height, width)
-    return [low + (high - low) * rng.uniform(0.25, 0.75) for low, high in ranges]
-
-
-def coverage(size, shape, height, width, cy, cx, r=None):
-    """(height, width) share of each pixel inside the shape: drawn at four times the size, then averaged."""
-    r = RADIUS[size] * min(height, width) if r is None else r                         # pixels
-    y = ((np.arange(4 * height) + 0.5) / 4 - cy) / r
-    x = ((np.arange(4 * width) + 0.5) / 4 - cx) / r
-    return SHAPES[shape][3](y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
-
-
-def draw(size, colour, shape, background, height, width, cy, cx, r=None):
-    """(height, width, 3) uint8: the shape with its centre at (cy, cx), in pixels from the top left corner."""
-    ground = np.array(BACKGROUNDS[background])
-    share = coverage(size, shape, height, width, cy, cx, r)[..., None]
-    return np.rint(ground + share * (COLOURS[colour] - ground)).astype(np.uint8)
-
-
-# ---- the demo data set, the text encoder ------------------------------------------------------------------
-@contextlib.contextmanager
-def whole_folder(out):
-    """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
-    never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
-    out = Path(os.path.abspath(out))
-    mark = out / ".prepare"  # how many files we wrote
-    ours = mark.is_file() and mark.read_text() == str(len(os.listdir(out)) - 1)
-    if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
-        raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
-    hdm.make_folder(out.parent, "--out")
-    with hdm.scratch_folder(out.parent, out.name + ".tmp") as scratch:
-        new = scratch / "new"
-        new.mkdir()
-        yield new
-        (new / ".prepare").write_text(str(len(os.listdir(new))))
-        if out.exists():
-            out.rename(scratch / "old")
-        new.rename(out)
-
-
-def make_demo(settings):
-    out = os.path.abspath(settings.out)
-    seen = [words for words in COMBINATIONS if words not in UNSEEN]
-    # Each run of 352 pictures shows each combination once, in one shuffled order.
-    order = np.random.default_rng(settings.seed).permutation(len(seen))
-    canvases = CENTRED_CANVASES if settings.centred else CANVASES
-    with whole_folder(out) as pictures, whole_folder(out + "_te") as encoder:
-        # From all 352 captions, not from those drawn: a demo of 20 pictures, too, has one token per word.
-        hdm.make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
-        for i in range(settings.count):
-            rng = np.random.default_rng((settings.seed, i))
-            words = seen[order[i % len(seen)]]
-            height, width = rng.choice(list(canvases), p=list(canvases.values()))
-            place = random_centre(rng, words[0], words[2], height, width)
-            if settings.centred:
-                place = height / 2, width / 2, CENTRED_RADIUS[words[0]] * max(height, width)
-            Image.fromarray(draw(*words, height, width, *place)).save(pictures / f"{i:05d}.png")
-            (pictures / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
-    Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
-    print(f"{settings.count} pictures in {settings.out}; beside it _unseen.txt and _te, the text encoder")
-
-
-def text_encoder(settings, source):
-    index = open_index(source)
-    how = dict(separator=settings.tag_separator, spaces=settings.spaces)
-    captions = (hdm.parse_caption(index[i].caption, **how) for i in range(len(index)))  # all alternatives'
-    with whole_folder(settings.out) as out:
-        hdm.make_text_encoder(captions, out, settings.vocab)
-    print(f"a text encoder for the words of {len(index)} captions in {settings.out}")
 
 
 # ---- captioned images as they lie on people's disks --------------------------------------------------------
@@ -731,8 +632,8 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                         length = length or stream.seek(0, 2)  # of a parquet's image it is known only now
                         stream.seek(0)
                         width, height, colours = measure_image(stream, length, s.verify)
-                    picture = Picture(name, file, texts, caption, offset, length, width, height, weight, stamp,
-                                      stamp_of(file), lines, number, place, colours)
+                    picture = Picture(name, file, texts, caption, offset, length, width, height, weight,
+                                      stamp, stamp_of(file), lines, number, place, colours)
                 if kind := refusal(picture, s):
                     raise hdm.UserError(kind)
                 if picture.colours == 2:
@@ -878,6 +779,78 @@ def open_index(data):
     return build_index([(str(data), 1.0)], DataSettings())
 
 
+@contextlib.contextmanager
+def whole_folder(out):
+    """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
+    never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
+    out = Path(os.path.abspath(out))
+    mark = out / ".prepare"  # how many files we wrote
+    ours = mark.is_file() and mark.read_text() == str(len(os.listdir(out)) - 1)
+    if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
+        raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
+    hdm.make_folder(out.parent, "--out")
+    with hdm.scratch_folder(out.parent, out.name + ".tmp") as scratch:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
+        (new / ".prepare").write_text(str(len(os.listdir(new))))
+        if out.exists():
+            out.rename(scratch / "old")
+        new.rename(out)
+
+
+# ---- the order of training ---------------------------------------------------------------------------------
+# An example: of records a and b of weight 1 and c of weight 1.5 the stream with seed 0 begins
+#   a c b | b c a c | c b a | a c c b
+# In each epoch (between the bars) each stands as often as its weight says: c once, then twice, and so on.
+def shuffled(i, n, *key):
+    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel
+    network over the cells of a grid; from a cell past n it walks on."""
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    def number(*words):
+        return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
+    while True:
+        row, column = divmod(i, columns)
+        for turn in range(4):
+            row = (row + number(turn, column)) % rows
+            column = (column + number(turn, row, "row")) % columns
+        i = row * columns + column
+        if i < n:
+            return i
+
+
+class Epochs:
+    """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
+    weight says; of weights with fractions some stand once more, drawn anew each time."""
+
+    def __init__(self, parts, seed):
+        self.parts, self.seed = parts, seed      # [(first record, number, weight)]
+        self.pictures = sum(number for _, number, _ in parts)
+        self.length = sum(number * weight for _, number, weight in parts)  # on average
+
+    def start(self, epoch):
+        """The stream's item at which an epoch starts."""
+        return sum(int(number * weight * epoch) for _, number, weight in self.parts)
+
+    def next_epoch(self, i):
+        """The first epoch that starts at item i or later."""
+        return bisect.bisect_left(range(2 + int((i + len(self.parts)) / self.length)), i, key=self.start)
+
+    def __getitem__(self, i):
+        """-> epoch, which copy of the record in it, the record's number."""
+        epoch = self.next_epoch(i + 1) - 1
+        index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
+        for first, number, weight in self.parts:
+            places = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
+            if index < places:
+                copy, index = divmod(index, number)
+                if copy == int(weight):                      # the fraction's: as many as there are, drawn
+                    index = shuffled(index, number, self.seed, epoch, first)
+                return epoch, copy, first + index
+            index -= places
+
+
 # ---- the cache of latents ----------------------------------------------------------------------------------
 SHARD = 512                                      # pictures in a file; a kill loses at most these
 
@@ -967,7 +940,7 @@ def encode_latents(s, vae, device, rank, ranks):
     hours = pictures / s.batch_size * (time.perf_counter() - clock) / 3600 / ranks
     print(f"latents: {pictures:,} of {len(index):,} pictures to encode into {folder}: {gb:.3f} GB, "
           f"{free:.0f} are free; about {hours:.2f} h on {ranks} x {device} if the disk keeps up", flush=True)
-    gather(None)                                 # all have seen the same files
+    hdm.gather(None)                                 # all have seen the same files
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
         for numbers in tqdm(todo[rank::ranks], disable=rank > 0):
             alike = sorted(numbers, key=lambda i: tuple(cells[i]))
@@ -985,83 +958,83 @@ def encode_latents(s, vae, device, rank, ranks):
             save_file(latents, partial)
             hdm.open_modes(partial)
             partial.replace(shard(folder, numbers[0]))
-    gather(None)
+    hdm.gather(None)
 
 
-# ---- the judge --------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=4)
-def templates(height, width):
-    """Each size and shape at each place that keeps it whole, 64 of them to a short side (half a pixel at 32):
-    n (size, shape, cy, cx), their (n, height * width) coverages, (n,) the squared lengths of those."""
-    step = min(height, width) / 64
-    places = [(size, shape, cy, cx) for size, shape in itertools.product(RADIUS, SHAPES) for cy, cx in
-              itertools.product(*(np.arange(*r, step) for r in centre_range(size, shape, height, width)))]
-    masks = [coverage(size, shape, height, width, cy, cx).ravel() for size, shape, cy, cx in places]
-    return places, np.array(masks, np.float32), np.square(masks).sum(1)
+# ---- training examples -------------------------------------------------------------------------------------
+class Samples(Dataset):
+    """Item i of the endless training stream, or of the held-out set: hdm.training_example of one image.
+
+    Training: places is an Epochs, seed the run's. Held out: places are record numbers, seed is None. latents:
+    a Latents, or None; s: settings with those of hdm.Example; factor: as in hdm.training_example.
+    """
+
+    def __init__(self, index, places, latents, s, config, factor, seed=None):
+        self.index, self.places, self.latents = index, places, latents
+        self.s, self.config, self.factor, self.seed = s, config, factor, seed
+
+    def __getitem__(self, i):
+        unreadable = []
+        for at in range(i, i + 100):                         # one bad file of millions must not end the run:
+            try:                                             # the next in order takes its place
+                example, changed = self.example(at)
+                return dict(example, trouble=("\n".join(unreadable), changed))
+            except hdm.UserError as error:
+                unreadable.append(str(error))
+        raise hdm.UserError(f"100 images in a row cannot be read, from {unreadable[0]} on")
+
+    def example(self, i):
+        """-> the training example; the image's name if its files are not as they were indexed, else ""."""
+        training = self.seed is not None
+        epoch, copy, number = self.places[i] if training else (0, 0, self.places[i % len(self.places)])
+        record = self.index[number]
+        key = f"{record.source}/{record.name}" if record.source > 0 else record.name  # its own in all sources
+        if training:
+            key = f"{self.seed} {epoch} {copy} {key}"
+        size = self.s.image_size
+        image = (self.latents or self.index).read(number, size)                       # the short side: size
+        sides = image.shape[2], image.shape[1]
+        if self.latents:
+            sides = hdm.scaled_sides(record.width, record.height, size)
+        changed = record.name if self.index.changed(number) else ""
+        return hdm.training_example(image, record.caption, sides, key, self.s, self.config, self.factor,
+                                    bool(self.latents), training), changed
 
 
-def nearest(colour, palette):
-    return min(palette, key=lambda name: sum((colour - palette[name]) ** 2))
+def open_data(s):
+    """-> the Index of s.data, its training stream, the held-out records, an identity of all these."""
+    index = open_index(s.data)
+    least = math.nextafter(index.records["place"].min(), 1)  # holds out one, or all that have this name
+    for share in (0.02, least, 0.0) if s.validation is None else (s.validation,):
+        parts, held = index.split(share)
+        if parts and (held or not share):
+            s.validation = share
+            break
+    else:
+        least = math.ceil(1000 * least) / 1000
+        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held)} of {len(index):,} pictures; "
+                            f"{f'least is {least}' if parts else 'none is left'}; 0: no held-out loss")
+    some = index.records[::1 + len(index) // 100_000]        # of very many a sample
+    small = np.minimum(some["width"], some["height"]) < s.image_size
+    if small.any():
+        print(f"data: {100 * small.mean():.3g} % of the pictures are smaller than image_size and enlarged; "
+              f"prepare.py --min_size={s.image_size} leaves them out")
+    identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
+    if len(set(hdm.gather((identity, str(s.resume))))) > 1:
+        raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
+    epochs = Epochs(parts, s.seed)
+    s.images = max(1, round(s.epochs * epochs.length)) if s.epochs else s.images
+    return index, epochs, held, identity
 
 
-def look(image):
-    """(height, width, 3) uint8 -> the ground's colour, the shape's, (height, width) 0: ground .. 1: shape."""
-    pixels = image.astype(np.float32)
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    # Edge pixels are mixtures, so nearer to the ground than those inside. The smallest inside, a small
-    # diamond's, has about 110 pixels; the farthest 5 % of a 32 x 48 canvas are 77.
-    distance = np.linalg.norm(pixels - ground, axis=-1)
-    ink = np.median(pixels[distance >= 0.8 * np.quantile(distance, 0.95)], axis=0)
-    axis = ink - ground
-    return ground, ink, np.clip((pixels - ground) @ axis / max(axis @ axis, 1), 0, 1)
-
-
-def judge(image):
-    """(height, width, 3) uint8 -> (size, colour, shape, background). Medians, and least squares on the soft
-    coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets a guess."""
-    ground, ink, share = look(image)
-    places, masks, lengths = templates(*share.shape)
-    fits = lengths - 2 * (masks @ share.ravel())             # |mask - share|^2 less a constant
-    size, shape, _, _ = places[np.argmin(fits)]
-    return size, nearest(ink, COLOURS), shape, nearest(ground, BACKGROUNDS)
-
-
-def places_and_sizes(images):
-    """(n, 3): each shape's centre of mass (y, x), in pixels, and the square root of its area."""
-    masks = [look(image)[2] > 0.5 for image in images]
-    return np.array([[*np.argwhere(mask).mean(0), mask.sum() ** 0.5] for mask in masks])
-
-
-def judge_camera(draw, side):
-    """How draw(zoom=, x_shift=, y_shift=), pictures whose longer side is `side` pixels, moves and sizes the
-    shapes, against what the camera promises."""
-    plain = places_and_sizes(draw())
-    print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
-    for axis, value in itertools.product("xy", (0.25, -0.25)):
-        seen = places_and_sizes(draw(**{f"{axis}_shift": value}))
-        moved = (seen - plain)[:, "yx".index(axis)] / (-value * side / 2)
-        size = (seen / plain)[:, 2].mean()
-        print(f"{axis}_shift={value:<8}{moved.mean():>18.2f}{100 * (moved > 0).mean():>12.1f}{size:>17.2f}")
-    for zoom in (1.33, 0.75):
-        size = (places_and_sizes(draw(zoom=zoom)) / plain)[:, 2].mean() / zoom
-        print(f"zoom={zoom:<41}{size:>17.2f}")
-
-
-def judge_checkpoint(settings):
-    model, vae, defaults = hdm.load_model(settings.ckpt)
-    asked = [words for words in UNSEEN for _ in range(settings.seeds)]
-    prompts = [CAPTION.format(*words) for words in asked]
-    seeds = list(range(settings.seeds)) * len(UNSEEN)
-    draw = functools.partial(generate, model, vae, hdm.load_text_encoder(defaults), prompts, seeds, defaults)
-    if settings.camera:
-        return judge_camera(draw, defaults["image_size"])
-    right = np.array([judge(image) for image in draw()]) == asked      # (n, 4)
-    right = np.column_stack([right, right.all(1)]).sum(0)
-    print(f"{settings.ckpt}: {len(UNSEEN)} captions x {settings.seeds} seeds")
-    print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
-    rows = ATTRIBUTES | {"all four": COMBINATIONS}
-    for (name, choices), n in zip(rows.items(), right):
-        print(f"{name:<12}{n:>6}{len(seeds):>6}{100 * n / len(seeds):>7.1f}{100 / len(choices):>10.1f}")
+def say_what_is_cut(index, te, s):
+    """Prints the share of captions that text_length cuts, of a sample as training draws and reads them."""
+    some = range(0, len(index), 1 + len(index) // 2000)      # the index is in order of a hash
+    texts = [hdm.draw_caption(index[i].caption, random.Random(i), s) for i in some]
+    lengths = np.array([len(ids) for ids in te.tokenizer(texts)["input_ids"]])
+    if share := (lengths > te.max_length).mean():
+        print(f"captions: --text_length={s.text_length} cuts {share:.2%} of a sample of {len(texts):,}, of "
+              f"up to {lengths.max()} tokens; a higher one keeps their ends, shorter captions cost less")
 
 
 # ---- the command line -----------------------------------------------------------------------------------
@@ -1083,9 +1056,8 @@ def prepare(s, *paths):
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
         old = Index.open(s.out)
     if s.dry_run:
-        import train                             # which imports this file
         tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
-        return train.dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
+        return dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
     rank, ranks = hdm.start_ranks()
     if s.latents:                                # first: a mistake is told before an hour's work
         device = hdm.pick_device(s.device)
@@ -1097,36 +1069,212 @@ def prepare(s, *paths):
             n = len(build_index(sources, s, folder, old))
             old = None                           # unmapped: Windows renames no folder of mapped files
         print(f"{n:,} pictures in {s.out}; report.json there names what was left out")
-    gather(None)                                 # the others wait for it
+    hdm.gather(None)                                 # the others wait for it
     if s.latents:
         encode_latents(s, vae, device, rank, ranks)
 
 
 IDLE = [  # settings, when they have no effect, and why
     ("vae batch_size workers device dtype", lambda s: not s.latents or s.dry_run, "without --latents"),
-    ("text_encoder text_length", lambda s: not s.dry_run, "without --dry_run"),
+    ("text_encoder text_length tag_separator spaces caption_dropout tag_dropout group_dropout",
+     lambda s: not s.dry_run, "without --dry_run"),
+    ("text_lengths mask_padding tread_rate t_shift vae_chunk", lambda s: True, "here: it is train.py's"),
     ("image_size", lambda s: not s.latents and not s.dry_run, "without --latents or --dry_run"),
     ("sidecar_place", lambda s: not s.sidecar, "without --sidecar")]
-LEAST = dict(count=1, seed=0, vocab=257, seeds=1, max_ratio=1, image_size=1, text_length=1, batch_size=1,
-             workers=1)
-COMMANDS = {"demo": (make_demo, DemoSettings, ()), "judge": (judge_checkpoint, JudgeSettings, ()),
-            "text_encoder": (text_encoder, TextEncoderSettings, ("SOURCE",))}
+
+
+def judge(settings):
+    import sample  # the judge draws: the one step up, in a command of its own
+    sample.judge_checkpoint(settings)
 
 
 def main(argv):
+    commands = {"demo": (make_demo, DemoSettings, []), "judge": (judge, JudgeSettings, []),
+                "text_encoder": (text_encoder, TextEncoderSettings, ["SOURCE"])}
     name, *rest = argv or [""]
-    if name not in COMMANDS and (name.startswith("-") or os.path.exists(name.rpartition("=")[0] or name)):
-        command, settings, positionals, rest = prepare, DataSettings, ("PATH ...",), argv
+    if name in commands:
+        command, kind, positionals = commands[name]
+        classes, idle = [kind], []
     else:
-        hdm.check_name(f"prepare.py {name}", name, COMMANDS, "path or command")
-        command, settings, positionals = COMMANDS[name]
-    words, values = hdm.parse_args(rest, [settings], positionals, doc=__doc__)
-    settings = settings(**values)
-    for name, least in LEAST.items():
-        if getattr(settings, name, least) < least:
-            raise hdm.UserError(f"--{name}={getattr(settings, name)}: at least {least}")
-    hdm.warn_idle(values, [settings], IDLE if command is prepare else [])
+        if not name.startswith("-") and not os.path.exists(name.rpartition("=")[0] or name):
+            hdm.check_name(f"prepare.py {name}", name, commands, "path or command")
+        command, kind, positionals, rest = prepare, PrepareSettings, ["PATH ..."], argv
+        classes, idle = [DataSettings, hdm.Example], IDLE
+    words, values = hdm.parse_args(rest, classes, positionals, doc=__doc__)
+    settings = kind(**values)
+    hdm.check_bounds(settings)
+    hdm.warn_idle(values, [settings], idle)
     command(settings, *words)
+
+
+# ==== Extras ================================================================================================
+# ---- a dry run ---------------------------------------------------------------------------------------------
+def dry_run(index, s, tokenizer):
+    """prepare.py --dry_run, with its settings s: prints what training will meet; OUT.png shows the first 48
+    pictures with their crops and captions."""
+    n, epochs, lengths = len(index), Epochs(index.split(0.0)[0], 0), index.records["length"]
+    sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
+    print(f"{n:,} pictures, {lengths.sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an epoch")
+    for what, values, edges in (("width / height", sides[0] / sides[1], [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01]),
+                                ("short side", sides.min(0), sorted({0, 256, 512, 768, 1024, s.image_size}))):
+        counts = np.histogram(values, [*edges, np.inf])[0]
+        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
+    cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
+    print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
+    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
+    texts = [hdm.draw_caption(index[i].caption, None, s) for i in some]
+    tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
+    print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
+          f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
+          f"{100 * (tokens > s.text_length).mean():.1f} %")
+    tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
+    print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
+    hashes, (_, which, counts) = [], np.unique(lengths, return_inverse=True, return_counts=True)
+    for i in np.flatnonzero(counts[which] > 1).tolist():     # others are alone with their length
+        picture = index[i]
+        with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
+            hashes.append(hashlib.sha256(stream.read()).digest())
+    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
+    config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
+    samples = Samples(index, epochs, None, replace(s, tread_rate=0.0), config, None, seed=0)
+    for i in range(min(48, n)):
+        tiles.append(Image.new("RGB", (201, 270), "white"))
+        with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
+            draw_example(tiles[-1], samples.example(i)[0], index.read(epochs[i][2], s.image_size))
+    hdm.make_folder(Path(s.out).parent, "--out")
+    hdm.image_grid(list(map(np.asarray, tiles)), columns=8, gap=10).save(f"{s.out}.png")
+    print(f"{s.out}.png: {len(tiles)} pictures as training takes them: crop in red, caption below")
+
+
+def draw_example(tile, example, image):
+    """Draws on a PIL tile: the image (3, height, width), in it what training sees, framed; the caption."""
+    (left, top, side), canvas = example["crop"], ImageDraw.Draw(tile)
+    image = image.clone()
+    image[:, top:top + side, left:left + side] = example["pixels"]                    # so that a flip shows
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    scale = 200 / max(picture.size)
+    tile.paste(picture.resize([round(length * scale) or 1 for length in picture.size]))
+    canvas.rectangle([scale * x for x in (left, top, left + side, top + side)], outline="red")
+    canvas.text((0, 203), "\n".join(textwrap.wrap(example["caption"], 34)[:5]) or "(dropped)", "black")
+
+
+# ---- a text encoder for any captions -----------------------------------------------------------------------
+def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
+    """Saves to the folder `out` a byte-level BPE tokenizer trained on `captions` and a tiny random Qwen3, as
+    AutoTokenizer and AutoModel load them: the path of a real encoder without its download or its knowledge (a
+    word that stands in no caption means nothing). shape: other settings of its Qwen3Config."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # here: slow to import
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, logging
+    logging.disable_progress_bar()  # it would write "Writing model shards" over our own lines
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # All 256 bytes are tokens, so that any text can be encoded, emoji too, whatever the captions held.
+    tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right",
+                            clean_up_tokenization_spaces=False).save_pretrained(out)
+    tiny = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=dim, intermediate_size=2 * dim,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=dim // 4,
+                pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    config = Qwen3Config(**tiny | shape)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Qwen3Model(config)
+        # Nothing is trained here, so the scales decide what a state says. Where layers keep the size of what
+        # they read (1 / sqrt(fan in)), embeddings of std 2 make it mostly its own word, a bit those before.
+        # Mean cosine of the states of one shape word in two captions | of two shape words, over the 384 (this
+        # function, 2026): std 0.5: 0.57 | 0.16; 2: 0.92 | -0.01; 8: 1.00 | -0.05; all at Qwen3's 0.02: 0.59 |
+        # 0.28. In each case a linear probe on the last token's state finds all four attributes.
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=2.0 if name == "embed_tokens.weight" else weight.shape[1] ** -0.5)
+    model.save_pretrained(out)
+    hdm.open_modes(out)
+
+
+# ---- what the demo shows ----------------------------------------------------------------------------------
+CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the pictures
+RADIUS = {"small": 0.30, "large": 0.42}  # in short sides
+CENTRED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
+CENTRED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
+           "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (245,) * 3, "black": (20,) * 3}
+# In radii from the centre: the reach up, down and to either side; whether (y, x), y downwards, is inside.
+SHAPES = {
+    "circle": (1, 1, 1, lambda y, x: x**2 + y**2 <= 1),
+    "square": (0.86, 0.86, 0.86, lambda y, x: np.fmax(abs(x), abs(y)) <= 0.86),
+    "triangle": (1, 0.8, 1, lambda y, x: (y <= 0.8) & (1.8 * abs(x) <= y + 1)),
+    "diamond": (1, 1, 0.75, lambda y, x: abs(x) / 0.75 + abs(y) <= 1),
+    "cross": (1, 1, 1, lambda y, x: (np.fmax(abs(x), abs(y)) <= 1) & (np.fmin(abs(x), abs(y)) <= 0.33)),
+    "ring": (1, 1, 1, lambda y, x: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.62**2))}
+BACKGROUNDS = {"gray": (128, 128, 128), "navy": (25, 30, 80), "pink": (250, 190, 205), "teal": (20, 120, 120)}
+ATTRIBUTES = {"size": RADIUS, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
+CAPTION = "a {} {} {} on a {} background"
+COMBINATIONS = list(itertools.product(*ATTRIBUTES.values()))  # 384 of (size, colour, shape, background)
+# The test of composing: 32 combinations stay out of training, though each of their words is in it.
+UNSEEN = [words for words, (size, colour, shape, background) in zip(COMBINATIONS, np.ndindex(2, 8, 6, 4))
+          if (size + colour + 2 * shape + 3 * background) % 12 == 0]
+
+
+def centre_range(size, shape, height, width):
+    """((lowest, highest) cy, (lowest, highest) cx), in pixels, that keep the whole shape on the canvas."""
+    r = RADIUS[size] * min(height, width)
+    up, down, side, _ = SHAPES[shape]
+    return (up * r, height - down * r), (side * r, width - side * r)
+
+
+def random_centre(rng, size, shape, height, width):
+    """Uniform in the middle half of its range on each axis: anywhere is too hard for minutes of training."""
+    ranges = centre_range(size, shape, height, width)
+    return [low + (high - low) * rng.uniform(0.25, 0.75) for low, high in ranges]
+
+
+def coverage(size, shape, height, width, cy, cx, r=None):
+    """(height, width) share of each pixel inside the shape: drawn at four times the size, then averaged."""
+    r = RADIUS[size] * min(height, width) if r is None else r                         # pixels
+    y = ((np.arange(4 * height) + 0.5) / 4 - cy) / r
+    x = ((np.arange(4 * width) + 0.5) / 4 - cx) / r
+    return SHAPES[shape][3](y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
+
+
+def draw(size, colour, shape, background, height, width, cy, cx, r=None):
+    """(height, width, 3) uint8: the shape with its centre at (cy, cx), in pixels from the top left corner."""
+    ground = np.array(BACKGROUNDS[background])
+    share = coverage(size, shape, height, width, cy, cx, r)[..., None]
+    return np.rint(ground + share * (COLOURS[colour] - ground)).astype(np.uint8)
+
+
+def make_demo(settings):
+    out = os.path.abspath(settings.out)
+    seen = [words for words in COMBINATIONS if words not in UNSEEN]
+    # Each run of 352 pictures shows each combination once, in one shuffled order.
+    order = np.random.default_rng(settings.seed).permutation(len(seen))
+    canvases = CENTRED_CANVASES if settings.centred else CANVASES
+    with whole_folder(out) as pictures, whole_folder(out + "_te") as encoder:
+        # From all 352 captions, not from those drawn: a demo of 20 pictures, too, has one token per word.
+        make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
+        for i in range(settings.count):
+            rng = np.random.default_rng((settings.seed, i))
+            words = seen[order[i % len(seen)]]
+            height, width = rng.choice(list(canvases), p=list(canvases.values()))
+            place = random_centre(rng, words[0], words[2], height, width)
+            if settings.centred:
+                place = height / 2, width / 2, CENTRED_RADIUS[words[0]] * max(height, width)
+            Image.fromarray(draw(*words, height, width, *place)).save(pictures / f"{i:05d}.png")
+            (pictures / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
+    Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
+    print(f"{settings.count} pictures in {settings.out}; beside it _unseen.txt and _te, the text encoder")
+
+
+def text_encoder(settings, source):
+    index = open_index(source)
+    how = dict(separator=settings.tag_separator, spaces=settings.spaces)
+    captions = (hdm.parse_caption(index[i].caption, **how) for i in range(len(index)))  # all alternatives'
+    with whole_folder(settings.out) as out:
+        make_text_encoder(captions, out, settings.vocab)
+    print(f"a text encoder for the words of {len(index)} captions in {settings.out}")
 
 
 if __name__ == "__main__":

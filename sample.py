@@ -35,17 +35,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from tqdm import tqdm
 
 import hdm
+import prepare
+
+RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
+RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
+SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0,    # ours hold their own
+                tag_separator="$$", spaces=False)            # of parse_caption
 
 
 @dataclass
 class Picture:                     # a line of --prompts may end in any of these, such as --cfg=2
-    ckpt: str = hdm.RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
+    ckpt: str = RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
     negative_prompt: str = ""      # what guidance moves away from
     num_images: int = 1            # -n: pictures for each prompt
     seed: int = 0                  # of the first picture of each prompt, the next one's is one more; -1: any
@@ -195,64 +201,6 @@ def read_jobs(s, p, load_tipo):
     return jobs
 
 
-def tipo_request(job, slots):
-    """-> the text that TIPO goes on with; the job's prompt as slots of the model card's template."""
-    parts = dict.fromkeys(re.findall(r"<\|(.+?)\|>", Sampling.format), "")
-    kinds = {hdm.parse_caption(tag, spaces=True): name for name, tags in (*ENDING.items(), *slots.items())
-             if name in parts for tag in tags.lower().split(",")}
-    for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", job.prompt))):
-        sentence = len(tag.split()) > 4                      # a guess
-        kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
-        parts[kind] += ", " * bool(parts[kind]) + tag
-    square = not job.width or not job.height                 # as far as is known here
-    lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
-             "copyrights": parts["series"], "quality": parts["quality"],
-             "aspect_ratio": f"{1 if square else job.width / job.height:.3f}",
-             "target": "<|long|> <|tag_to_long|>",
-             "tag": ", ".join(filter(None, (parts["special"], parts["general"])))}
-    text = "".join(f"{name}: {value}\n" for name, value in lines.items() if value)
-    return f"{text}long: {parts['natural language']}".rstrip(), parts
-
-
-def load_tipo(name):
-    """-> expand(job, slots): the job's prompt with what TIPO (arXiv 2411.08127) adds to it.
-
-    name: hub id or folder of a causal LM with its tokenizer. On the CPU, in float32: a prompt and a seed get
-    the same words on any device. Tags of the negative prompt are not among them.
-    """
-    import transformers
-    name = TIPO if name is True else name
-    with hdm.naming(name, "no causal LM and tokenizer to be had for --tipo"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-
-    def expand(job, slots):
-        request, parts = tipo_request(job, slots)
-        negative = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ").split(",")
-        banned = [tag.strip() for tag in negative if tag.strip()]
-        forms = [lead + form for tag in banned for lead in ("", " ") for form in (tag, tag.capitalize())]
-        config = transformers.GenerationConfig(              # as TIPO's authors advise
-            do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
-            max_new_tokens=TIPO_TOKENS, stop_strings=["\n"], eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            bad_words_ids=[tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms] or None)
-        inputs = tokenizer(request, return_tensors="pt")
-        with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
-            torch.manual_seed(job.seed)
-            output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)[0]
-        added = tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        reply = added.partition("\n")[0].strip()
-        # A tag can also be spelt with other tokens than the tokenizer's: its sentence goes, and what follows.
-        spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
-        if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
-            reply = reply[:reply.rfind(".", 0, match.start()) + 1]
-        if not reply:
-            return job.prompt
-        parts["natural language"] += " " + reply
-        return fill_slots(Sampling.format, parts)
-    return expand
-
-
 # ---- the text in a picture's file --------------------------------------------------------------------------
 def parameters(job, digest):
     """Prompt and settings in AUTOMATIC1111's form, which many programs show."""
@@ -328,24 +276,6 @@ def to_uint8(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
-    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
-    of the columns above and of the rows to the left, where they are given."""
-    height = max(image.shape[0] for image in images) * scale + gap
-    width = max([image.shape[1] * scale + gap for image in images] + [7 * len(label) for label in tops])
-    left, top = 7 * max(map(len, sides), default=0) + gap, 14 * bool(tops) + gap      # pixels of a letter
-    size = left + columns * width, top + -(-len(images) // columns) * height
-    sheet = Image.new("RGB", size, "white")
-    for i, image in enumerate(images):
-        tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
-        sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
-    for i, label in enumerate(tops):
-        ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
-    for i, label in enumerate(sides):
-        ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
-    return sheet
-
-
 def number(jobs, out):
     """jobs with the numbers of their files, above those in the folder, so that none is overwritten."""
     taken = [int(match[1]) for path in out.iterdir() if (match := re.match(r"(\d+)-", path.name))]
@@ -397,7 +327,7 @@ def resolved(p, settings, model, vae):
 
 def as_trained(text, settings):
     """A prompt as the checkpoint's training read captions."""
-    settings = hdm.SAMPLING | settings
+    settings = SAMPLING | settings
     return hdm.parse_caption(text, separator=settings["tag_separator"], spaces=settings["spaces"])
 
 
@@ -480,31 +410,15 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
         yield image if anew is None else np.where(anew[..., None], image, source), latent
 
 
-def gather(thing):
-    """What all processes of torchrun bring, in their order; each waits here for the others."""
-    things = [thing]
-    if torch.distributed.is_initialized():
-        things *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(things, thing)
-    return things
-
-
-def share(things):
-    """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
-    if not torch.distributed.is_initialized():
-        return things
-    return things[torch.distributed.get_rank()::torch.distributed.get_world_size()]
-
-
 def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
     """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture.
     Under torchrun each process draws its part, and gets all."""
     p = resolved(Job(**how), settings, model, vae)
-    jobs = share([replace(p, prompt=prompt, seed=seed, number=i)
+    jobs = hdm.share([replace(p, prompt=prompt, seed=seed, number=i)
                   for i, (prompt, seed) in enumerate(zip(prompts, seeds))])
     texts = encode_texts(te, jobs, settings)
     images = [image for batch in batches(jobs, batch_size) for image, _ in draw(model, vae, texts, batch)]
-    parts = gather(images)
+    parts = hdm.gather(images)
     return np.stack([parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))])
 
 
@@ -536,7 +450,7 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
     def content(job, image):
         text = "" if s.no_metadata else parameters(job, common["model_hash"])
         return encode_file(image, s.file_type, text, json.dumps(asdict(replace(job, number=0)) | common))
-    for batch in batches(share(jobs), s.batch_size):
+    for batch in batches(hdm.share(jobs), s.batch_size):
         for job in batch:                                    # what no file can hold fails before it is drawn
             content(job, np.zeros((job.height, job.width, 3), np.uint8))
         drawn = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
@@ -547,6 +461,450 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
                 write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
             yield path
         done += len(batch)
+
+
+# ---- the weights for other programs ------------------------------------------------------------------------
+ADAPTER = re.compile(r"(?i)(?<![a-z])(lycoris|lora|dora|lokr|loha|hada|b?oft|ia3)[._]")
+AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|swa)(?![a-z])")
+WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_\w+_module)\.")               # by compile, DDP, FSDP
+NOT_XUT = re.compile(r"vae\.|vae_(mean|std)$|n_averaged$|(te|text_encoders?|text_model|cond_stage_model)\.")
+
+
+def xut_part(tensors, path, ema):
+    """A file's tensors -> those with ctx_proj.weight's prefix, XUT's, by their own names, and the others."""
+    if adapters := [name for name in tensors if ADAPTER.search(name)]:
+        raise hdm.UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without "
+                            f"which it is another model: merge them by the program that trained them")
+    plain = {WRAPPER.sub("", name): value for name, value in tensors.items()}
+    starts = [name.removesuffix("ctx_proj.weight") for name in plain
+              if re.search(r"(^|\.)ctx_proj\.weight$", name)]
+    if not starts:
+        raise hdm.UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and "
+                            f"no ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
+    averaged = [start for start in starts if AVERAGED.search(start)]
+    live = [start for start in starts if start not in averaged]
+    chosen = averaged if averaged and (ema or not live) else live
+    if len(chosen) > 1 or len(plain) < len(tensors):
+        names = ", ".join(f"{start}*" for start in starts)
+        raise hdm.UserError(f"{path}: holds several models ({names}); keep one of them in it")
+    start, inner = chosen[0], tuple(one for one in starts if len(one) > len(chosen[0]))
+    own = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)
+           and not name.startswith(inner) and (start or not NOT_XUT.match(name))}
+    others = {name: value for name, value in plain.items()
+              if not name.startswith(start) or name.removeprefix(start) not in own}
+    if unread := [name for name in others if not NOT_XUT.match(name)]:
+        kinds = {name.partition(".")[0]: name for name in reversed(unread)}
+        print(f"{path}: {start}* is read; {len(unread)} other tensors are not, such as "
+              f"{', '.join(list(kinds.values())[:5])}")
+    return own, others
+
+
+def config_from_tensors(tensors, path):
+    """The XUTConfig of a file without one, by names and shapes; skips, residual and pos as published."""
+    def count(pattern):
+        return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
+    with hdm.naming(path, "not an XUT checkpoint"):
+        dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape
+        heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape
+        return hdm.XUTConfig(
+            dim=dim, ctx_dim=tensors["ctx_proj.weight"].shape[1], heads=heads, head_dim=4 * quarter,
+            mlp_dim=tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape[1],
+            depth=count(r"backbone\.enc_blocks\.(\d+)\."),
+            enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."),
+            dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
+            pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."),
+            post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."), patch_size=patch_size,
+            in_channels=in_channels, aspect_cond="addon_info_embs_proj.0.weight" in tensors)
+
+
+def find_weights(name, ema):
+    """A run's folder, one checkpoint, a diffusers-style folder, a file or a hub id -> the file to read."""
+    if not hdm.looks_local(name):
+        if name == RELEASED:
+            print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
+        return hdm.fetch(name, RELEASED_FILE, "checkpoint")
+    path = (hdm.list_checkpoints(name) or [Path(name)])[-1]
+    file = (path if path.is_file() else ema and hdm.weights_in(path, "ema") or hdm.weights_in(path, "model")
+            or hdm.weights_in(path / "transformer", "diffusion_pytorch_model")
+            or hdm.weights_in(path, "diffusion_pytorch_model"))
+    if not file:
+        raise hdm.UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or "
+                            f"ckpt_*")
+    return file
+
+
+@contextlib.contextmanager
+def expecting(path, part, place, given):
+    """An error of the block says where a checkpoint expects its encoder, unless another place was given."""
+    try:
+        yield
+    except hdm.UserError as error:
+        if given:
+            raise
+        raise hdm.UserError(f"{path}: its {part.replace('_', ' ')} is expected at {place} ({error}); "
+                            f"sample.py's --{part}=PLACE, a folder or hub id, names another") from error
+
+
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
+    """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
+
+    settings is a dict: config (the XUTConfig), text_encoder, text_length, tag_separator, spaces, vae,
+    image_size, step, images, and for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged
+    weights where it has them.
+    """
+    path = find_weights(path_or_hub_id, ema)
+    tensors, metadata = hdm.read_tensors(path)
+    own = None                                               # a VAE in the same file
+    if "hdm" not in metadata or "ctx_proj.weight" not in tensors:                     # else a run's: only XUT
+        tensors, others = xut_part(tensors, path, ema)
+        own = others if hdm.part_of(others, "vae.") else None
+    inside = path.absolute().parent.name == "transformer"
+    folder = path.absolute().parents[1] if inside else path.parent
+    def beside(part, recorded):                              # small encoders move with their checkpoint
+        known = "hdm" in metadata or inside
+        return str(folder / part) if known and (folder / part).is_dir() else recorded
+    if "hdm" in metadata:                                    # ours: the settings stand in the header
+        with hdm.naming(path, "broken settings in its header"):
+            settings = SAMPLING | json.loads(metadata["hdm"])
+            settings["config"] = hdm.XUTConfig(**settings["config"])
+        settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
+    else:                                                    # a published file, Lightning's, diffusers', bare
+        settings = dict(config=config_from_tensors(tensors, path), text_encoder=hdm.TEXT_ENCODER,
+                        text_length=512, vae=beside("vae", ""), step=0, images=0, **SAMPLING)
+    settings["vae"] = str(path) if own else settings["vae"]
+    settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
+    with expecting(path, "vae", settings["vae"], given=own):
+        vae = hdm.load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
+    def build():
+        return hdm.XUT(settings["config"], init=False)
+    return hdm.load_strict(build, tensors, path, device, dtype), vae, settings
+
+
+def load_text_encoder(settings, device="cpu", dtype=None, place=""):
+    """The TextEncoder that a checkpoint's settings name; place: another place of it."""
+    name = place or settings["text_encoder"]
+    with expecting("the checkpoint", "text_encoder", name, given=place):
+        te = hdm.TextEncoder(name, settings["text_length"], device, dtype)
+    if te.dim != settings["config"].ctx_dim:
+        raise hdm.UserError(f"text encoder {name}: {te.dim} wide, but the model was trained "
+                        f"with ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
+    return te
+
+
+EQ_STATISTICS = (                  # latents_mean and latents_std of EQ-SDXL-VAE's config.json
+    (-3.865960634760459, -1.3353925720045965, 0.8353661802812418, 0.909888159310023),
+    (10.036514488374861, 6.848430044716239, 7.213817552213277, 5.591315799887989))
+
+
+def published_shapes(c):
+    """{name: shape} of XUT's tensors in the published layout, from the config c: a fork's XUT may differ."""
+    D, mlp, p, freqs, shapes = c.dim, c.mlp_dim, c.patch_size, (c.heads, c.head_dim // 4, 2), {}
+
+    def layer(name, *shape):
+        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+    layer("in_patch.proj", D, c.in_channels, p, p)
+    layer("out_patch.proj", p * p * c.in_channels, D)
+    layer("time_emb.proj.0", D, D)
+    shapes["time_emb.freqs"] = 1, D // 2
+    layer("ctx_proj", D, c.ctx_dim)
+    if c.aspect_cond:
+        layer("addon_info_embs_proj.0", D, 1)
+        layer("addon_info_embs_proj.2", D, D)
+    for part in ("attn", "xattn", "ffw"):
+        layer(f"shared_adaln_{part}.0", D)
+        layer(f"shared_adaln_{part}.1", 4 * D, D)
+        layer(f"shared_adaln_{part}.3", 3 * D, 4 * D)
+    stacks = {"prev_tread_trns.blocks": c.pre_blocks, "post_tread_trns.blocks": c.post_blocks}
+    for level in range(c.depth):
+        stacks[f"backbone.enc_blocks.{level}"] = c.enc_blocks
+        stacks[f"backbone.dec_blocks.{level}"] = c.dec_blocks
+    for block, crosses in [(f"{stack}.{i}", "dec_blocks" in stack and i == 0)
+                           for stack, count in stacks.items() for i in range(count)]:
+        layer(f"{block}.mlp.w12", 2 * mlp, D)
+        layer(f"{block}.mlp.w3", D, mlp)
+        for part in ("mlp", "attn", "xattn")[:2 + crosses]:
+            shapes[f"{block}.{part}_pre_norm.norm.weight"] = D,
+        for attn in ("attn", "xattn")[:1 + crosses]:
+            layer(f"{block}.{attn}.out", D, D)
+            shapes[f"{block}.{attn}.rope.freqs"] = freqs
+        shapes[f"{block}.attn.qkv.weight"] = 3 * D, D
+        if crosses:
+            shapes |= {f"{block}.xattn.q.weight": (D, D), f"{block}.xattn.kv.weight": (2 * D, D)}
+    return shapes
+
+
+def pipeline_configs(c, vae, text_length, encoder):
+    """{file: its json} of a folder that the authors' diffusers pipeline loads. Their names, no others."""
+    tread = dict(dropout_ratio=0.5, prev_trns_depth=c.pre_blocks, post_trns_depth=c.post_blocks)
+    transformer = dict(
+        patch_size=c.patch_size, input_dim=c.in_channels, dim=c.dim, ctx_dim=c.ctx_dim, ctx_size=text_length,
+        heads=c.heads, dim_head=c.head_dim, mlp_dim=c.mlp_dim, depth=c.depth, enc_blocks=c.enc_blocks,
+        dec_blocks=c.dec_blocks, dec_ctx=False, class_cond=0, shared_adaln=True, concat_ctx=True,
+        use_dyt=False, double_t=False, addon_info_embs_dim=1 if c.aspect_cond else None, tread_config=tread)
+    scheduler = "FlowMatchEulerDiscreteScheduler"
+    index = dict(
+        _class_name="HDMXUTPipeline", transformer=["hdm.modules.xut", "XUDiTConditionModel"],
+        text_encoder=["transformers", encoder], tokenizer=["transformers", "PreTrainedTokenizerFast"],
+        vae=["diffusers", "AutoencoderKL"], scheduler=["diffusers", scheduler])
+    configs = {
+        "model_index.json": index, "transformer/config.json": transformer, "scheduler/scheduler_config.json":
+        dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
+    if vae is None:
+        index["vae"] = [None, None]
+    else:                                                    # HDM has statistics in place of the factor
+        configs["vae/config.json"] = vae.diffusers_config() | dict(scaling_factor=1.0)
+    return configs
+
+
+def copy_text_encoder(settings, folder):
+    """Copies it, from its folder or the hub's cache, and its tokenizer -> its class; says what is missing."""
+    import huggingface_hub
+    place = settings["text_encoder"]
+    try:
+        if not hdm.looks_local(place):
+            place = huggingface_hub.snapshot_download(place, local_files_only=True)
+        te = load_text_encoder(dict(settings, text_encoder=place), dtype=torch.bfloat16)
+    except (hdm.UserError, OSError, ValueError) as error:
+        why = error if isinstance(error, hdm.UserError) else "it is not in the hub's cache"
+        print(f"missing: text_encoder/ and tokenizer/ of {settings['text_encoder']}, which other programs "
+              f"need ({why}); --text_encoder=FOLDER names another place of it")
+        return "Qwen3Model"                                  # the published one's
+    place = Path(place)
+    tokenizer = place if any(place.glob("tokenizer*")) else place.with_name("tokenizer")
+    for source, part, without in (place, "text_encoder", "-"), (tokenizer, "tokenizer", "safetensors|bin"):
+        (folder / part).mkdir()
+        for file in source.iterdir():                        # no copytree: modes and subfolders stay behind
+            if file.is_file() and not re.search(rf"\.({without})", file.name):
+                shutil.copyfile(file, folder / part / file.name)
+    return type(te.model).__name__
+
+
+def tell_readers(path, config, vae, settings):
+    """Prints which programs read an export, and what of it they do not see."""
+    encoder = Path(settings["text_encoder"]).name
+    other = {"a folder": path.is_dir(), f"the text encoder ({encoder})": encoder != "Qwen3-0.6B",
+             "the shapes": published_shapes(config) != published_shapes(hdm.PRESETS["base"]),
+             "the statistics": len(vae.mean) != 4
+             or not np.allclose((vae.mean, vae.std), EQ_STATISTICS, rtol=2e-3)}       # rounded to fp16
+    reasons = ", ".join(name for name, differs in other.items() if differs)
+    print(f"read by sample.py, the authors' {'diffusers pipeline' if path.is_dir() else 'tools'}"
+          + ("" if reasons else ", ComfyUI's loader"))
+    if reasons:
+        print(f"not read by ComfyUI's loader, which takes a file of the base model's shapes (343M) and has "
+              f"Qwen3-0.6B and EQ-SDXL-VAE's statistics built in; other here: {reasons}")
+    if settings["t_shift"] != 1:
+        print(f"not carried: t_shift={settings['t_shift']:g}; other programs draw with 1")
+
+
+def export(path, model, vae, settings, force=False):
+    """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
+
+    The settings (as from load_model) go into the header, for load_model; other programs do not look there,
+    and would draw noise with options that are not the published ones: those need force.
+    """
+    path, config = Path(path), model.config
+    odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
+           if getattr(config, name) != getattr(hdm.XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
+    known = published_shapes(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if strange := [name for name in known | shapes if known.get(name) != shapes.get(name)]:
+        odd.append(f"{len(strange)} tensors not of the published layout ({', '.join(strange[:3])})")
+    if odd and not force:
+        raise hdm.UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes "
+                            f"it, with its settings in the header, for sample.py alone")
+    if path.exists():
+        raise hdm.UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
+    # Of frequencies in fp16 other programs make angles, 1000 t times them, that are off by up to 0.16 rad.
+    tensors = {f"unet.model.{name}": value.float() if name == "time_emb.freqs" else value.half()
+               for name, value in model.state_dict().items()}
+    if vae is not None:
+        tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
+        tensors |= {name: torch.tensor(numbers).half()[None, :, None, None]
+                    for name, numbers in dict(vae_mean=vae.mean, vae_std=vae.std).items()}
+    if large := [name for name, value in tensors.items() if not hdm.is_finite(value)]:
+        raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
+    header = dict(settings, vae="" if vae is None else "vae")             # load_model finds it where it lies
+    with (hdm.naming(path, "cannot be written"),
+          hdm.scratch_folder(path.absolute().parent, ".export-") as partial):
+        whole = partial / "new"                              # gets its place when it is complete
+        if path.suffix.lower() == ".safetensors":
+            hdm.save_model(whole, tensors, header)
+        else:
+            whole.mkdir()
+            encoder = copy_text_encoder(settings, whole)
+            for name, own in pipeline_configs(config, vae, settings["text_length"], encoder).items():
+                (whole / name).parent.mkdir(exist_ok=True)
+                (whole / name).write_text(json.dumps(own, indent=2), encoding="utf-8")
+            for part, prefix in dict(transformer="unet.", vae="vae.").items():
+                if inside := hdm.part_of(tensors, prefix):
+                    hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", inside, header)
+        os.rename(whole, path)
+    print(f"{path}: written, in float16" + ", for sample.py alone" * bool(odd))
+    if not odd:
+        tell_readers(path, config, vae, settings)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+def warn_idle(flags, p, s, jobs, settings):
+    """Says what can have no effect: a flag in any job, or what a prompt's line sets in its own."""
+    calls, lines = [], {}
+    for job in jobs:
+        unset = {name: settings[name] for name in ("cfg", "cfg_low") if getattr(job, name) is None}
+        calls.append(SimpleNamespace(**vars(s) | vars(job) | unset))
+        own = {name: getattr(job, name) for name in vars(p).keys() - flags.keys() - {"seed"}
+               if getattr(job, name) != getattr(p, name)}
+        lines[repr(own)] = own, calls[-1]                    # the same once
+    hdm.warn_idle(flags, calls, IDLE)
+    for own, call in lines.values():
+        hdm.warn_idle(own, [call], IDLE)
+
+
+def main(argv):
+    if argv and not argv[0].startswith("-"):
+        raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
+    doc = f"{__doc__.rstrip()}\n\nSamplers: {', '.join(hdm.SAMPLERS)}."
+    _, flags = hdm.parse_args(argv, [Picture, Sampling], doc=doc, aliases=ALIASES)
+    values, expected = dict(flags), None
+    if "from_image" in values:
+        kept, expected = read_settings(values["from_image"])
+        if values.keys() & {"prompts", "slots"}:             # other prompts
+            kept.pop("prompt")
+        values = kept | values
+    p = Picture(**{one.name: values.pop(one.name) for one in fields(Picture) if one.name in values})
+    s = Sampling(**values)
+    if s.batch_size < 1:
+        raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
+    hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
+    rank, _ = hdm.start_ranks()
+    device = hdm.pick_device(s.device)
+    dtype = hdm.pick_dtype(s.dtype, device)
+    jobs = [Job(**vars(p))]                                  # of --ui and --export
+    if not s.ui and not s.export:                            # the first process reads and rolls dice for all
+        jobs = hdm.gather(read_jobs(s, p, load_tipo) if rank == 0 else None)[0]
+    columns, tops, sides = p.num_images if p.num_images > 1 else min(len(jobs), 8), (), ()
+    if s.sheet:
+        jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
+    hdm.make_folder(s.out, "--out")
+    with hdm.naming(f"--out={s.out}", "no files can be written there"):
+        tempfile.TemporaryFile(dir=s.out).close()
+    jobs, paths = hdm.gather(number(jobs, Path(s.out)))[0], []
+    files = {ckpt: find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
+    for ckpt, file in files.items():
+        how = ("cpu", torch.float32) if s.export else (device, dtype)
+        model, vae, settings = load_model(file, *how, s.ema, not s.vae)
+        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
+        if expected not in (None, digest):
+            print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
+        if s.vae or vae is None and model.config.in_channels == 4:                    # published without VAE
+            settings["vae"] = s.vae or hdm.EQ_VAE
+            with expecting(ckpt, "vae", settings["vae"], given=s.vae):
+                vae = hdm.load_vae(settings["vae"], *how)
+        channels = 3 if vae is None else vae.latent_channels
+        if channels != model.config.in_channels:
+            its = f"those of the VAE {settings['vae']} {channels}" if vae else "and it has no VAE"
+            raise hdm.UserError(f"--ckpt={ckpt}: its latents have {model.config.in_channels} channels, {its};"
+                                f" --vae=PLACE names another, a folder, file or hub id")
+        settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
+        todo = [job for job in jobs if job.ckpt == ckpt]
+        if not s.ui:                                         # a page can change what it begins with
+            warn_idle(flags, p, s, todo, settings)
+        if s.export:
+            if rank == 0:
+                export(s.export, model, vae, settings, s.force)
+            return
+        get_te = partial(load_text_encoder, settings, device, dtype, s.text_encoder)
+        common = dict(ema=s.ema, text_encoder=s.text_encoder, vae=s.vae, dtype=str(dtype)[6:],
+                      model_hash=digest)
+        if s.ui:
+            return page(model, vae, get_te, settings, s, p, common)
+        with tqdm(total=len(hdm.share(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
+            paths += draw_files(model, vae, get_te, todo, settings, s, common,
+                                lambda done, x0: bar.update(done - bar.n))
+        del model, vae                                       # room for the next checkpoint's
+    paths = sorted(sum(hdm.gather(paths), []), key=lambda path: int(path.name.partition("-")[0]))
+    if len(paths) > 1 and rank == 0:                         # a row for each prompt, small pictures enlarged
+        images = [np.array(Image.open(path)) for path in (paths if s.sheet else paths[:100])]
+        sheet = hdm.image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
+        write_new(Path(s.out, "grid.png"), encode_file(np.array(sheet), "png"))
+    print(f"pictures: {len(jobs)} in {s.out}, from {jobs[0].number:05d} on")
+
+
+# ==== Extras ================================================================================================
+# ---- a sheet of settings -----------------------------------------------------------------------------------
+def read_sheet(text, jobs):
+    """'steps=8,16;cfg=1,2' -> a Job for each cell, row by row; the columns; labels above and to the left."""
+    axes = [{"": {}}]                                        # labels and what they set
+    with hdm.naming(f"--sheet={text}", "settings that will not do"):
+        for part in text.split(";"):
+            name, _, values = part.strip().partition("=")
+            words = [f"{name}={value.strip()}" for value in values.split(",")]
+            axes.append({one: hdm.parse_args(["--" + one], [Picture], aliases=ALIASES)[1] for one in words})
+        rows, columns = axes[-2:]
+        pairs = itertools.product(rows.values(), columns.values())
+        cells = [replace(jobs[0], **row, **column) for row, column in pairs]
+    if len(axes) > 3 or len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells):
+        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one picture, whose "
+                            f"seed is not -1")
+    return cells, len(columns), list(columns), list(rows)
+
+
+# ---- TIPO: short prompts made longer -----------------------------------------------------------------------
+def tipo_request(job, slots):
+    """-> the text that TIPO goes on with; the job's prompt as slots of the model card's template."""
+    parts = dict.fromkeys(re.findall(r"<\|(.+?)\|>", Sampling.format), "")
+    kinds = {hdm.parse_caption(tag, spaces=True): name for name, tags in (*ENDING.items(), *slots.items())
+             if name in parts for tag in tags.lower().split(",")}
+    for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", job.prompt))):
+        sentence = len(tag.split()) > 4                      # a guess
+        kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
+        parts[kind] += ", " * bool(parts[kind]) + tag
+    square = not job.width or not job.height                 # as far as is known here
+    lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
+             "copyrights": parts["series"], "quality": parts["quality"],
+             "aspect_ratio": f"{1 if square else job.width / job.height:.3f}",
+             "target": "<|long|> <|tag_to_long|>",
+             "tag": ", ".join(filter(None, (parts["special"], parts["general"])))}
+    text = "".join(f"{name}: {value}\n" for name, value in lines.items() if value)
+    return f"{text}long: {parts['natural language']}".rstrip(), parts
+
+
+def load_tipo(name):
+    """-> expand(job, slots): the job's prompt with what TIPO (arXiv 2411.08127) adds to it.
+
+    name: hub id or folder of a causal LM with its tokenizer. On the CPU, in float32: a prompt and a seed get
+    the same words on any device. Tags of the negative prompt are not among them.
+    """
+    import transformers
+    name = TIPO if name is True else name
+    with hdm.naming(name, "no causal LM and tokenizer to be had for --tipo"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+
+    def expand(job, slots):
+        request, parts = tipo_request(job, slots)
+        negative = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ").split(",")
+        banned = [tag.strip() for tag in negative if tag.strip()]
+        forms = [lead + form for tag in banned for lead in ("", " ") for form in (tag, tag.capitalize())]
+        config = transformers.GenerationConfig(              # as TIPO's authors advise
+            do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
+            max_new_tokens=TIPO_TOKENS, stop_strings=["\n"], eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            bad_words_ids=[tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms] or None)
+        inputs = tokenizer(request, return_tensors="pt")
+        with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
+            torch.manual_seed(job.seed)
+            output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)[0]
+        added = tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        reply = added.partition("\n")[0].strip()
+        # A tag can also be spelt with other tokens than the tokenizer's: its sentence goes, and what follows.
+        spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
+        if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
+            reply = reply[:reply.rfind(".", 0, match.start()) + 1]
+        if not reply:
+            return job.prompt
+        parts["natural language"] += " " + reply
+        return fill_slots(Sampling.format, parts)
+    return expand
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -571,7 +929,7 @@ def preview(vae, latents):
         shrink = min(1, 32 / max(latents.shape[2:]))
         size = [math.ceil(side * shrink) for side in latents.shape[2:]]
         latents = vae.decode(torch.nn.functional.interpolate(latents, size, mode="area"))
-    return image_grid(to_uint8(latents), math.ceil(len(latents) ** 0.5), gap=0)
+    return hdm.image_grid(to_uint8(latents), math.ceil(len(latents) ** 0.5), gap=0)
 
 
 def make_controls(gr, start):
@@ -691,260 +1049,81 @@ def page(model, vae, get_te, settings, s, p, common):
     uploads.cleanup()
 
 
-# ---- the weights for other programs ------------------------------------------------------------------------
-EQ_STATISTICS = (                  # latents_mean and latents_std of EQ-SDXL-VAE's config.json
-    (-3.865960634760459, -1.3353925720045965, 0.8353661802812418, 0.909888159310023),
-    (10.036514488374861, 6.848430044716239, 7.213817552213277, 5.591315799887989))
+# ---- the demo's judge -------------------------------------------------------------------------------------
+@lru_cache(maxsize=4)
+def templates(height, width):
+    """Each size and shape at each place that keeps it whole, 64 of them to a short side (half a pixel at 32):
+    n (size, shape, cy, cx), their (n, height * width) coverages, (n,) the squared lengths of those."""
+    step, places = min(height, width) / 64, []
+    for size, shape in itertools.product(prepare.RADIUS, prepare.SHAPES):
+        rows, columns = (np.arange(*ends, step) for ends in prepare.centre_range(size, shape, height, width))
+        places += [(size, shape, cy, cx) for cy, cx in itertools.product(rows, columns)]
+    masks = [prepare.coverage(size, shape, height, width, cy, cx).ravel() for size, shape, cy, cx in places]
+    return places, np.array(masks, np.float32), np.square(masks).sum(1)
 
 
-def published_shapes(c):
-    """{name: shape} of XUT's tensors in the published layout, from the config c: a fork's XUT may differ."""
-    D, mlp, p, freqs, shapes = c.dim, c.mlp_dim, c.patch_size, (c.heads, c.head_dim // 4, 2), {}
-
-    def layer(name, *shape):
-        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
-    layer("in_patch.proj", D, c.in_channels, p, p)
-    layer("out_patch.proj", p * p * c.in_channels, D)
-    layer("time_emb.proj.0", D, D)
-    shapes["time_emb.freqs"] = 1, D // 2
-    layer("ctx_proj", D, c.ctx_dim)
-    if c.aspect_cond:
-        layer("addon_info_embs_proj.0", D, 1)
-        layer("addon_info_embs_proj.2", D, D)
-    for part in ("attn", "xattn", "ffw"):
-        layer(f"shared_adaln_{part}.0", D)
-        layer(f"shared_adaln_{part}.1", 4 * D, D)
-        layer(f"shared_adaln_{part}.3", 3 * D, 4 * D)
-    stacks = {"prev_tread_trns.blocks": c.pre_blocks, "post_tread_trns.blocks": c.post_blocks}
-    for level in range(c.depth):
-        stacks[f"backbone.enc_blocks.{level}"] = c.enc_blocks
-        stacks[f"backbone.dec_blocks.{level}"] = c.dec_blocks
-    for block, crosses in [(f"{stack}.{i}", "dec_blocks" in stack and i == 0)
-                           for stack, count in stacks.items() for i in range(count)]:
-        layer(f"{block}.mlp.w12", 2 * mlp, D)
-        layer(f"{block}.mlp.w3", D, mlp)
-        for part in ("mlp", "attn", "xattn")[:2 + crosses]:
-            shapes[f"{block}.{part}_pre_norm.norm.weight"] = D,
-        for attn in ("attn", "xattn")[:1 + crosses]:
-            layer(f"{block}.{attn}.out", D, D)
-            shapes[f"{block}.{attn}.rope.freqs"] = freqs
-        shapes[f"{block}.attn.qkv.weight"] = 3 * D, D
-        if crosses:
-            shapes |= {f"{block}.xattn.q.weight": (D, D), f"{block}.xattn.kv.weight": (2 * D, D)}
-    return shapes
+def nearest(colour, palette):
+    return min(palette, key=lambda name: sum((colour - palette[name]) ** 2))
 
 
-def pipeline_configs(c, vae, text_length, encoder):
-    """{file: its json} of a folder that the authors' diffusers pipeline loads. Their names, no others."""
-    tread = dict(dropout_ratio=0.5, prev_trns_depth=c.pre_blocks, post_trns_depth=c.post_blocks)
-    transformer = dict(
-        patch_size=c.patch_size, input_dim=c.in_channels, dim=c.dim, ctx_dim=c.ctx_dim, ctx_size=text_length,
-        heads=c.heads, dim_head=c.head_dim, mlp_dim=c.mlp_dim, depth=c.depth, enc_blocks=c.enc_blocks,
-        dec_blocks=c.dec_blocks, dec_ctx=False, class_cond=0, shared_adaln=True, concat_ctx=True,
-        use_dyt=False, double_t=False, addon_info_embs_dim=1 if c.aspect_cond else None, tread_config=tread)
-    scheduler = "FlowMatchEulerDiscreteScheduler"
-    index = dict(
-        _class_name="HDMXUTPipeline", transformer=["hdm.modules.xut", "XUDiTConditionModel"],
-        text_encoder=["transformers", encoder], tokenizer=["transformers", "PreTrainedTokenizerFast"],
-        vae=["diffusers", "AutoencoderKL"], scheduler=["diffusers", scheduler])
-    configs = {
-        "model_index.json": index, "transformer/config.json": transformer, "scheduler/scheduler_config.json":
-        dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
-    if vae is None:
-        index["vae"] = [None, None]
-    else:                                                    # HDM has statistics in place of the factor
-        configs["vae/config.json"] = vae.diffusers_config() | dict(scaling_factor=1.0)
-    return configs
+def look(image):
+    """(height, width, 3) uint8 -> the ground's colour, the shape's, (height, width) 0: ground .. 1: shape."""
+    pixels = image.astype(np.float32)
+    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    # Edge pixels are mixtures, so nearer to the ground than those inside. The smallest inside, a small
+    # diamond's, has about 110 pixels; the farthest 5 % of a 32 x 48 canvas are 77.
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    ink = np.median(pixels[distance >= 0.8 * np.quantile(distance, 0.95)], axis=0)
+    axis = ink - ground
+    return ground, ink, np.clip((pixels - ground) @ axis / max(axis @ axis, 1), 0, 1)
 
 
-def copy_text_encoder(settings, folder):
-    """Copies it, from its folder or the hub's cache, and its tokenizer -> its class; says what is missing."""
-    import huggingface_hub
-    place = settings["text_encoder"]
-    try:
-        if not hdm.looks_local(place):
-            place = huggingface_hub.snapshot_download(place, local_files_only=True)
-        te = hdm.load_text_encoder(dict(settings, text_encoder=place), dtype=torch.bfloat16)
-    except (hdm.UserError, OSError, ValueError) as error:
-        why = error if isinstance(error, hdm.UserError) else "it is not in the hub's cache"
-        print(f"missing: text_encoder/ and tokenizer/ of {settings['text_encoder']}, which other programs need "
-              f"({why}); --text_encoder=FOLDER names another place of it")
-        return "Qwen3Model"                                  # the published one's
-    place = Path(place)
-    tokenizer = place if any(place.glob("tokenizer*")) else place.with_name("tokenizer")
-    for source, part, without in (place, "text_encoder", "-"), (tokenizer, "tokenizer", "safetensors|bin"):
-        (folder / part).mkdir()
-        for file in source.iterdir():                        # no copytree: modes and subfolders stay behind
-            if file.is_file() and not re.search(rf"\.({without})", file.name):
-                shutil.copyfile(file, folder / part / file.name)
-    return type(te.model).__name__
+def judge(image):
+    """(height, width, 3) uint8 -> (size, colour, shape, background). Medians, and least squares on the soft
+    coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets a guess."""
+    ground, ink, share = look(image)
+    places, masks, lengths = templates(*share.shape)
+    fits = lengths - 2 * (masks @ share.ravel())                 # |mask - share|^2 less a constant
+    size, shape, _, _ = places[np.argmin(fits)]
+    return size, nearest(ink, prepare.COLOURS), shape, nearest(ground, prepare.BACKGROUNDS)
 
 
-def tell_readers(path, config, vae, settings):
-    """Prints which programs read an export, and what of it they do not see."""
-    encoder = Path(settings["text_encoder"]).name
-    other = {"a folder": path.is_dir(), f"the text encoder ({encoder})": encoder != "Qwen3-0.6B",
-             "the shapes": published_shapes(config) != published_shapes(hdm.PRESETS["base"]),
-             "the statistics": len(vae.mean) != 4
-             or not np.allclose((vae.mean, vae.std), EQ_STATISTICS, rtol=2e-3)}       # rounded to fp16
-    reasons = ", ".join(name for name, differs in other.items() if differs)
-    print(f"read by sample.py, the authors' {'diffusers pipeline' if path.is_dir() else 'tools'}"
-          + ("" if reasons else ", ComfyUI's loader"))
-    if reasons:
-        print(f"not read by ComfyUI's loader, which takes a file of the base model's shapes (343M) and has "
-              f"Qwen3-0.6B and EQ-SDXL-VAE's statistics built in; other here: {reasons}")
-    if settings["t_shift"] != 1:
-        print(f"not carried: t_shift={settings['t_shift']:g}; other programs draw with 1")
+def places_and_sizes(images):
+    """(n, 3): each shape's centre of mass (y, x), in pixels, and the square root of its area."""
+    masks = [look(image)[2] > 0.5 for image in images]
+    return np.array([[*np.argwhere(mask).mean(0), mask.sum() ** 0.5] for mask in masks])
 
 
-def export(path, model, vae, settings, force=False):
-    """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
-
-    The settings (as from load_model) go into the header, for load_model; other programs do not look there,
-    and would draw noise with options that are not the published ones: those need force.
-    """
-    path, config = Path(path), model.config
-    odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
-           if getattr(config, name) != getattr(hdm.XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
-    known = published_shapes(config)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if strange := [name for name in known | shapes if known.get(name) != shapes.get(name)]:
-        odd.append(f"{len(strange)} tensors not of the published layout ({', '.join(strange[:3])})")
-    if odd and not force:
-        raise hdm.UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes "
-                            f"it, with its settings in the header, for sample.py alone")
-    if path.exists():
-        raise hdm.UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
-    # Of frequencies in fp16 other programs make angles, 1000 t times them, that are off by up to 0.16 rad.
-    tensors = {f"unet.model.{name}": value.float() if name == "time_emb.freqs" else value.half()
-               for name, value in model.state_dict().items()}
-    if vae is not None:
-        tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
-        tensors |= {name: torch.tensor(numbers).half()[None, :, None, None]
-                    for name, numbers in dict(vae_mean=vae.mean, vae_std=vae.std).items()}
-    if large := [name for name, value in tensors.items() if not hdm.is_finite(value)]:
-        raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
-    header = dict(settings, vae="" if vae is None else "vae")             # load_model finds it where it lies
-    with (hdm.naming(path, "cannot be written"),
-          hdm.scratch_folder(path.absolute().parent, ".export-") as partial):
-        whole = partial / "new"                              # gets its place when it is complete
-        if path.suffix.lower() == ".safetensors":
-            hdm.save_model(whole, tensors, header)
-        else:
-            whole.mkdir()
-            encoder = copy_text_encoder(settings, whole)
-            for name, own in pipeline_configs(config, vae, settings["text_length"], encoder).items():
-                (whole / name).parent.mkdir(exist_ok=True)
-                (whole / name).write_text(json.dumps(own, indent=2), encoding="utf-8")
-            for part, prefix in dict(transformer="unet.", vae="vae.").items():
-                if inside := hdm.part_of(tensors, prefix):
-                    hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", inside, header)
-        os.rename(whole, path)
-    print(f"{path}: written, in float16" + ", for sample.py alone" * bool(odd))
-    if not odd:
-        tell_readers(path, config, vae, settings)
+def judge_camera(draw, side):
+    """How draw(zoom=, x_shift=, y_shift=), pictures whose longer side is `side` pixels, moves and sizes the
+    shapes, against what the camera promises."""
+    plain = places_and_sizes(draw())
+    print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
+    for axis, value in itertools.product("xy", (0.25, -0.25)):
+        seen = places_and_sizes(draw(**{f"{axis}_shift": value}))
+        moved = (seen - plain)[:, "yx".index(axis)] / (-value * side / 2)
+        size = (seen / plain)[:, 2].mean()
+        print(f"{axis}_shift={value:<8}{moved.mean():>18.2f}{100 * (moved > 0).mean():>12.1f}{size:>17.2f}")
+    for zoom in (1.33, 0.75):
+        size = (places_and_sizes(draw(zoom=zoom)) / plain)[:, 2].mean() / zoom
+        print(f"zoom={zoom:<41}{size:>17.2f}")
 
 
-# ---- commands ----------------------------------------------------------------------------------------------
-def read_sheet(text, jobs):
-    """'steps=8,16;cfg=1,2' -> a Job for each cell, row by row; the columns; labels above and to the left."""
-    axes = [{"": {}}]                                        # labels and what they set
-    with hdm.naming(f"--sheet={text}", "settings that will not do"):
-        for part in text.split(";"):
-            name, _, values = part.strip().partition("=")
-            words = [f"{name}={value.strip()}" for value in values.split(",")]
-            axes.append({one: hdm.parse_args(["--" + one], [Picture], aliases=ALIASES)[1] for one in words})
-        rows, columns = axes[-2:]
-        pairs = itertools.product(rows.values(), columns.values())
-        cells = [replace(jobs[0], **row, **column) for row, column in pairs]
-    if len(axes) > 3 or len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells):
-        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one picture, whose "
-                            f"seed is not -1")
-    return cells, len(columns), list(columns), list(rows)
-
-
-def warn_idle(flags, p, s, jobs, settings):
-    """Says what can have no effect: a flag in any job, or what a prompt's line sets in its own."""
-    calls, lines = [], {}
-    for job in jobs:
-        unset = {name: settings[name] for name in ("cfg", "cfg_low") if getattr(job, name) is None}
-        calls.append(SimpleNamespace(**vars(s) | vars(job) | unset))
-        own = {name: getattr(job, name) for name in vars(p).keys() - flags.keys() - {"seed"}
-               if getattr(job, name) != getattr(p, name)}
-        lines[repr(own)] = own, calls[-1]                    # the same once
-    hdm.warn_idle(flags, calls, IDLE)
-    for own, call in lines.values():
-        hdm.warn_idle(own, [call], IDLE)
-
-
-def main(argv):
-    if argv and not argv[0].startswith("-"):
-        raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
-    doc = f"{__doc__.rstrip()}\n\nSamplers: {', '.join(hdm.SAMPLERS)}."
-    _, flags = hdm.parse_args(argv, [Picture, Sampling], doc=doc, aliases=ALIASES)
-    values, expected = dict(flags), None
-    if "from_image" in values:
-        kept, expected = read_settings(values["from_image"])
-        if values.keys() & {"prompts", "slots"}:             # other prompts
-            kept.pop("prompt")
-        values = kept | values
-    p = Picture(**{one.name: values.pop(one.name) for one in fields(Picture) if one.name in values})
-    s = Sampling(**values)
-    if s.batch_size < 1:
-        raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
-    hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
-    rank, _ = hdm.start_ranks()
-    device = hdm.pick_device(s.device)
-    dtype = hdm.pick_dtype(s.dtype, device)
-    jobs = [Job(**vars(p))]                                  # of --ui and --export
-    if not s.ui and not s.export:                            # the first process reads and rolls dice for all
-        jobs = gather(read_jobs(s, p, load_tipo) if rank == 0 else None)[0]
-    columns, tops, sides = p.num_images if p.num_images > 1 else min(len(jobs), 8), (), ()
-    if s.sheet:
-        jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
-    hdm.make_folder(s.out, "--out")
-    with hdm.naming(f"--out={s.out}", "no files can be written there"):
-        tempfile.TemporaryFile(dir=s.out).close()
-    jobs, paths = gather(number(jobs, Path(s.out)))[0], []
-    files = {ckpt: hdm.find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
-    for ckpt, file in files.items():
-        how = ("cpu", torch.float32) if s.export else (device, dtype)
-        model, vae, settings = hdm.load_model(file, *how, s.ema, not s.vae)
-        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
-        if expected not in (None, digest):
-            print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
-        if s.vae or vae is None and model.config.in_channels == 4:                    # published without VAE
-            settings["vae"] = s.vae or hdm.EQ_VAE
-            with hdm.expecting(ckpt, "vae", settings["vae"], given=s.vae):
-                vae = hdm.load_vae(settings["vae"], *how)
-        channels = 3 if vae is None else vae.latent_channels
-        if channels != model.config.in_channels:
-            its = f"those of the VAE {settings['vae']} {channels}" if vae else "and it has no VAE"
-            raise hdm.UserError(f"--ckpt={ckpt}: its latents have {model.config.in_channels} channels, {its};"
-                                f" --vae=PLACE names another, a folder, file or hub id")
-        settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
-        todo = [job for job in jobs if job.ckpt == ckpt]
-        if not s.ui:                                         # a page can change what it begins with
-            warn_idle(flags, p, s, todo, settings)
-        if s.export:
-            if rank == 0:
-                export(s.export, model, vae, settings, s.force)
-            return
-        get_te = partial(hdm.load_text_encoder, settings, device, dtype, s.text_encoder)
-        common = dict(ema=s.ema, text_encoder=s.text_encoder, vae=s.vae, dtype=str(dtype)[6:],
-                      model_hash=digest)
-        if s.ui:
-            return page(model, vae, get_te, settings, s, p, common)
-        with tqdm(total=len(share(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
-            paths += draw_files(model, vae, get_te, todo, settings, s, common,
-                                lambda done, x0: bar.update(done - bar.n))
-        del model, vae                                       # room for the next checkpoint's
-    paths = sorted(sum(gather(paths), []), key=lambda path: int(path.name.partition("-")[0]))
-    if len(paths) > 1 and rank == 0:                         # a row for each prompt, small pictures enlarged
-        images = [np.array(Image.open(path)) for path in (paths if s.sheet else paths[:100])]
-        sheet = image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
-        write_new(Path(s.out, "grid.png"), encode_file(np.array(sheet), "png"))
-    print(f"pictures: {len(jobs)} in {s.out}, from {jobs[0].number:05d} on")
+def judge_checkpoint(settings):
+    model, vae, defaults = load_model(settings.ckpt)
+    asked = [words for words in prepare.UNSEEN for _ in range(settings.seeds)]
+    prompts = [prepare.CAPTION.format(*words) for words in asked]
+    seeds = list(range(settings.seeds)) * len(prepare.UNSEEN)
+    draw = partial(generate, model, vae, load_text_encoder(defaults), prompts, seeds, defaults)
+    if settings.camera:
+        return judge_camera(draw, defaults["image_size"])
+    right = np.array([judge(image) for image in draw()]) == asked      # (n, 4)
+    right = np.column_stack([right, right.all(1)]).sum(0)
+    print(f"{settings.ckpt}: {len(prepare.UNSEEN)} captions x {settings.seeds} seeds")
+    print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
+    rows = prepare.ATTRIBUTES | {"all four": prepare.COMBINATIONS}
+    for (name, choices), n in zip(rows.items(), right):
+        print(f"{name:<12}{n:>6}{len(seeds):>6}{100 * n / len(seeds):>7.1f}{100 / len(choices):>10.1f}")
 
 
 if __name__ == "__main__":

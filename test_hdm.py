@@ -546,7 +546,7 @@ WORDS = "a large small red green blue yellow circle square triangle on navy pink
 def te_folder(tmp_path_factory):
     """A text encoder for WORDS, each of them one token: a tokenizer and a tiny random Qwen3."""
     folder = tmp_path_factory.mktemp("text_encoder")
-    hdm.make_text_encoder([f"{first} {second}" for first in WORDS for second in WORDS], folder, dim=32)
+    prepare.make_text_encoder([f"{first} {second}" for first in WORDS for second in WORDS], folder, dim=32)
     return folder
 
 
@@ -1034,7 +1034,7 @@ def published(tmp_path_factory):
 def test_everything_about_a_published_file_is_read_from_it(aspect, tmp_path):
     path = tmp_path / "file.safetensors"
     save_file(published_tensors(aspect), path)
-    model, vae, settings = hdm.load_model(path)
+    model, vae, settings = sample.load_model(path)
     config = hdm.XUTConfig(**PUBLISHED, aspect_cond=aspect)  # and skips, residual and pos as published
     assert model.config == settings["config"] == config
     expected = fill(hdm.XUT(config))
@@ -1052,14 +1052,14 @@ def test_everything_about_a_published_file_is_read_from_it(aspect, tmp_path):
 
 @torch.no_grad()
 def test_half_precision_keeps_the_time_frequencies_exact(published):
-    full, _, _ = hdm.load_model(published)
-    half, _, _ = hdm.load_model(published, dtype=torch.float16)
+    full, _, _ = sample.load_model(published)
+    half, _, _ = sample.load_model(published, dtype=torch.float16)
     assert half.in_patch.proj.weight.dtype == torch.float16
     exact = torch.exp(-math.log(10000) * torch.arange(48, dtype=torch.float64) / 48)[None].float()
     for model in (full, half):
         torch.testing.assert_close(model.time_emb.freqs, exact, atol=0, rtol=1e-6)
     t = torch.linspace(0, 1, 301)
-    for model in (half, hdm.load_model(published)[0].half()):                         # this rounds its buffer
+    for model in (half, sample.load_model(published)[0].half()):                         # this rounds its buffer
         assert close(model.time_emb(t).float(), full.time_emb(t), 5e-3)
     inputs = torch.randn(2, 4, 6, 8), torch.rand(2), torch.randn(2, 5, 32)
     assert close(half(*inputs), full(*inputs), 2e-2)
@@ -1074,7 +1074,7 @@ def one_line(call, *arguments):
 
 
 def test_half_precision_keeps_rope_frequencies_exact(published):
-    single, half = (dict(hdm.load_model(published, dtype=dtype)[0].named_parameters())
+    single, half = (dict(sample.load_model(published, dtype=dtype)[0].named_parameters())
                     for dtype in (torch.float32, torch.bfloat16))
     names = [name for name in single if name.endswith("rope.freqs")]
     assert names and all(torch.equal(single[name], half[name]) for name in names)
@@ -1087,14 +1087,14 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path):
     tensors["unet.model.extra.weight"] = torch.zeros(3)
     tensors["unet.model.out_patch.proj.bias"] = torch.zeros(5)
     save_file(tensors, path)
-    message = one_line(hdm.load_model, path)
+    message = one_line(sample.load_model, path)
     assert str(path) in message
     for words in ("missing: ctx_proj.bias", "unexpected: extra.weight", "out_patch.proj.bias (5,)", "(16,)"):
         assert words in message
     tensors = published_tensors()
     tensors["vae.decoder.extra"] = torch.zeros(3)
     save_file(tensors, path)
-    assert "decoder.extra" in one_line(hdm.load_model, path)
+    assert "decoder.extra" in one_line(sample.load_model, path)
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(published, tmp_path):
@@ -1103,12 +1103,12 @@ def test_what_is_no_checkpoint_is_refused_by_name(published, tmp_path):
     for name, content in files.items():
         path = tmp_path / name
         path.write_bytes(content)
-        assert str(path) in one_line(hdm.load_model, path)
+        assert str(path) in one_line(sample.load_model, path)
     save_file({"a": torch.zeros(2)}, tmp_path / "stranger")
     save_file({"unet.model.a": torch.zeros(2)}, tmp_path / "half-stranger")
     (tmp_path / "folder").mkdir()
     for name in ("stranger", "half-stranger", "folder", "nowhere"):
-        assert str(tmp_path / name) in one_line(hdm.load_model, tmp_path / name)
+        assert str(tmp_path / name) in one_line(sample.load_model, tmp_path / name)
 
 
 def test_a_model_saved_and_loaded_is_the_same(tmp_path):
@@ -1116,7 +1116,7 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     settings = dict(config=model.config, text_encoder="te", text_length=7, vae="", image_size=48, step=3,
                     images=96, steps=5, cfg=2.0, t_shift=4.0)
     hdm.save_model(tmp_path / "model.safetensors", model.state_dict(), settings)
-    loaded, vae, read = hdm.load_model(tmp_path)
+    loaded, vae, read = sample.load_model(tmp_path)
     assert vae is None and loaded.config == model.config
     younger = dict(cfg_low=0.0, tag_separator="$$", spaces=False)                     # than some checkpoints
     assert read == settings | younger
@@ -1143,6 +1143,7 @@ def private():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 for file, dtype in ("file", "float16"), ("file", "bfloat16"), ("file", "float32"), ("pickle", "bfloat16"):
     if os.fork() == 0:                                       # each in a process of its own
+        import sample
         before, peak, done = private(), 0, threading.Event()
         def poll():
             global peak
@@ -1150,8 +1151,7 @@ for file, dtype in ("file", "float16"), ("file", "bfloat16"), ("file", "float32"
                 peak = max(peak, private())
         polling = threading.Thread(target=poll)
         polling.start()
-        import hdm
-        model, _, _ = hdm.load_model(file, dtype=getattr(torch, dtype))
+        model, _, _ = sample.load_model(file, dtype=getattr(torch, dtype))
         done.set()
         polling.join()
         print((max(peak, private()) - before) / sum(value.nbytes for value in model.state_dict().values()))
@@ -1215,7 +1215,7 @@ def test_wrong_flags_are_named(argv, words):
     assert all(word in message for word in words)
 
 
-PROGRAMS = dict(train=train.CLASSES, sample=[sample.Picture, sample.Sampling], prepare=[prepare.DataSettings])
+PROGRAMS = dict(train=train.CLASSES, sample=[sample.Picture, sample.Sampling], prepare=[prepare.DataSettings, hdm.Example])
 
 
 def hint(program, name):
@@ -1440,7 +1440,7 @@ def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
     assert sorted(os.listdir(trained / "samples")) == ["00000000.png", "00000003.png", "00000006.png"]
     names = sorted(path.name for path in trained.iterdir() if path.is_dir())
     assert names == ["ckpt_00000004", "ckpt_00000005", "ckpt_00000006", "samples"]    # three are kept
-    _, vae, settings = hdm.load_model(trained)
+    _, vae, settings = sample.load_model(trained)
     assert vae is None
     assert [settings[name] for name in ("step", "images", "text_length", "image_size")] == [6, 48, 8, 16]
     assert settings["config"] == hdm.XUTConfig(**record["config"])
@@ -1478,16 +1478,16 @@ def test_resume_takes_a_checkpoints_path(trained, place, tmp_path):
 
 def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place):
     """And of fixed pictures, prompts, noise and seeds, so that lines and grids of a run compare."""
-    model, _, settings = hdm.load_model(trained)
-    te = hdm.load_text_encoder(settings)
+    model, _, settings = sample.load_model(trained)
+    te = sample.load_text_encoder(settings)
     held = stream(place / "data", training=False, validation=TINY["validation"])
     n = len(held.places)
     batch = default_collate([held[i] for i in range(n)])
     with torch.no_grad():
-        loss = hdm.flow_loss(model, **train.loss_inputs(batch, None, te, held.s, "cpu"))
+        loss = hdm.flow_loss(model, **hdm.loss_inputs(batch, None, te, held.s, "cpu"))
     assert metrics(trained)[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
     images = sample.generate(model, None, te, batch["caption"], range(n), settings)
-    expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
+    expected = np.asarray(hdm.image_grid(images, 4, scale=8)).astype(int)
     assert abs(np.asarray(Image.open(trained / "samples" / "00000006.png")) - expected).max() <= 1
 
 
@@ -1595,15 +1595,15 @@ def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(trained, plac
 
 def test_lr_warms_up_linearly_and_ends_at_one_percent():
     s = train.Settings(lr=0.5, warmup=10, global_batch=48, images=48_000)
-    rates = [train.lr_at(48 * step, s, *train.open_schedule(s, {})) for step in range(1000)]
+    rates = [hdm.lr_at(48 * step, s, *train.open_schedule(s, {})) for step in range(1000)]
     assert rates[:10] == pytest.approx([0.05 * (step + 1) for step in range(10)])
     assert rates[10] == pytest.approx(0.5) == max(rates)
     assert rates[505] == pytest.approx(0.5 * 0.505)          # half way down the cosine
     assert rates[-1] == pytest.approx(0.005, rel=1e-3)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
     constant = dataclasses.replace(s, schedule="constant")
-    assert [train.lr_at(48 * step, constant, 480, 48_000) for step in range(1000)] == rates[:10] + [0.5] * 990
-    assert train.lr_at(0, dataclasses.replace(s, warmup=0), 0, 480) == 0.5
+    assert [hdm.lr_at(48 * step, constant, 480, 48_000) for step in range(1000)] == rates[:10] + [0.5] * 990
+    assert hdm.lr_at(0, dataclasses.replace(s, warmup=0), 0, 480) == 0.5
 
 
 @pytest.mark.parametrize("lr, images, global_batch, warmup", [
@@ -1616,7 +1616,7 @@ def test_lr_of_an_uninterrupted_run_is_bitwise_the_formula_in_steps(lr, images, 
         part = (step - warmup) / max(1, total - warmup)
         cosine = lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
         expected = lr * (step + 1) / warmup if step < warmup else cosine
-        assert train.lr_at(step * global_batch, s, *lengths) == expected
+        assert hdm.lr_at(step * global_batch, s, *lengths) == expected
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -1628,7 +1628,7 @@ def test_another_global_batch_at_a_resume_moves_the_lr_by_no_more_than_a_step_do
         s = train.Settings(lr=1.0, images=40_000, global_batch=batch, warmup=150, schedule=schedule)
         warmup, end = train.open_schedule(s, state)
         assert warmup == 150 * batches[0] and 0 <= end - 40_000 < batch
-        rates = [train.lr_at(seen, s, warmup, end) for seen in range(state.get("images", 0), end, batch)]
+        rates = [hdm.lr_at(seen, s, warmup, end) for seen in range(state.get("images", 0), end, batch)]
         for rate in rates[:len(rates) if turn == 2 else 100]:
             assert abs(rate - before) <= 1.01 * max(batches) / warmup and rate <= 1
             before = rate
@@ -1638,7 +1638,7 @@ def test_another_global_batch_at_a_resume_moves_the_lr_by_no_more_than_a_step_do
     assert train.open_schedule(changed, state)[0] == 160
     capsys.readouterr()
     longer = dataclasses.replace(s, images=80_000)
-    now = train.lr_at(state["images"], longer, *train.open_schedule(longer, state))
+    now = hdm.lr_at(state["images"], longer, *train.open_schedule(longer, state))
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith(f"lr at this point, {state['images']:,} images: ")
     assert line.endswith(f"-> {now:.4g}")
@@ -1693,13 +1693,13 @@ def test_prompts_of_a_file_are_previewed_after_the_captions(place, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeff# mine\r\nlarge circle\r\n\n  a\u2028b  \n".encode())
     train_tiny(place, tmp_path / "run", preview_prompts=file, max_steps=1, sample_every=1)
-    model, _, settings = hdm.load_model(tmp_path / "run")
+    model, _, settings = sample.load_model(tmp_path / "run")
     held = stream(place / "data", training=False, validation=TINY["validation"])
     prompts = [held[i]["caption"] for i in range(len(held.places))]
     seeds = [*range(len(prompts)), 0, 1]
     prompts += ["large circle", "a\u2028b"]
-    images = sample.generate(model, None, hdm.load_text_encoder(settings), prompts, seeds, settings)
-    expected = np.asarray(sample.image_grid(images, 4, scale=8)).astype(int)
+    images = sample.generate(model, None, sample.load_text_encoder(settings), prompts, seeds, settings)
+    expected = np.asarray(hdm.image_grid(images, 4, scale=8)).astype(int)
     drawn = np.asarray(Image.open(max((tmp_path / "run" / "samples").iterdir())))
     assert drawn.shape == expected.shape and abs(drawn - expected).max() <= 1
     file.write_text("# none\n")
@@ -1713,10 +1713,10 @@ def stream(data, training=True, pos="long_side", latents=None, **settings):
     s = SimpleNamespace(**vars(train.Settings()) | TINY | dict(validation=0.0) | settings)
     index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
     parts, held = index.split(s.validation)
-    places = train.Epochs(parts, s.seed) if training else held or list(range(len(index)))
-    channels, factor = (4, 2) if s.vae else (3, 1)
+    places = prepare.Epochs(parts, s.seed) if training else held or list(range(len(index)))
+    channels, factor = (4, 2) if s.vae else (3, None)
     config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
-    return train.Samples(index, places, latents, s, config, factor, training)
+    return prepare.Samples(index, places, latents, s, config, factor, s.seed if training else None)
 
 
 def names(index, numbers=None):
@@ -1802,20 +1802,20 @@ def test_a_sample_is_a_function_of_seed_epoch_and_name(place):
 def test_a_step_reads_what_the_samples_drew(place, te):
     samples, vae = stream(place / "data", vae="a VAE"), tiny_vae(**STATISTICS)
     batch = default_collate([samples[i] for i in range(4)])
-    inputs = train.loss_inputs(batch, vae, te, samples.s, "cpu")
+    inputs = hdm.loss_inputs(batch, vae, te, samples.s, "cpu")
     assert all(same(inputs[name], batch[name]) for name in ("pos", "t", "noise", "keep"))
     assert close(inputs["aspect"], batch["aspect"].float())
     images = batch["pixels"] / 127.5 - 1
     assert torch.equal(inputs["x0"], vae.encode(images, sample=True, noise=batch["vae_noise"]))
-    assert torch.equal(train.loss_inputs(batch, None, te, samples.s, "cpu")["x0"], images)
+    assert torch.equal(hdm.loss_inputs(batch, None, te, samples.s, "cpu")["x0"], images)
     ctx, mask = te(batch["caption"], pad_to=8)
     own = 2 * ((mask.sum(1) + 1) // 2)                       # 8 tokens, four lengths: the next even number
     assert torch.equal(inputs["ctx"], ctx)
     assert torch.equal(inputs["ctx_mask"], torch.arange(8) < own[:, None])            # pads are tokens
     samples.s.text_lengths = 1
-    assert train.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"] is None    # all of them
+    assert hdm.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"] is None    # all of them
     samples.s.mask_padding = True
-    assert torch.equal(train.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"], mask)
+    assert torch.equal(hdm.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"], mask)
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
@@ -1956,7 +1956,7 @@ def moved(place, te_folder, tmp_path_factory):
 
 
 def test_a_run_moved_elsewhere_still_draws(moved, tmp_path):
-    model, vae, settings = hdm.load_model(moved)
+    model, vae, settings = sample.load_model(moved)
     assert vae.factor == 2 and model.config.in_channels == 4
     assert vae.mean == tuple(STATISTICS["latents_mean"]) and vae.std == tuple(STATISTICS["latents_std"])
     images = torch.rand(1, 3, 16, 16)
@@ -2019,7 +2019,7 @@ def test_many_processes_are_one(ranks, place, tmp_path):
     train_tiny(place, tmp_path / "one", **dict(word[2:].split("=") for word in argv))
     done = together(ranks, place / "tiny.py", "--out_dir=many", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"a step: {ranks} processes x 2 x {4 // ranks}\n" in done.stdout
+    assert f"a step: {ranks} ranks x 2 x {4 // ranks}\n" in done.stdout
     assert done.stdout.count("done:") == 1
     for one, many in zip(*(first_gradient(tmp_path / name) for name in ("one", "many"))):
         assert close(many, one, 1e-5)
@@ -2087,13 +2087,13 @@ def test_a_process_that_dies_takes_the_others_down(how, place, tmp_path):
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import hdm, train
-calls, original = [], train.loss_inputs
+calls, original = [], hdm.loss_inputs
 def failing(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 20:
         {how}
     return original(*arguments)
-train.loss_inputs = failing
+hdm.loss_inputs = failing
 hdm.run(train.main)
 """)
     began = time.monotonic()
@@ -2113,7 +2113,7 @@ sys.path.insert(0, {str(HERE)!r})
 import hdm, train
 def failing(*arguments):
     {how}
-train.loss_inputs = failing
+hdm.loss_inputs = failing
 hdm.run(train.main)
 """)
     argv = [sys.executable, "crash.py", str(place / "tiny.py"), "--workers=2", "--eval_every=0"]
@@ -2166,7 +2166,7 @@ def test_too_many_unreadable_pictures_end_the_run(place, tmp_path):
         path = data / f"picture{i}.png"
         spoil(path)
     message = one_line(lambda: train_tiny(place, tmp_path / "run", data=data, images=800))
-    assert "pictures cannot be read, more than --max_unreadable=0.05" in message
+    assert "images cannot be read, more than --max_unreadable=0.05" in message
     train_tiny(place, tmp_path / "run2", data=data, max_unreadable=0.2)
 
 
@@ -2264,10 +2264,10 @@ def test_a_full_disk_stops_the_save_and_not_the_run(place, tmp_path):
 
 
 class Poisoned:
-    """train.loss_inputs, with pictures that are not finite in some calls."""
+    """hdm.loss_inputs, with pictures that are not finite in some calls."""
 
     def __init__(self, calls):
-        self.original, self.calls, self.count = train.loss_inputs, calls, 0
+        self.original, self.calls, self.count = hdm.loss_inputs, calls, 0
 
     def __call__(self, *arguments):
         inputs = self.original(*arguments)
@@ -2280,7 +2280,7 @@ class Poisoned:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, place, tmp_path, monkeypatch):
     settings = dict(eval_every=0, sample_every=0, save_every=1, log_every=1, max_steps=4, ema=0, dtype=dtype)
-    monkeypatch.setattr(train, "loss_inputs", Poisoned([3]))      # the second half of step 2
+    monkeypatch.setattr(hdm, "loss_inputs", Poisoned([3]))      # the second half of step 2
     train_tiny(place, tmp_path, keep_ckpts=0, **settings)
     folders = hdm.list_checkpoints(tmp_path)
     states = [torch.load(path / "train.pt", weights_only=True)["optimizer"]["state"] for path in folders]
@@ -2293,7 +2293,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, place, tmp_path
 
 
 def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "loss_inputs", Poisoned(range(6, 1000)))               # from step 3 on
+    monkeypatch.setattr(hdm, "loss_inputs", Poisoned(range(6, 1000)))               # from step 3 on
     how = dict(images=400, eval_every=0, sample_every=0, save_every=1, ema=0)
     message = one_line(lambda: train_tiny(place, tmp_path, **how))
     samples = stream(place / "data", validation=TINY["validation"])
@@ -2319,7 +2319,7 @@ def test_gradient_checkpointing_changes_no_gradient(changes, monkeypatch):
     gradients, calls, compute = [], [], hdm.Block.compute
     monkeypatch.setattr(hdm.Block, "compute", lambda *arguments: calls.append(1) or compute(*arguments))
     for on in (False, True):
-        monkeypatch.setattr(hdm.Block, "checkpointing", on)
+        model.checkpoint_blocks(on)
         gradients.append(torch.autograd.grad(hdm.flow_loss(model, **fixed), list(model.parameters())))
     assert same(*gradients)
     blocks = sum(isinstance(module, hdm.Block) for module in model.modules())
@@ -2333,13 +2333,13 @@ def test_a_file_without_the_aspect_input_starts_it_at_zero(place, te_folder, tmp
     hdm.save_model(tmp_path / "old.safetensors", model.state_dict(), settings)
     train_tiny(place, tmp_path / "new", init_from=tmp_path / "old.safetensors", max_steps=1, lr=1e-9, ema=0)
     assert "has no aspect input" in capsys.readouterr().out
-    new = hdm.load_model(tmp_path / "new")[0]
+    new = sample.load_model(tmp_path / "new")[0]
     x, t, ctx = torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 5, 32)
     assert new.config.aspect_cond
     assert close(new(x, t, ctx, aspect=torch.tensor([0.5, -1])), model(x, t, ctx), 1e-5)
     how = dict(init_from=tmp_path / "old.safetensors", max_steps=1)
     train_tiny(place, tmp_path / "off", aspect_cond="false", **how)
-    assert not hdm.load_model(tmp_path / "off")[0].config.aspect_cond
+    assert not sample.load_model(tmp_path / "off")[0].config.aspect_cond
 
 
 def test_a_resume_says_what_the_command_changes(trained, place, tmp_path, capsys):
@@ -2407,7 +2407,7 @@ def test_loaders_without_shared_memory_are_one_line(text, place, tmp_path, monke
     """The texts of torch 1.13 to 2.13."""
     def failing(*arguments):
         raise RuntimeError(text)
-    monkeypatch.setattr(train, "loss_inputs", failing)
+    monkeypatch.setattr(hdm, "loss_inputs", failing)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     message = one_line(lambda: train_tiny(place, tmp_path))
     assert "--workers=0" in message and "--shm-size" in message and text.splitlines()[-1].strip() in message
@@ -2483,7 +2483,7 @@ def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
 
 def test_out_of_memory_names_half_the_batch(place, tmp_path, monkeypatch):
     """An allocation that no machine grants, so the error is torch's own."""
-    monkeypatch.setattr(train, "loss_inputs", lambda *arguments: torch.empty(2 ** 55))
+    monkeypatch.setattr(hdm, "loss_inputs", lambda *arguments: torch.empty(2 ** 55))
     message = one_line(lambda: train_tiny(place, tmp_path))
     assert "--batch_size=2 in place of 4" in message and "--checkpointing" in message
 
@@ -3309,7 +3309,7 @@ def test_a_text_has_the_same_tokens_as_a_caption_and_as_a_prompt(separator, spac
 
 def test_how_a_run_reads_text_stands_in_its_checkpoints(trained, published, place, tmp_path):
     train_tiny(place, tmp_path / "run", images=8, tag_separator=",", spaces=True)
-    settings = [hdm.load_model(source)[2] for source in (tmp_path / "run", trained, published)]
+    settings = [sample.load_model(source)[2] for source in (tmp_path / "run", trained, published)]
     assert [(one["tag_separator"], one["spaces"]) for one in settings] == [
         (",", True), ("$$", False), ("$$", False)]
 
@@ -3518,18 +3518,18 @@ def test_what_a_run_reads_follows_its_settings(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
 def test_an_order_is_a_permutation_for_each_key(n):
-    orders = [[train.shuffled(i, n, key) for i in range(n)] for key in range(3)]
+    orders = [[prepare.shuffled(i, n, key) for i in range(n)] for key in range(3)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert n < 10 or orders[0] != orders[1] != orders[2]
 
 
 def test_short_orders_are_all_as_likely():
-    counts = collections.Counter(tuple(train.shuffled(i, 4, key) for i in range(4)) for key in range(7200))
+    counts = collections.Counter(tuple(prepare.shuffled(i, 4, key) for i in range(4)) for key in range(7200))
     assert len(counts) == 24 and 230 < min(counts.values()) and max(counts.values()) < 370      # 300 +- 17
 
 
 def test_an_order_of_ten_millions_is_random():
-    epochs = train.Epochs([(0, 10_000_000, 1.0)], seed=0)
+    epochs = prepare.Epochs([(0, 10_000_000, 1.0)], seed=0)
     starts = (0, 10_000_000)
     first, second = (np.array([epochs[i][2] for i in range(start, start + 20_000)]) for start in starts)
     apart = abs(np.diff(first)).mean() / 10_000_000          # of 20,000: a standard deviation of 0.0017
@@ -3541,7 +3541,7 @@ def test_an_order_of_ten_millions_is_random():
 def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
     """Whole copies each time, fractions drawn anew: over ten epochs exactly, in one epoch to within one."""
     parts = [(0, 7, 1.0), (7, 5, 3.0), (12, 10, 0.25), (22, 6, 1.5), (28, 1, 0.1)]
-    epochs = train.Epochs(parts, seed=3)
+    epochs = prepare.Epochs(parts, seed=3)
     items = [epochs[i] for i in range(epochs.start(20))]
     assert [epoch for epoch, _, _ in items] == sorted(epoch for epoch, _, _ in items)
     drawn = collections.defaultdict(set)
@@ -3562,7 +3562,7 @@ def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
 
 
 def test_global_batches_run_over_the_ends_of_epochs_and_each_epoch_is_whole():
-    epochs = train.Epochs([(0, 200, 1.0)], seed=0)         # with a global batch of 512, for five steps
+    epochs = prepare.Epochs([(0, 200, 1.0)], seed=0)         # with a global batch of 512, for five steps
     items = [epochs[i] for i in range(512 * 5)]
     for epoch in range(12):
         assert sorted(number for e, _, number in items if e == epoch) == list(range(200))
@@ -3572,7 +3572,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the ten thousand records that are read at random."""
     n = 10_000_000
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
-    epochs = train.Epochs([(0, n, 1.0)], 0)
+    epochs = prepare.Epochs([(0, n, 1.0)], 0)
     with open(tmp_path / "text.bin", "wb") as file:
         for i in range(10_000):
             file.seek(i * 2_000_000)                         # 20 GB
@@ -3591,7 +3591,7 @@ def private():
 before, clock = private(), time.perf_counter()
 index = prepare.Index.open(sys.argv[1])
 opened = time.perf_counter() - clock
-epochs = train.Epochs(index.split(0.0)[0], 0)
+epochs = prepare.Epochs(index.split(0.0)[0], 0)
 for i in range(10_000):
     assert index[epochs[i][2]].caption == f"caption {{i}}"
 print(len(index), opened, private() - before)
@@ -3767,7 +3767,7 @@ def test_a_disk_that_is_gone_ends_the_run_with_one_line(place, tmp_path):
     done = command("train.py", place / "tiny.py", f"--data={tmp_path / 'index'}", "--out_dir=run",
                    "--workers=1", "--eval_every=0", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: 100 pictures in a row cannot be read, from /")
+    assert done.stderr.startswith("error: 100 images in a row cannot be read, from /")
     assert done.stderr.count("\n") == 1
 
 
@@ -3865,13 +3865,13 @@ def test_few_images_are_enough_for_the_default_held_out_share(places, held, plac
     index = prepare.open_index(tmp_path)
     index.records = index.records.copy()
     index.records["place"] = sorted(places)
-    monkeypatch.setattr(train, "open_index", lambda data: index)
+    monkeypatch.setattr(prepare, "open_index", lambda data: index)
     s = train.Settings(data=str(tmp_path))
-    _, epochs, numbers, _ = train.open_data(s)
+    _, epochs, numbers, _ = prepare.open_data(s)
     assert len(numbers) == held == sum(one < s.validation for one in places)
     assert epochs.pictures == len(places) - held > 0
     s = train.Settings(data=str(tmp_path), validation=1e-9 if min(places) else 0.9)
-    assert "--validation=" in one_line(train.open_data, s)
+    assert "--validation=" in one_line(prepare.open_data, s)
 
 
 def test_the_share_of_cut_captions_is_said(place, tmp_path, capsys):
@@ -3947,7 +3947,7 @@ def test_cached_latents_are_those_of_the_whole_picture_cut_at_the_same_cells(
         expected = hdm.crop_positions(h, w, int(top), int(left), 8, 4)
         assert torch.equal(b["pos"], expected)
         if width == height and not mean_only:
-            x0 = [train.loss_inputs(default_collate([item]), vae, te, online.s, "cpu")["x0"]
+            x0 = [hdm.loss_inputs(default_collate([item]), vae, te, online.s, "cpu")["x0"]
                   for item in (a, b)]
             assert close(x0[1], x0[0], 2e-3) and torch.equal(a["pos"], b["pos"])
 
@@ -4145,7 +4145,7 @@ def test_a_published_file_draws_through_the_command_line(published, te_folder, t
                    "--seed=3", "--width=24", "--height=16", "--steps=2", "--out=new/folder", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     drawn = np.asarray(Image.open(tmp_path / "new" / "folder" / "00000-3.png")).astype(int)
-    model, vae, settings = hdm.load_model(published)
+    model, vae, settings = sample.load_model(published)
     te = hdm.TextEncoder(te_folder)
     expected, = sample.generate(model, vae, te, ["red circle"], [3], settings, steps=2, width=24, height=16)
     assert drawn.shape == (16, 24, 3) and abs(drawn - expected).max() <= 1
@@ -4159,9 +4159,9 @@ def test_a_run_draws_through_the_command_line(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in tmp_path.glob("0*.png"))
     assert names == [f"{i:05d}-{i % 2}.png" for i in range(6)]
-    _, _, settings = hdm.load_model(trained)
-    te = hdm.load_text_encoder(settings)
-    model, _, _ = hdm.load_model(trained)
+    _, _, settings = sample.load_model(trained)
+    te = sample.load_text_encoder(settings)
+    model, _, _ = sample.load_model(trained)
     prompts = ["large green triangle"] * 2 + ["red circle"] * 2 + ["blue square"] * 2
     drawn = sample.generate(model, None, te, prompts, [0, 1] * 3, settings)
     for name, image in zip(names, drawn):
@@ -4193,7 +4193,7 @@ def test_ema_is_what_is_drawn_with_unless_switched_off(trained, tmp_path):
              for switch, name in ((True, "ema.safetensors"), (False, "model.safetensors"))}
     for switch, weights in files.items():
         for source in (trained, trained / "ckpt_00000006"):
-            assert same(dict(hdm.load_model(source, ema=switch)[0].state_dict()), weights)
+            assert same(dict(sample.load_model(source, ema=switch)[0].state_dict()), weights)
     averaged = draw(trained, tmp_path / "a", "--prompt=red circle", "--ema")["00000-0.png"]
     assert np.array_equal(averaged, draw(trained, tmp_path / "b", "--prompt=red circle")["00000-0.png"])
     raw = draw(trained, tmp_path / "c", "--prompt=red circle", "--ema=false")["00000-0.png"]
@@ -4207,8 +4207,8 @@ def test_settings_of_a_checkpoint_are_the_defaults(trained, place, tmp_path):
     plain = draw(out, tmp_path / "a", "--prompt=red circle")["00000-0.png"]
     defaults = ["--steps=3", "--cfg=2", "--cfg_low=0.7", "--width=16", "--height=16"]
     assert np.array_equal(plain, draw(out, tmp_path / "b", "--prompt=red circle", *defaults)["00000-0.png"])
-    model, _, settings = hdm.load_model(out)
-    te = hdm.load_text_encoder(settings)
+    model, _, settings = sample.load_model(out)
+    te = sample.load_text_encoder(settings)
     ctx, mask = te(["red circle"])
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     x0 = hdm.sample(model, ctx, te([""])[0], noise=noise, steps=3, cfg=2.0, ctx_mask=mask, t_shift=3.0,
@@ -4236,7 +4236,7 @@ def test_an_image_that_is_not_finite_is_named_and_touches_no_other(
     argv = [*prompts, f"--dtype={dtype}", "-n", "2"]
     plain = draw(trained, tmp_path / "a", *argv)
     full = draw(trained, tmp_path / "b", *prompts, "-n", "2")
-    te = hdm.load_text_encoder(hdm.load_model(trained)[2])
+    te = sample.load_text_encoder(sample.load_model(trained)[2])
     assert "warning" not in told(capfd)
     for cured in (True, False):
         poisoned(monkeypatch, te, "blue square", value,
@@ -4257,8 +4257,8 @@ def test_an_image_that_is_not_finite_is_named_and_touches_no_other(
 
 
 def test_a_preview_that_autocast_breaks_is_drawn_again_without_it(trained, monkeypatch, capfd):
-    model, _, settings = hdm.load_model(trained)
-    te = hdm.load_text_encoder(settings)
+    model, _, settings = sample.load_model(trained)
+    te = sample.load_text_encoder(settings)
     how = model, None, te, ["red circle", "blue square"], [4, 5], settings
     expected = sample.generate(*how)
     poisoned(monkeypatch, te, "blue square", math.nan, where=lambda model: torch.is_autocast_enabled("cpu"))
@@ -4331,7 +4331,7 @@ def flux(place, te_folder, tmp_path_factory):
 
 def test_an_encoder_that_is_gone_is_named_with_the_flag_that_names_another(flux, trained, tmp_path, capfd):
     run, te, vae = (flux / name for name in ("run", "te", "vae"))
-    message = one_line(hdm.load_model, run)
+    message = one_line(sample.load_model, run)
     assert str(vae / f"{STEM}.safetensors") in message and "--vae=" in message and "ckpt_" in message
     message = one_line(sample.main, [f"--ckpt={run}", f"--vae={flux / 'vae2'}", "--prompt=red circle"])
     assert f"{te} (" in message and "--text_encoder=" in message and "--vae" not in message
@@ -4364,7 +4364,7 @@ def test_a_published_model_without_a_vae_takes_the_published_one(layout, te_fold
     hub = {train.Settings().vae: tmp_path / "elsewhere"}
     monkeypatch.setattr(hdm, "fetch", lambda name, file, what: hub[name] / file)
     assert np.array_equal(draw(ckpt, tmp_path / "c", *argv)["00000-0.png"], named)
-    assert hdm.load_model(ckpt)[1] is None                   # a model alone asks for no download
+    assert sample.load_model(ckpt)[1] is None                   # a model alone asks for no download
 
 
 def told(capfd):
@@ -4634,7 +4634,7 @@ def test_latents_are_saved(trained, published, te_folder, tmp_path):
     drawn = draw(published, tmp_path / "b", "--prompt=red circle", *how)["00000-0.png"]
     latent = load_file(tmp_path / "b" / "00000-0.safetensors")["latent"]
     assert latent.shape == (4, 8, 12)
-    decoded = sample.to_uint8(hdm.load_model(published)[1].decode(latent[None]))[0]
+    decoded = sample.to_uint8(sample.load_model(published)[1].decode(latent[None]))[0]
     assert abs(decoded.astype(int) - drawn).max() <= 1
 
 
@@ -4653,7 +4653,7 @@ def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
         gc.collect()
         assert [one() for one in alive if one() is not None] == [model]
         return whole(model, *how)
-    for module, name in ((hdm, "load_model"), (sample, "load_tipo"), (hdm, "load_text_encoder")):
+    for module, name in ((sample, "load_model"), (sample, "load_tipo"), (sample, "load_text_encoder")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     monkeypatch.setattr(sample, "TIPO_TOKENS", 2)
     monkeypatch.setattr(sample, "draw", draw_alone)
@@ -4676,7 +4676,7 @@ def test_the_camera_moves_the_positions(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(hdm.XUT, "forward", forward)
     draw(trained, tmp_path, "--prompt=a", "--zoom=2", "--x_shift=0.5", "--y_shift=-0.25", "--steps=1",
          "--width=24", "--height=16")
-    model, _, _ = hdm.load_model(trained)
+    model, _, _ = sample.load_model(trained)
     p = model.config.patch_size
     expected = (hdm.grid_positions(16 // p, 24 // p) + torch.tensor([-0.25, 0.5])) / 2
     torch.testing.assert_close(asked[0]["pos"], expected)
@@ -4734,7 +4734,7 @@ def test_img2img_goes_through_the_vae(published, te_folder, photo, tmp_path, mon
                  "--strength=0.25", "--steps=4", "--cfg=1")["00000-0.png"]
     upright = torch.from_numpy(np.array(hdm.load_image(photo))).permute(2, 0, 1)[None] / 127.5 - 1
     noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(0))
-    latent = hdm.load_model(published)[1].encode(upright)
+    latent = sample.load_model(published)[1].encode(upright)
     assert [t for _, t in asked] == [0.25] and close(asked[0][0], 0.25 * noise + 0.75 * latent)
     assert drawn.shape == (32, 24, 3)
 
@@ -4828,7 +4828,7 @@ def base_model(tmp_path_factory):
     tensors = {f"unet.model.{name}": value.half() for name, value in model.state_dict().items()}
     tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
     save_file(tensors, folder / "base.safetensors")
-    hdm.make_text_encoder(WORDS, folder / "qwen")            # for its tokenizer
+    prepare.make_text_encoder(WORDS, folder / "qwen")            # for its tokenizer
     qwen = Qwen3Model(Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, head_dim=128,
                                   num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8))
     qwen.to(torch.bfloat16).save_pretrained(folder / "qwen")
@@ -5247,7 +5247,7 @@ LAYOUTS = {  # some named as if they were others: what is in a file tells
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_holds_the_same_model(layout, published, te_folder, tmp_path):
     LAYOUTS[layout](tmp_path / layout, te_folder)
-    models, vaes, settings = zip(*map(hdm.load_model, (tmp_path / layout, published)))
+    models, vaes, settings = zip(*map(sample.load_model, (tmp_path / layout, published)))
     for modules in (models, vaes):
         assert same(*(dict(module.state_dict()) for module in modules))
     assert same(*(these | dict(vae="", text_encoder="") for these in settings))
@@ -5266,14 +5266,14 @@ def named(start, tensors):
     "unet._orig_mod.model.", "model.diffusion_model.", "module.",
     "_orig_mod.module.unet.model.", "pl_module.unet.module.model."])
 def test_any_prefix_is_read_and_what_is_not_read_is_named(start, published, tmp_path, capsys):
-    expected, vae, _ = hdm.load_model(published)
+    expected, vae, _ = sample.load_model(published)
     inner = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in BARE.items()}
     front = "_orig_mod." if start.startswith("_orig_mod") else ""
     beside = {"vae." + name: value for name, value in VAE_ALONE.items()}
     beside |= {name: WHOLE[name] for name in ("vae_mean", "vae_std")} | {"te.layer.weight": torch.ones(2)}
     others = {"other.a": torch.ones(2), "other.b": torch.ones(2)} if start.count(".") > 1 else {}
     torch.save(dict(state_dict=named(start, inner) | named(front, beside) | others), tmp_path / "a.ckpt")
-    model, own_vae, _ = hdm.load_model(tmp_path / "a.ckpt")
+    model, own_vae, _ = sample.load_model(tmp_path / "a.ckpt")
     assert same(dict(model.state_dict()), dict(expected.state_dict()))
     assert same(dict(own_vae.state_dict()), dict(vae.state_dict())) and own_vae.mean == vae.mean
     said = capsys.readouterr().out
@@ -5287,14 +5287,14 @@ def test_any_prefix_is_read_and_what_is_not_read_is_named(start, published, tmp_
 def test_of_an_average_and_its_model_one_is_read_and_the_other_named(live, averaged, tmp_path, capsys):
     torch.save(named(live, BARE) | named(averaged, DOUBLED), tmp_path / "a.ckpt")
     for ema, weights, other in (True, DOUBLED, live), (False, BARE, averaged):
-        model, _, _ = hdm.load_model(tmp_path / "a.ckpt", ema=ema)
+        model, _, _ = sample.load_model(tmp_path / "a.ckpt", ema=ema)
         assert torch.equal(model.ctx_proj.bias, weights["ctx_proj.bias"].float())
         said = capsys.readouterr().out
         assert f"{len(BARE)} other tensors" in said and f"such as {other.replace('module.', '')}" in said
     torch.save(named("a.", BARE) | named("b.", BARE), tmp_path / "a.ckpt")
-    assert "several models (a.*, b.*)" in one_line(hdm.load_model, tmp_path / "a.ckpt")
+    assert "several models (a.*, b.*)" in one_line(sample.load_model, tmp_path / "a.ckpt")
     torch.save(dict(model=BARE, ema=DOUBLED, optimizer=dict(state={}), step=3), tmp_path / "a.ckpt")
-    assert torch.equal(hdm.load_model(tmp_path / "a.ckpt")[0].ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
+    assert torch.equal(sample.load_model(tmp_path / "a.ckpt")[0].ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
 
 
 @pytest.mark.parametrize("name", [
@@ -5305,7 +5305,7 @@ def test_weights_without_their_adapters_are_refused_by_name(name, form, tmp_path
     content = {"state_dict": dict(state_dict=WHOLE | {name: TWO}), "flat": WHOLE | {name: TWO},
                "beside": dict(state_dict=WHOLE, adapters={name: TWO}), "alone": {name: TWO}}[form]
     torch.save(content, tmp_path / "a.ckpt")
-    message = one_line(hdm.load_model, tmp_path / "a.ckpt")
+    message = one_line(sample.load_model, tmp_path / "a.ckpt")
     assert name in message and "adapter" in message and "merge" in message
 
 
@@ -5329,7 +5329,7 @@ def test_every_file_of_a_diffusers_folder_is_read_the_plain_one_first(place, kin
         (folder / f"{STEM}.{kind}.index{variant}.json").write_text(json.dumps(dict(weight_map=files)))
     monkeypatch.chdir(folder)
     def bias(above):
-        return hdm.load_model(above)[0].ctx_proj.bias
+        return sample.load_model(above)[0].ctx_proj.bias
     places = [folder, ".", *[tmp_path] * (place == "transformer")]
     assert all(torch.equal(bias(above), BARE["ctx_proj.bias"].float()) for above in places)
     if variant:                                              # beside it the one that is not cut to 16 bits
@@ -5451,7 +5451,7 @@ def test_what_else_torch_load_would_run_or_write_is_refused(tmp_path, monkeypatc
         Path(name).write_bytes(b"".join([*start, code, pickle.dumps([])]))
     before = content(tmp_path)
     for name in before:
-        assert str(name) in one_line(hdm.load_model, tmp_path / name)
+        assert str(name) in one_line(sample.load_model, tmp_path / name)
     assert content(tmp_path) == before and not did
 
 
@@ -5505,7 +5505,7 @@ def test_a_broken_file_is_one_line_that_names_it(what, tmp_path):
     else:
         thing = save(thing) if isinstance(thing, dict) else thing
         path.write_bytes(thing.encode() if isinstance(thing, str) else thing)
-    assert str(target) in one_line(hdm.load_vae if where.startswith("vae") else hdm.load_model, target)
+    assert str(target) in one_line(hdm.load_vae if where.startswith("vae") else sample.load_model, target)
 
 
 def test_a_text_encoder_without_its_tokenizer_is_refused(te_folder, tmp_path):
@@ -5524,7 +5524,7 @@ EXACT = torch.exp(-math.log(10000) * torch.arange(48, dtype=torch.float64) / 48)
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["a.safetensors", "folder"])
 def test_an_export_is_the_published_layout_and_holds_the_same_model(name, published, te_folder, tmp_path):
-    model, vae, settings = hdm.load_model(published)
+    model, vae, settings = sample.load_model(published)
     settings |= dict(text_encoder=str(te_folder), steps=7, t_shift=2.0)
     path = tmp_path / name
     sample.export(path, model, vae, settings)
@@ -5543,13 +5543,13 @@ def test_an_export_is_the_published_layout_and_holds_the_same_model(name, publis
             "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
         assert hdm.load_vae(path).mean == vae.mean
     shutil.move(path, tmp_path / "elsewhere")                # nothing in it tells where it was
-    loaded, its_vae, its = hdm.load_model(tmp_path / "elsewhere")
+    loaded, its_vae, its = sample.load_model(tmp_path / "elsewhere")
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
     assert same(dict(its_vae.state_dict()), dict(vae.state_dict()))
     assert (its_vae.mean, its_vae.std) == (vae.mean, vae.std)
     own = dict(vae="", text_encoder="")
     assert its | own == settings | own
-    drawn, expected = (sample.generate(m, v, hdm.load_text_encoder(s), ["red circle"], [3], s, width=16,
+    drawn, expected = (sample.generate(m, v, sample.load_text_encoder(s), ["red circle"], [3], s, width=16,
                                        height=16)
                        for m, v, s in ((loaded, its_vae, its), (model, vae, settings)))
     assert np.array_equal(drawn, expected)
@@ -5567,10 +5567,10 @@ def test_a_folder_takes_the_text_encoder_along_or_says_that_it_is_missing(at, pu
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     shutil.copytree(te_folder, snapshot.with_name("tokenizer"))
-    hdm.make_text_encoder(["a"], tmp_path / "wide", dim=64)
+    prepare.make_text_encoder(["a"], tmp_path / "wide", dim=64)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     place = {"split": snapshot, "gone": tmp_path / "gone", "another": tmp_path / "wide"}
-    model, vae, settings = hdm.load_model(published)
+    model, vae, settings = sample.load_model(published)
     settings["text_encoder"] = str(place.get(at, "some/lm"))
     capsys.readouterr()
     sample.export(tmp_path / "out", model, vae, settings)
@@ -5579,14 +5579,14 @@ def test_a_folder_takes_the_text_encoder_along_or_says_that_it_is_missing(at, pu
     assert (settings["text_encoder"] in said) == (not there)
     assert [(tmp_path / "out" / part).is_dir() for part in ("text_encoder", "tokenizer")] == [there] * 2
     if there:
-        states = [hdm.load_text_encoder(dict(settings, text_encoder=str(folder)))(["red circle"])[0]
+        states = [sample.load_text_encoder(dict(settings, text_encoder=str(folder)))(["red circle"])[0]
                   for folder in (te_folder, tmp_path / "out" / "text_encoder")]
         assert torch.equal(*states)
         text = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out" / "tokenizer")
         assert text("red circle")["input_ids"] == hdm.TextEncoder(te_folder).tokenize(["red circle"], 9)[0]
         assert transformers.Qwen3Model.from_pretrained(tmp_path / "out" / "text_encoder")
     else:                                                    # its place is still in the header
-        assert hdm.load_model(tmp_path / "out")[2]["text_encoder"] == settings["text_encoder"]
+        assert sample.load_model(tmp_path / "out")[2]["text_encoder"] == settings["text_encoder"]
 
 
 TRANSFORMER = dict(
@@ -5597,7 +5597,7 @@ TRANSFORMER = dict(
 
 
 def test_the_jsons_of_an_exported_folder_are_the_authors(published, te_folder, tmp_path):
-    model, vae, settings = hdm.load_model(published)
+    model, vae, settings = sample.load_model(published)
     sample.export(tmp_path / "a", model, vae, settings | dict(text_encoder=str(te_folder)))
     def read(name):
         return json.loads((tmp_path / "a" / name).read_text())
@@ -5612,7 +5612,7 @@ def test_the_jsons_of_an_exported_folder_are_the_authors(published, te_folder, t
 @torch.no_grad()
 def test_diffusers_reads_an_exported_folder(published, te_folder, tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    model, vae, settings = hdm.load_model(published)
+    model, vae, settings = sample.load_model(published)
     sample.export(tmp_path / "a", model, vae, settings | dict(text_encoder=str(te_folder)))
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "a" / "vae", torch_dtype=torch.float32)
     images, latents = torch.rand(1, 3, 32, 48) * 2 - 1, torch.randn(1, 4, 8, 12)
@@ -5654,7 +5654,7 @@ class NarrowMLP(hdm.SwiGLU):
 
 @pytest.mark.parametrize("fork, name", [(OtherMLP, "mlp.norm.weight"), (NarrowMLP, "mlp.w12.weight")])
 def test_a_forks_other_block_is_exported_by_force_alone(fork, name, published, tmp_path, monkeypatch, capsys):
-    _, vae, settings = hdm.load_model(published)
+    _, vae, settings = sample.load_model(published)
     monkeypatch.setattr(hdm, "SwiGLU", fork)
     model = hdm.XUT(settings["config"])
     message = one_line(sample.export, tmp_path / "a.safetensors", model, vae, settings)
@@ -5662,7 +5662,7 @@ def test_a_forks_other_block_is_exported_by_force_alone(fork, name, published, t
     capsys.readouterr()
     sample.export(tmp_path / "a.safetensors", model, vae, settings, True)
     assert "sample.py alone" in capsys.readouterr().out
-    loaded, _, _ = hdm.load_model(tmp_path / "a.safetensors")
+    loaded, _, _ = sample.load_model(tmp_path / "a.safetensors")
     assert same(halves(loaded), halves(model))
 
 
@@ -5696,12 +5696,12 @@ def test_what_others_would_misread_is_exported_by_force_alone(name, tmp_path):
     for words in ("skips=mirror", "residual=raw", "pos=unit_area", "aspect_cond=False", "pixels"):
         assert words in message
     sample.export(tmp_path / name, model, None, settings, True)
-    loaded, vae, its = hdm.load_model(tmp_path / name)
+    loaded, vae, its = sample.load_model(tmp_path / name)
     assert vae is None and its == settings and same(halves(loaded), halves(model))
 
 
 def test_an_export_is_whole_or_not_there(published, tmp_path, monkeypatch):
-    model, vae, settings = hdm.load_model(published)
+    model, vae, settings = sample.load_model(published)
     for name in ("a.safetensors", "folder"):
         (tmp_path / name).write_text("mine")
         assert name in one_line(sample.export, tmp_path / name, model, vae, settings)
@@ -5750,7 +5750,7 @@ def test_what_is_written_has_the_modes_of_the_umask(mask, place, vae_folder, te_
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
 def test_an_export_deletes_what_a_killed_one_left_and_nothing_of_others(published, tmp_path, monkeypatch):
-    loaded, save_model = hdm.load_model(published), hdm.save_model
+    loaded, save_model = sample.load_model(published), hdm.save_model
     def during(what):                                        # an export, when it has written its weights
         def stop(*how):
             save_model(*how)
@@ -5802,7 +5802,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     (shelf / "cut.safetensors").write_bytes(published.read_bytes()[:5000])
     save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
     save_file(published_tensors(vae=False), shelf / "no_vae.safetensors")
-    hdm.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
+    prepare.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
     shutil.copytree(place / "data", shelf / "data")
     (shelf / "cut_index").mkdir()
     (shelf / "cut_index" / "index.json").write_text("{")
@@ -6123,10 +6123,10 @@ def test_counts_are_the_formulas(side, T, whole, half, rate):
         model = hdm.XUT(config)
     inputs = hdm.blank_inputs(config, 1, side, T, rate, device="meta")
     with torch.no_grad():
-        forward = hdm.count_flops(lambda: hdm.flow_loss(model, **inputs))
+        forward = train.count_flops(lambda: hdm.flow_loss(model, **inputs))
     assert forward == pytest.approx(expected, rel=1e-3)
     assert forward / 1e9 == pytest.approx(half if rate else whole, rel=1e-3)
-    both = hdm.count_flops(lambda: hdm.flow_loss(model, **inputs).backward())
+    both = train.count_flops(lambda: hdm.flow_loss(model, **inputs).backward())
     assert both == pytest.approx(3 * expected - 2 * T * D * D, rel=1e-3)
 
 
@@ -6134,13 +6134,10 @@ def test_counts_are_the_formulas(side, T, whole, half, rate):
 def test_costs_of_an_image_are_those_of_a_step(dtype, monkeypatch):
     """Bytes kept for the backward pass as extrapolated, against a batch of nine on real tensors."""
     config = hdm.XUTConfig(dim=128, ctx_dim=32, heads=2, mlp_dim=384, depth=2, dec_blocks=2)
-    costs = hdm.image_costs(config, 16, 24, 0.5, dtype=dtype)
+    costs = train.image_costs(config, 16, 24, 0.5, dtype=dtype)
     model = hdm.XUT(config)
-    monkeypatch.setattr(hdm.Block, "checkpointing", True)
-    assert hdm.image_costs(config, 16, 24, 0.5, dtype=dtype) == costs                 # whatever the run's is
-    monkeypatch.undo()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        one, nine = (hdm.saved_bytes(lambda: hdm.flow_loss(model, **hdm.blank_inputs(config, n, 16, 24, 0.5)))
+        one, nine = (train.saved_bytes(lambda: hdm.flow_loss(model, **hdm.blank_inputs(config, n, 16, 24, 0.5)))
                      for n in (1, 9))
     assert costs["bytes"] == pytest.approx((nine - one) / 8, rel=0.01)
     assert costs["shared"] + 9 * costs["bytes"] == pytest.approx(nine, rel=0.01)
@@ -6242,7 +6239,7 @@ def test_a_step_asks_the_host_for_nothing(te):
                  keep=hdm.pick_tokens(2, 16, 0.5), aspect=torch.zeros(2),
                  pos=hdm.grid_positions(4, 4).repeat(2, 1, 1))
     with torch.profiler.profile() as profile:
-        hdm.flow_loss(model, **train.loss_inputs(batch, vae, te, s, "cpu")).backward()
+        hdm.flow_loss(model, **hdm.loss_inputs(batch, vae, te, s, "cpu")).backward()
     ran = {event.key for event in profile.key_averages()}
     assert "aten::mm" in ran and not ran & {"aten::nonzero", "aten::_local_scalar_dense", "aten::item"}
 
@@ -6270,7 +6267,7 @@ def test_captions_keep_their_own_pads_in_any_batch(te):
         batch = dict(pixels=torch.zeros(n, 3, 8, 8, dtype=torch.uint8), caption=list(captions),
                      t=torch.full((n,), 0.5), noise=torch.ones(n, 3, 8, 8), aspect=torch.zeros(n),
                      pos=hdm.grid_positions(4, 4).repeat(n, 1, 1))
-        inputs = train.loss_inputs(batch, None, te, s, "cpu")
+        inputs = hdm.loss_inputs(batch, None, te, s, "cpu")
         lengths.append(inputs["ctx"].shape[1])
         with torch.no_grad():
             return model(inputs["noise"], inputs["t"], inputs["ctx"], ctx_mask=inputs["ctx_mask"])
@@ -6288,9 +6285,9 @@ def test_a_micro_step_has_captions_of_one_length(ranks, tmp_path):
         write_picture(tmp_path / "a" / f"{i}", (16, 16), i)
         (tmp_path / "a" / f"{i}.txt").write_text("x" * (1 + 7 * i % 24))
     index = prepare.open_index(str(tmp_path / "a"))
-    epochs = train.Epochs(index.split(0.0)[0], 0)
+    epochs = prepare.Epochs(index.split(0.0)[0], 0)
     s = SimpleNamespace(text_lengths=4, global_batch=8, batch_size=2)
-    shares = [list(train.deal(index, epochs, s, 16, 32, rank, ranks)) for rank in range(ranks)]
+    shares = [list(train.order_of_rank(index, epochs, s, 16, 32, rank, ranks)) for rank in range(ranks)]
     for step in range(2):
         dealt = [share[step * 8 // ranks:(step + 1) * 8 // ranks] for share in shares]
         micro = [part[i:i + 2] for i in range(0, 8 // ranks, 2) for part in dealt]     # as time goes
@@ -6311,7 +6308,7 @@ def check_bench(ranks, place, tmp_path):
     assert report["processes"] == ranks and report["matmul_tflops"] > 0
     for name in ("as configured", "baseline"):
         one = report[name]
-        assert set(one["ms_per_image"]) == {"data", "vae", "text", "forward", "backward", "optimiser"}
+        assert set(one["ms_per_image"]) == {"data", "vae", "text", "forward", "backward", "optimizer"}
         told = sum(one["ms_per_image"].values())
         assert told == pytest.approx(1000 * ranks / one["images_per_s"], rel=0.2)     # nothing is left out
         assert 0 < one["xut_mfu"] < one["all_flops"] < 1
@@ -6364,7 +6361,7 @@ def test_the_centred_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(
         size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
         image = np.asarray(Image.open(path))
         height, width, _ = image.shape
-        (y, x, root), = prepare.places_and_sizes([image])
+        (y, x, root), = sample.places_and_sizes([image])
         canvases[height, width] += 1
         assert abs(x - (width - 1) / 2) < 0.3
         assert shape == "triangle" or abs(y - (height - 1) / 2) < 0.3
@@ -6386,20 +6383,20 @@ def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
     def draw(zoom=1, x_shift=0, y_shift=0):                  # as the camera promises
         return [prepare.draw("small", colour, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
                              16 - 16 * x_shift / zoom, 6 * zoom) for colour in ("red", "blue", "white")]
-    prepare.judge_camera(draw, 32)
+    sample.judge_camera(draw, 32)
     rows = camera_rows(capsys)
     assert list(rows) == ["x_shift=0.25", "x_shift=-0.25", "y_shift=0.25", "y_shift=-0.25", "zoom=1.33",
                           "zoom=0.75"]
     for name, row in rows.items():
         expected = (1,) if "zoom" in name else (1, 100, 1)
         assert row == pytest.approx(expected, rel=0.06), name
-    prepare.judge_camera(lambda **camera: draw(), 32)        # a camera that does nothing
+    sample.judge_camera(lambda **camera: draw(), 32)        # a camera that does nothing
     rows = camera_rows(capsys)
     assert rows["x_shift=0.25"] == rows["y_shift=-0.25"] == (0, 0, 1)
     assert rows["zoom=1.33"][0] == pytest.approx(1 / 1.33, abs=0.01)
     def mirrored(**camera):
         return draw(**{name: value if name == "zoom" else -value for name, value in camera.items()})
-    prepare.judge_camera(mirrored, 32)
+    sample.judge_camera(mirrored, 32)
     assert camera_rows(capsys)["x_shift=0.25"] == pytest.approx((-1, 0, 1), abs=0.05)
 
 
@@ -6409,7 +6406,7 @@ def share_right(verdicts, combinations):
 
 
 def test_judge_is_right_on_true_pictures_and_at_chance_on_shuffled_captions():
-    verdicts = [prepare.judge(image) for image in true_pictures(seed=0)]
+    verdicts = [sample.judge(image) for image in true_pictures(seed=0)]
     assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
     rng = np.random.default_rng(0)
     shuffles = [rng.permutation(prepare.COMBINATIONS) for _ in range(20)]
@@ -6424,7 +6421,7 @@ def test_judge_forgives_ragged_edges_and_noise():
     for image in true_pictures(seed=2):
         y, x = np.clip(np.indices((32, 32)) + rng.integers(-1, 2, (2, 32, 32)), 0, 31)  # pixels change places
         noisy = image[y, x] + rng.normal(0, 10, image.shape)
-        verdicts.append(prepare.judge(noisy.clip(0, 255).astype(np.uint8)))
+        verdicts.append(sample.judge(noisy.clip(0, 255).astype(np.uint8)))
     assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
 
 
@@ -6485,7 +6482,7 @@ def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path
     for i in range(0, 400, 10):  # a picture shows what its caption says
         image = np.asarray(Image.open(tmp_path / "b" / "demo" / f"{i:05d}.png"))
         if image.shape == (32, 32, 3):  # the judge's templates for other canvases take seconds to draw
-            shown = prepare.CAPTION.format(*prepare.judge(image))
+            shown = prepare.CAPTION.format(*sample.judge(image))
             assert shown == long[f"demo/{i:05d}.txt"].decode().strip()
     # A second run replaces the first and leaves nothing of it behind.
     assert demo(tmp_path / "b", count=20) == short
@@ -6552,7 +6549,7 @@ def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
     from transformers import AutoModel, AutoTokenizer
     captions = [prepare.CAPTION.format(*words) for words in prepare.COMBINATIONS]
     state = torch.get_rng_state()
-    hdm.make_text_encoder(captions, tmp_path)
+    prepare.make_text_encoder(captions, tmp_path)
     assert torch.equal(state, torch.get_rng_state())
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
     for text in ("naïve 日本 🦊👩‍👩‍👧", " two  spaces, don 't . \n\t", "<pad>", "\x00 \u202e"):
@@ -6584,19 +6581,19 @@ def test_a_text_encoder_knows_the_words_of_a_sources_captions(tmp_path):
 def test_judge_scores_what_was_drawn(monkeypatch, capsys):
     """A model that draws every caption truly gets 100 %; one that draws only circles, their share."""
     meaning = {prepare.CAPTION.format(*words): words for words in prepare.COMBINATIONS}
-    monkeypatch.setattr(hdm, "load_model", lambda ckpt: (None, None, {}))
-    monkeypatch.setattr(hdm, "load_text_encoder", lambda settings: None)
+    monkeypatch.setattr(sample, "load_model", lambda ckpt: (None, None, {}))
+    monkeypatch.setattr(sample, "load_text_encoder", lambda settings: None)
 
     def generate(model, vae, te, prompts, seeds, settings):
         picture = [(words[0], words[1], change(words[2]), words[3]) for words in map(meaning.get, prompts)]
         return np.stack([prepare.draw(*words, 32, 32, 15.7 + seed / 4, 16)
                          for words, seed in zip(picture, seeds)])
 
-    monkeypatch.setattr(prepare, "generate", generate)
+    monkeypatch.setattr(sample, "generate", generate)
     settings = prepare.JudgeSettings(ckpt="x", seeds=2)
     tables = []
     for change in (lambda shape: shape, lambda shape: "circle"):
-        prepare.judge_checkpoint(settings)
+        sample.judge_checkpoint(settings)
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-5:]})
     assert all(row[:3] == ["64", "64", "100.0"] for row in tables[0].values())
