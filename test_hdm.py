@@ -1229,11 +1229,15 @@ def hint(program, name):
               "train_data_dir:data pretrained_model_name_or_path:init_from checkpointing_steps:save_every "
               "validation_prompt:preview_prompts report_to:log gradient_checkpointing:checkpointing "
               "adam_beta1:beta1 max_token_length:text_length resume_from_checkpoint:resume use_ema:ema "
-              "batchsize:batch_size imgsize:image_size learnrate:lr out-dir:out_dir"),
+              "batchsize:batch_size imgsize:image_size learnrate:lr out-dir:out_dir wd:weight_decay "
+              "vae_batch_size:vae_chunk total_batch_size:global_batch grad_clip:clip torch_compile:compile "
+              "flow_schedule_shift:t_shift checkpoint_step_interval:save_every train_dtype:dtype"),
     ("sample", "negative:negative_prompt num_images_per_prompt:num_images sampler_name:sampler cfg_scale:cfg "
-               "denoising_strength:strength output_dir:out W:width model:ckpt promt:prompt"),
+               "denoising_strength:strength output_dir:out W:width model:ckpt promt:prompt port:ui "
+               "image:init_image ckpt_path:ckpt"),
     ("prepare", "output_dir:out resolution:image_size num_workers:workers cache_latents:latents"),
-    ("train", "noise_offset snr_gamma use_8bit_adam center_crop revision push_to_hub network_dim scale_lr"),
+    ("train", "noise_offset snr_gamma use_8bit_adam center_crop revision push_to_hub network_dim scale_lr "
+              "caption_extension sample_after ema_device dropout"),
     ("sample", "clip_skip hr_scale lora restore_faces"), ("prepare", "min_resolution recursive")])
 def test_names_of_other_programs_lead_to_ours_and_far_words_to_none(program, names):
     for theirs, _, ours in (pair.partition(":") for pair in names.split()):
@@ -1275,10 +1279,12 @@ def test_every_rule_of_settings_without_effect_names_settings():
     ("--gpus=8 --baseline --new_data", "gpus baseline new_data"), ("--gpus=8 --plan", ""),
     ("--vae_chunk=2 --memory_budget=0.5", "vae_chunk memory_budget"), ("--new_data --resume", ""),
     ("--preview_prompts=x --sample_every=0", "preview_prompts"), ("--preview_prompts=x --new_data=false", ""),
-    ("--eval_every=5 --validation=0", "eval_every"), ("--eval_every=0 --validation=0", ""), ("", "")])
-def test_settings_without_effect_in_a_training_call_are_said(argv, idle, place, capsys):
+    ("--eval_every=5 --validation=0", "eval_every"), ("--eval_every=0 --validation=0", ""), ("", ""),
+    ("--eval_every=5", "")])
+def test_settings_without_effect_in_a_training_call_are_said(argv, idle, tmp_path, capsys):
     """Those of the command line alone: a config file serves other calls, too."""
-    train.read_settings([str(place / "tiny.py"), *argv.split()])
+    (tmp_path / "defaults.py").write_text("vae = ''\ncompile = False\ngpus = 2")
+    train.read_settings([str(tmp_path / "defaults.py"), *argv.split()])
     assert sorted(re.findall(r"warning: --(\w+)=", capsys.readouterr().out)) == sorted(idle.split())
 
 
@@ -1704,7 +1710,8 @@ def test_prompts_of_a_file_are_previewed_after_the_captions(place, tmp_path):
     assert drawn.shape == expected.shape and abs(drawn - expected).max() <= 1
     file.write_text("# none\n")
     (tmp_path / "settings.txt").write_text("a circle --cfg=2\n")
-    for bad in (file, tmp_path / "missing.txt", tmp_path / "settings.txt"):
+    (tmp_path / "half.txt").write_text("a circle --cfg\n")
+    for bad in (file, *(tmp_path / f"{name}.txt" for name in ("missing", "settings", "half"))):
         assert str(bad) in one_line(lambda: train_tiny(place, tmp_path / "other", preview_prompts=bad))
 
 
@@ -2455,7 +2462,7 @@ def test_fewer_threads_work_while_others_use_the_cores_and_where_that_is_faster(
 
 
 @pytest.mark.parametrize("encoding, sink", [("ascii", "pipe"), ("cp1252", "pipe"), ("utf-8", "closed pipe"),
-                                            ("utf-8", "full disk")])
+                                            ("utf-8", "full disk"), ("utf-8", "no stream")])
 def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
     if sink == "full disk" and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
@@ -2474,7 +2481,9 @@ def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
     elif sink == "full disk":
         out = os.open("/dev/full", os.O_WRONLY)
     env = dict(ONE_THREAD, PYTHONIOENCODING=encoding, PYTHONPATH=str(HERE))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=out, stderr=out)
+    shut = (lambda: os.closerange(1, 3)) if sink == "no stream" else None
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=out, stderr=out,
+                          preexec_fn=shut)
     assert (tmp_path / "through").exists() and done.returncode == 2
     if sink == "pipe":
         expected = names.encode(encoding, "backslashreplace")
@@ -5522,9 +5531,15 @@ EXACT = torch.exp(-math.log(10000) * torch.arange(48, dtype=torch.float64) / 48)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["a.safetensors", "folder"])
-def test_an_export_is_the_published_layout_and_holds_the_same_model(name, published, te_folder, tmp_path):
+@pytest.mark.parametrize("name, factors", [
+    ("a.safetensors", {}), ("folder", {}), ("folder", dict(scaling_factor=0.25, shift_factor=0.5))])
+def test_an_export_is_the_published_layout_and_holds_the_same_model(name, factors, published, te_folder,
+                                                                    tmp_path):
     model, vae, settings = hdm.load_model(published)
+    if factors:                                              # a VAE without statistics
+        config, weights = vae.diffusers_config(), vae.state_dict()
+        vae = hdm.VAE(config["block_out_channels"], config["layers_per_block"], 4, **factors)
+        vae.load_state_dict(weights)
     settings |= dict(text_encoder=str(te_folder), steps=7, t_shift=2.0)
     path = tmp_path / name
     sample.export(path, model, vae, settings)
