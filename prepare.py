@@ -205,8 +205,11 @@ ARCHIVES = tuple(".7z .arrow .bz2 .gz .lmdb .parquet .rar .tar .tfrecord .tgz .t
 KINDS = {OTHERS: "format not read", ARCHIVES: "archive not read", TABLES: "table or json that is no source",
          TEXTS: "caption without an image"}      # of what is passed over
 IMAGE_HEAD = rb"(?s)\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
-SYSTEM = ("$recycle.bin #recycle #snapshot @eadir @recycle @tmp __macosx desktop.ini ehthumbs.db lost+found "
-          "recycler thumbs.db").split() + ["system volume information"]  # and what begins with a dot
+# Names that systems give; with those that begin with a dot.
+SYSTEM = ["network trash folder", "system volume information", "temporary items", *(
+    "$recycle.bin $windows.~bt #recycle #snapshot ~snapshot @eadir @recently-snapshot @recycle @sharebin "
+    "@synoresource @tmp __macosx __pycache__ desktop.ini ehthumbs.db ehthumbs_vista.db found.000 lost.dir "
+    "lost+found recycled recycler thumbs.db").split()]
 FILE_COLUMNS = ("file_name", "file", "path", "filename", "image", "img_path", "image_path", "filepath")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags", "tag_string", "tag_groups")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
@@ -233,7 +236,11 @@ class Report(dict):
         try:
             yield
         except (hdm.UserError, OSError, ValueError, RecursionError, NotImplementedError) as error:
-            self.add(error if isinstance(error, hdm.UserError) else "unreadable", path)
+            if not isinstance(error, hdm.UserError):
+                path = getattr(error, "filename", None) or path  # of an OSError: an image's caption, too
+                broken = isinstance(error, (json.JSONDecodeError, RecursionError))
+                error = "broken json" if broken else "unreadable"
+            self.add(error, path)
 
 
 def printable(text):
@@ -302,7 +309,8 @@ def row_caption(row, template):
     spaces. A .json may also be a text or a list of tags."""
     def texts(name, value):
         if isinstance(value, dict):
-            return [text for group in value.values() for text in texts(name, group)]
+            groups = [group for group in value.values() if isinstance(group, (str, list, dict))]
+            return [text for group in groups for text in texts(name, group)]  # numbers are taggers' scores
         if re.search(r"(^|_)tags?(_|$)", name.lower()) and isinstance(value, str) and "$$" not in value:
             value = value.split("," if "," in value else None)
         values = [str(one) for one in (value if isinstance(value, list) else [value])
@@ -322,19 +330,28 @@ def row_caption(row, template):
     if template:                                 # in one pass: braces in a caption name no column
         return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1], row.get(match[1]))), template)
     name = next((name for name in TEXT_COLUMNS if texts(name, row.get(name))), "")
+    odd = [other for other in TEXT_COLUMNS if row.get(other) and isinstance(row[other], (list, dict))]
+    if odd and not name:
+        raise hdm.UserError(f"json or row without a caption: no texts in {odd[0]}")
     return (" $$ " if name.startswith("tag") else hdm.OR).join(texts(name, row.get(name)))
 
 
 def row_name(row, column):
     """What a row calls its image: in the column, else in the first of FILE_COLUMNS that it fills; its id only
-    where it has none of them. "": it does not say."""
-    for name in [column] if column else [name for name in FILE_COLUMNS if name in row] or ["id"]:
+    where no other column names a file. UserError where it does not say."""
+    names = [column] if column else [name for name in FILE_COLUMNS if name in row]
+    texts = {name: str(value) for name, value in row.items() if name not in TEXT_COLUMNS}
+    files = [name for name, text in texts.items() if text.lower().endswith(IMAGES) and "://" not in text]
+    if files and not names:
+        raise hdm.UserError(f"row that names a file in another column: --name_column={files[0]}, or =id")
+    for name in names or ["id"]:
         value = row.get(name)
         value = value.get("path") if isinstance(value, dict) else value  # Hugging Face's, beside "bytes"
-        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:  # above it is rounded
+            value = int(value)
         if isinstance(value, (str, int)) and str(value).strip():
             return str(value).strip().replace("\\", "/")
-    return ""
+    raise hdm.UserError(f"row without a file_name, path or id: columns {', '.join(map(str, list(row)[:5]))}")
 
 
 def plain(path):
@@ -432,12 +449,14 @@ def csv_rows(lines, column, **how):
         with contextlib.suppress(csv.Error):
             cells = next(reader)
         taken = lines[at:at + reader.line_num]
-        if header is None:
+        if cells is not None and not "".join(cells).strip():
+            pass                                 # a line without text
+        elif header is None:
             if cells is None:
                 raise hdm.UserError("broken first line")
             header, names = [cell.strip() for cell in cells], [column] if column else [*FILE_COLUMNS, "id"]
             place = next((header.index(name) for name in names if name in header), 0)
-        elif cells != []:                        # a line without text
+        else:
             if len(taken) > 1 and (cells is None or swallows(taken, cells, place, len(header))):
                 cells, taken = None, taken[:1]
             broken = cells is None or len(cells) > len(header)
@@ -532,13 +551,11 @@ def read_table(path, span, s, rows, report):
             if not isinstance(row, dict):
                 raise hdm.UserError("broken table row")
             columns.update(row)
-            name = row_name(row, s.name_column)
-            name = name and os.path.normpath(os.path.join(os.path.dirname(path), name))
             if any(offset):
                 name = f"{path}/{where[4:]}"
                 images[name] = path, offset[0], 0
-            if not name:
-                raise hdm.UserError("row without a file_name, path or id")
+            else:
+                name = os.path.normpath(os.path.join(os.path.dirname(path), row_name(row, s.name_column)))
             both = path.lower().endswith(".json") and {"caption", "tags"} <= row.keys()  # as kohya uses them
             new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both)))
     if missing := {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}:
