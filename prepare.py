@@ -258,8 +258,7 @@ def open_at(file, offset, length):
     offset is 1 + its row in a row group + 2^32 x the group."""
     if offset and file.lower().endswith(".parquet"):
         group, row = divmod(offset - 1, 2 ** 32)
-        image = read_row_group(file, stamp_of(file), group)[row].as_py()
-        return io.BytesIO((image["bytes"] if isinstance(image, dict) else image) or b"")
+        return io.BytesIO(image_bytes(read_row_group(file, stamp_of(file), group)[row]))
     stream = open(file, "rb")
     if not offset:
         return stream
@@ -330,7 +329,7 @@ def row_caption(row, template):
     if template:                                 # in one pass: braces in a caption name no column
         return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1], row.get(match[1]))), template)
     name = next((name for name in TEXT_COLUMNS if texts(name, row.get(name))), "")
-    odd = [other for other in TEXT_COLUMNS if row.get(other) and isinstance(row[other], (list, dict))]
+    odd = [other for other in TEXT_COLUMNS if not isinstance(row.get(other) or "", (str, int, float))]
     if odd and not name:
         raise hdm.UserError(f"json or row without a caption: no texts in {odd[0]}")
     return (" $$ " if name.startswith("tag") else hdm.OR).join(texts(name, row.get(name)))
@@ -340,7 +339,7 @@ def row_name(row, column):
     """What a row calls its image: in the column, else in the first of FILE_COLUMNS that it fills; its id only
     where no other column names a file. UserError where it does not say."""
     names = [column] if column else [name for name in FILE_COLUMNS if name in row]
-    texts = {name: str(value) for name, value in row.items() if name not in TEXT_COLUMNS}
+    texts = {name: str(row[name]).rstrip("'\"]}") for name in row if name not in TEXT_COLUMNS}  # of lists, too
     files = [name for name, text in texts.items() if text.lower().endswith(IMAGES) and "://" not in text]
     if files and not names:
         raise hdm.UserError(f"row that names a file in another column: --name_column={files[0]}, or =id")
@@ -488,9 +487,22 @@ def open_parquet(path):
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
     def filled(i):
         return any(not some or some.num_values for some in (group.column(i).statistics for group in groups))
-    images = [leaf.path for i, leaf in enumerate(leaves) if filled(i)
+    def holds_images(path):                      # a hash or an embedding, too, is bytes
+        batch = next(file.iter_batches(16, columns=[path], use_threads=False), [()])
+        return any(re.match(IMAGE_HEAD, image_bytes(cell)) for cell in batch[0])
+    images = [leaf.path for i, leaf in enumerate(leaves) if filled(i) and not leaf.max_repetition_level
               and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")]
+    if len(images) > 1 or {leaf.path for leaf in leaves} & {*FILE_COLUMNS, "id"}:
+        images = [path for path in images if holds_images(path)]
     return file, min(images, key=lambda path: path.split(".")[0] != "image", default=None)
+
+
+def image_bytes(cell):
+    """Of a cell of bytes, itself or inside of structs that have nothing else."""
+    value = cell.as_py()
+    while isinstance(value, dict):
+        (value,) = value.values()
+    return value or b""
 
 
 def parquet_rows(path):
@@ -551,13 +563,13 @@ def read_table(path, span, s, rows, report):
             if not isinstance(row, dict):
                 raise hdm.UserError("broken table row")
             columns.update(row)
-            if any(offset):
-                name = f"{path}/{where[4:]}"
-                images[name] = path, offset[0], 0
-            else:
+            name = f"{path}/{where[4:]}"
+            if not any(offset):
                 name = os.path.normpath(os.path.join(os.path.dirname(path), row_name(row, s.name_column)))
             both = path.lower().endswith(".json") and {"caption", "tags"} <= row.keys()  # as kohya uses them
             new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both)))
+            if any(offset):
+                images[name] = path, offset[0], 0
     if missing := {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}:
         raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
     for name, caption in new:

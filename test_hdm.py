@@ -2877,6 +2877,7 @@ NAMES = [
     ([{"id": 2.0 ** 53 + 2, "text": "x"}], {f"{2 ** 53 + 2}.jpg": None}),  # rounded: of which image?
     *(([{"id": 1, column: "cat.jpg", "text": "x"}], {"1.jpg": None, "cat.jpg": None})
       for column in ("img", "Image", "name")),
+    ([{"id": 1, "images": ["cat.jpg"], "text": "x"}], {"1.jpg": None, "cat.jpg": None}),
     ([{"id": 1, "file_url": "https://x.org/cat.jpg", "text": "x.jpg"}], {"1.jpg": "x.jpg", "cat.jpg": None}),
     ([{"file": COMPOSED, "text": "x"}], {f"{SPLIT}.jpg": "x"}),
     ([{"file": f"{SPLIT}.jpg", "text": "x"}], {f"s/{COMPOSED}.jpg": "x"}),
@@ -3698,6 +3699,9 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
         "names": {"image": [{"bytes": None, "path": f"{name}.png"} for name in "abcd"], "text": [*"xyzw"]},
         "file_name": {"file_name": ["a.png", "b", None, "c.png"], "tags": [["x", "y z"], ["w"], [], []]},
         "alone": {"image": [{"bytes": PNG, "path": "a.png"}]},
+        "deep": {"hash": [b"1", b"2"], "sample": [{"jpg": {"data": PNG}}, {"jpg": None}], "text": [*"xy"]},
+        "hash": {"md5": [b"1"], "file_name": ["a.png"], "text": ["x"]},
+        "list": {"id": [1], "images": [[{"bytes": PNG, "path": "a.png"}]], "text": ["x"]},
         "ids": {"id": [1.0, 2.0], "text": ["x", "y"]}, "none": {"url": ["x"], "caption": ["y"]}}
     for kind, columns in kinds.items():
         write_files(tmp_path / kind, {f"{kind}.parquet": parquet_bytes(columns), "a.png": PNG, "b.png": PNG,
@@ -3705,12 +3709,15 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
     results = {
         "struct": {"struct.parquet/000000": f"x{hdm.OR}y"}, "plain": {"plain.parquet/000000": "x"},
         "names": {"a.png": "x", "b.png": "y"}, "file_name": {"a.png": "x $$ y z", "b.png": "w"},
-        "ids": {"1.png": "x"}, "none": {}, "alone": {}}
+        "ids": {"1.png": "x"}, "none": {}, "alone": {}, "hash": {"a.png": "x"}, "list": {},
+        "deep": {"deep.parquet/000000": "x"}}
     for kind, want in results.items():
         for source in tmp_path / kind, tmp_path / kind / f"{kind}.parquet":
             found = scan(source, report := prepare.Report())
             assert {one.name: one.caption for one in found} == want, (source, report)
-    assert report["no caption"]["count"] == 1                # of alone.parquet
+    scan(tmp_path / "alone" / "alone.parquet", report := prepare.Report())
+    assert {kind: entry["count"] for kind, entry in report.items()} == {
+        "json or row without a caption: keys image": 1}
     scan(tmp_path / "struct" / "struct.parquet", report := prepare.Report())
     assert {kind: entry["count"] for kind, entry in report.items()} == {"zero bytes": 2, "empty caption": 1}
     write_files(tmp_path / "bad", {"bad.parquet": "PAR1", "a.png": PNG, "a.txt": "x"})
