@@ -2838,7 +2838,7 @@ def test_a_broken_row_of_a_csv_costs_no_other_row(tmp_path, form, late):
         lines = [dict(zip(("file_name", "text"), line.split(",", 1)), score="0.5") for line in texts]
         lines = [dict(line, id=line["file_name"].replace(".png", "")) for line in lines]
         lines = [",".join(line[column] for column in form.split(",")) for line in lines]
-        write_files(tmp_path, {"t.csv": "\n".join([form, *lines])})
+        write_files(tmp_path, {"t.csv": "\n".join(["", ",", form, *lines])})
         rows, report = prepare.Rows(), prepare.Report()
         prepare.read_table(path, (path, 0, 0), prepare.DataSettings(), rows, report)
         found = {os.path.basename(name).removesuffix(".png"): row.caption for name, row in rows.items()}
@@ -2846,7 +2846,7 @@ def test_a_broken_row_of_a_csv_costs_no_other_row(tmp_path, form, late):
             assert found[str(i)] == f"own {i}", (bad, i, found)
         assert "own" not in found.get("5", "") + found.get("7", "").replace("own 7", ""), (bad, found)
         said = report.get("broken table row", {"paths": []})["paths"]
-        assert f"{path}, line 6" in said if broken else "5" in found, (bad, found, said)
+        assert f"{path}, line 8" in said if broken else "5" in found, (bad, found, said)
 
 
 def test_a_quote_is_a_letter_in_a_tsv(tmp_path):
@@ -2883,6 +2883,11 @@ NAMES = [
     ([{"file": "1.0.jpg", "text": "x"}], {"1.jpg": None, "1.0.jpg": "x"}),
     ([{"file": "1.jpg", "text": "x"}, {"file": "1", "text": "y"}, {"file": "./1.jpg", "text": "z"},
       {"file": "1.jpg", "text": "x"}], {"1.jpg": {"x", "y", "z"}}),
+    ([{"id": 2.0 ** 53 + 2, "text": "x"}], {f"{2 ** 53 + 2}.jpg": None}),  # rounded: of which image?
+    *(([{"id": 1, column: "cat.jpg", "text": "x"}], {"1.jpg": None, "cat.jpg": None})
+      for column in ("img", "Image", "name")),
+    ([{"id": 1, "images": ["cat.jpg"], "text": "x"}], {"1.jpg": None, "cat.jpg": None}),
+    ([{"id": 1, "file_url": "https://x.org/cat.jpg", "text": "x.jpg"}], {"1.jpg": "x.jpg", "cat.jpg": None}),
     ([{"file": COMPOSED, "text": "x"}], {f"{SPLIT}.jpg": "x"}),
     ([{"file": f"{SPLIT}.jpg", "text": "x"}], {f"s/{COMPOSED}.jpg": "x"}),
     ([{"file": f"{SPLIT}.jpg", "text": "x"}, {"file": f"{COMPOSED}.jpg", "text": "y"}],
@@ -2924,7 +2929,8 @@ def test_name_column_names_the_column_of_names(tmp_path):
 def test_hidden_and_system_files_are_no_data(tmp_path, packed):
     hidden = [".cache/a.png", "._a.png", ".a.png", "__MACOSX/._a.png", "__macosx/a.png",
               "s/.Trash-1000/a.png", "$RECYCLE.BIN/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png",
-              "lost+found/a.png", ".git/config",
+              "lost+found/a.png", ".git/config", "@Recently-Snapshot/a.png", "s/~snapshot/a.png",
+              "FOUND.000/a.png", "LOST.DIR/a.png", "Recycled/a.png", "Network Trash Folder/a.png",
               ".ipynb_checkpoints/a-checkpoint.png", "System Volume Information/a.png", "s/Thumbs.db",
               "s/desktop.ini", ".DS_Store", "#recycle/a.png", ".hidden.tar"]
     files = dict.fromkeys(hidden, PNG)
@@ -2937,7 +2943,7 @@ def test_hidden_and_system_files_are_no_data(tmp_path, packed):
     assert found == {"x.tar/" * packed + name: "x" for name in ("a.png", "metadata..png")}
     assert report.keys() == {"hidden or system file"}
     if not packed:                                           # folders count once
-        assert report["hidden or system file"] == 20
+        assert report["hidden or system file"] == 26
         write_files(tmp_path, {".t.csv": "id,text\nb,y", "b.png": PNG,
                                ".x.tar": tar_bytes([("a.png", PNG), ("a.txt", "x")])})
         assert scanned(tmp_path / ".t.csv")[0] == {"b.png": "y"}
@@ -2959,7 +2965,9 @@ SHAPES = [('"x, y"', "x, y"), ('["x y", "z"]', "x y $$ z"), ('{"tags": "x_y z"}'
           ('{"id": 5, "caption": "x", "tags": ["y"]}', "x"), ('{"caption": ["x", "y"]}', f"x{hdm.OR}y")]
 OTHER_SHAPES = [('{"id": 5, "score": 1, "url": "x", "z": 3}', "keys id, score, url"), ("{}", "none"),
                 ("5", "no text"), ("null", "no text"), ('[{"name": "x"}]', "no text"),
-                ('{"tag_count": 5}', "keys tag_count")]
+                ('{"tag_count": 5}', "keys tag_count"), ('{"tags": {"solo": 0.9, "x": 1}}', "no texts in tags"),
+                ('{"tags": {"general": {"solo": 0.9}}}', "no texts in tags"),
+                ('{"caption": [{"text": "x"}]}', "no texts in caption")]
 
 
 def test_files_beside_an_image(tmp_path):
@@ -3024,7 +3032,7 @@ def test_cocos_captions(tmp_path):
     write_files(tmp_path / "val", {f"{i:012d}.jpg": image_bytes("JPEG") for i in (7, 8)})
     found, report = scanned(tmp_path / "annotations" / "captions_val.json")
     assert found == {"val/000000000007.jpg": f"x{hdm.OR}z", "val/000000000008.jpg": "y"}
-    assert report == {"row without a file_name, path or id": 1,
+    assert report == {"row without a file_name, path or id: columns id, image_id, caption, file_name": 1,
                       "table or json that is no source": 2}
     for name, words in ("instances", "with bbox, category_id"), ("image_info", "list of images"):
         with pytest.raises(hdm.UserError, match=f"{name}_val.json.*without captions.*{words}"):
@@ -3039,8 +3047,8 @@ def test_broken_rows_of_tables_are_counted(tmp_path):
                            "meta.json": "{", **{f"{letter}.png": PNG for letter in "abcdef"}})
     found, report = scanned(tmp_path)
     assert found == {"b.png": f"good, b{hdm.OR}again", "d.png": "x", "f.png": "café"}
-    assert report == {"broken table row": 6, "unreadable": 1, "row without a file_name, path or id": 1,
-                      "no caption": 2, "caption is not UTF-8": 1}
+    assert report == {"broken table row": 6, "broken json": 1, "no caption": 2, "caption is not UTF-8": 1,
+                      "row without a file_name, path or id: columns file_name, text": 1}
 
 
 def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
@@ -3155,10 +3163,10 @@ def corpus():
     yield b"bytes \xff\xfe.png", PNG, b"x", "name is not UTF-8"
     yield b"folder \xff/a.png", PNG, b"x", "name is not UTF-8"
     for i, (row, verdict) in enumerate([
-            ('{"caption": "x"}', ""), ("{", "unreadable"),
+            ('{"caption": "x"}', ""), ("{", "broken json"),
             ("[]", "empty caption"), ("{}", "json or row without a caption: keys (none)"),
             ('{"text": null}', "empty caption"), ('{"caption": "\\ud800"}', "caption is not UTF-8"),
-            ('{"text": {}}', "empty caption"), ("[" * 100000, "unreadable"),
+            ('{"text": {}}', "empty caption"), ("[" * 100000, "broken json"),
             ('{"text": NaN}', "empty caption"), ('{"caption": "\\u0000"}', "caption is not UTF-8"),
             ('{"text": ["", "b"]}', ""), ('{"text": ' + "9" * 5000 + "}", "unreadable"),
             ('"x"', "")]):
@@ -3700,6 +3708,9 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
         "names": {"image": [{"bytes": None, "path": f"{name}.png"} for name in "abcd"], "text": [*"xyzw"]},
         "file_name": {"file_name": ["a.png", "b", None, "c.png"], "tags": [["x", "y z"], ["w"], [], []]},
         "alone": {"image": [{"bytes": PNG, "path": "a.png"}]},
+        "deep": {"hash": [b"1", b"2"], "sample": [{"jpg": {"data": PNG}}, {"jpg": None}], "text": [*"xy"]},
+        "hash": {"md5": [b"1"], "file_name": ["a.png"], "text": ["x"]},
+        "list": {"id": [1], "images": [[{"bytes": PNG, "path": "a.png"}]], "text": ["x"]},
         "ids": {"id": [1.0, 2.0], "text": ["x", "y"]}, "none": {"url": ["x"], "caption": ["y"]}}
     for kind, columns in kinds.items():
         write_files(tmp_path / kind, {f"{kind}.parquet": parquet_bytes(columns), "a.png": PNG, "b.png": PNG,
@@ -3707,12 +3718,15 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
     results = {
         "struct": {"struct.parquet/000000": f"x{hdm.OR}y"}, "plain": {"plain.parquet/000000": "x"},
         "names": {"a.png": "x", "b.png": "y"}, "file_name": {"a.png": "x $$ y z", "b.png": "w"},
-        "ids": {"1.png": "x"}, "none": {}, "alone": {}}
+        "ids": {"1.png": "x"}, "none": {}, "alone": {}, "hash": {"a.png": "x"}, "list": {},
+        "deep": {"deep.parquet/000000": "x"}}
     for kind, want in results.items():
         for source in tmp_path / kind, tmp_path / kind / f"{kind}.parquet":
             found = scan(source, report := prepare.Report())
             assert {one.name: one.caption for one in found} == want, (source, report)
-    assert report["no caption"]["count"] == 1                # of alone.parquet
+    scan(tmp_path / "alone" / "alone.parquet", report := prepare.Report())
+    assert {kind: entry["count"] for kind, entry in report.items()} == {
+        "json or row without a caption: keys image": 1}
     scan(tmp_path / "struct" / "struct.parquet", report := prepare.Report())
     assert {kind: entry["count"] for kind, entry in report.items()} == {"zero bytes": 2, "empty caption": 1}
     write_files(tmp_path / "bad", {"bad.parquet": "PAR1", "a.png": PNG, "a.txt": "x"})
