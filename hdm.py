@@ -1172,7 +1172,8 @@ class VAE(nn.Module):
                 with in_float32(self):
                     images[-1] = self.decode(z)
             if not images[-1].isfinite().all():
-                warn(f"{name}: the VAE's image is not finite in float32 either")
+                again = " either" * (dtype != torch.float32)
+                warn(f"{name}: the VAE's image is not finite in float32{again}")
         return torch.cat(images)
 
 
@@ -1784,46 +1785,56 @@ def check_bounds(settings):
 # ours differ. Each program suggests its own settings alone.
 NEIGHBOURS = dict(
     lr="learning_rate learn_rate unet_lr base_lr", schedule="lr_scheduler lr_schedule",
-    warmup="lr_warmup_steps warmup_steps", clip="max_grad_norm gradient_clip gradient_clip_val",
-    weight_decay="adam_weight_decay", beta1="adam_beta1", beta2="adam_beta2",
+    warmup="lr_warmup_steps warmup_steps learning_rate_warmup_steps warmup_iters",
+    clip="max_grad_norm gradient_clip gradient_clip_val gradient_clipping grad_clip",
+    weight_decay="adam_weight_decay wd", beta1="adam_beta1", beta2="adam_beta2",
     ema="use_ema ema_decay: the decay, a number",
-    epochs="num_train_epochs max_train_epochs max_epochs num_epochs",
+    epochs="num_train_epochs max_train_epochs train_epochs max_epochs num_epochs",
     images="max_train_steps num_train_steps train_steps total_steps: steps x global_batch, the length of run "
            "and schedule; max_steps stops early and leaves the schedule as it is",
     batch_size="train_batch_size", checkpointing="gradient_checkpointing",
-    global_batch="gradient_accumulation_steps accumulate_grad_batches: images of one optimiser step, "
-                 "batch_size x processes x accumulation",
-    dtype="mixed_precision precision fp16 bf16: float32, bfloat16 or float16", log="report_to log_with",
+    global_batch="gradient_accumulation_steps accumulate_grad_batches grad_accum total_batch_size: images of "
+                 "one optimiser step, batch_size x processes x accumulation",
+    dtype="mixed_precision precision fp16 bf16 train_dtype torch_dtype: float32, bfloat16 or float16",
+    compile="torch_compile", log="report_to log_with", vae_chunk="vae_batch_size",
     workers="num_workers dataloader_num_workers max_data_loader_n_workers",
     data="train_data_dir instance_data_dir data_dir dataset_name dataset", image_size="resolution",
-    text_length="max_token_length max_sequence_length", latents="cache_latents",
-    vae="vae_path pretrained_vae_model_name_or_path", out_dir="output_dir save_dir logging_dir",
+    text_length="max_token_length max_sequence_length", latents="cache_latents cache_latents_to_disk",
+    vae="vae_path pretrained_vae_model_name_or_path",
+    out_dir="output_dir save_dir logging_dir workspace_dir output_model_destination",
     out="output_dir outdir output save_dir", resume="resume_from_checkpoint",
-    init_from="pretrained_model_name_or_path pretrained_model model_path",
-    ckpt="pretrained_model_name_or_path model model_path checkpoint", log_every="logging_steps",
-    save_every="checkpointing_steps save_every_n_steps save_steps: in steps",
-    keep_ckpts="checkpoints_total_limit save_total_limit", eval_every="eval_steps: in steps",
+    init_from="pretrained_model_name_or_path pretrained_model pretrained_model_path model_path "
+              "base_model_name",
+    ckpt="pretrained_model_name_or_path model model_path model_id ckpt_path checkpoint",
+    log_every="logging_steps log_interval",
+    save_every="checkpointing_steps checkpoint_step_interval save_every_n_steps save_steps save_interval: in "
+               "steps",
+    keep_ckpts="checkpoints_total_limit checkpoints_rolling_limit save_total_limit",
+    eval_every="eval_steps eval_interval: in steps",
     sample_every="validation_steps validation_epochs sample_every_n_steps: in steps",
     preview_prompts="validation_prompt validation_prompts sample_prompts num_validation_images: a file",
-    caption_dropout="caption_dropout_rate proportion_empty_prompts", tag_dropout="caption_tag_dropout_rate",
-    tag_separator="caption_separator", t_shift="flow_shift discrete_flow_shift timestep_shift",
+    caption_dropout="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
+    tag_dropout="caption_tag_dropout_rate", tag_separator="caption_separator",
+    t_shift="flow_shift discrete_flow_shift flow_schedule_shift timestep_shift",
     caption="caption_column text_column", negative_prompt="negative neg_prompt n_prompt",
     num_images="num_images_per_prompt n_samples batch_count n_iter num_samples", height="H",
     width="resolution W", steps="num_inference_steps sampling_steps ddim_steps num_steps",
     shift="flow_shift timestep_shift", cfg="guidance_scale cfg_scale guidance scale",
     cfg_rescale="guidance_rescale", sampler="sampler_name scheduler",
-    strength="denoising_strength denoise", init_image="init_img input_image", mask="mask_image",
-    prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen")
+    strength="denoising_strength denoise", init_image="init_img init_images image input_image",
+    mask="mask_image",
+    prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen port")
 
 
 def check_name(where, name, known, what="option"):
     """Refuses a name that is not known, and suggests a near one, or ours for what other programs call so."""
     if name in known:
         return
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.75)    # 0.75: siez for size
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
     def letters(word):
         return re.sub("[-_]", "", word).lower()
+    alike = {letters(one): one for one in known if abs(len(letters(one)) - len(letters(name))) <= 2}
+    near = difflib.get_close_matches(letters(name), alike, n=1, cutoff=0.75)          # 0.75: siez for size
+    hint = f"Did you mean {alike[near[0]]!r}?" if near else f"Known: {', '.join(known)}."
     for ours, text in NEIGHBOURS.items():
         words, _, note = text.partition(":")
         if ours in known and letters(name) in map(letters, words.split()):
@@ -1904,13 +1915,14 @@ def read_config(path, classes):
 class Output:
     """A stream whose errors end no run: what its encoding cannot hold is escaped, a failed write is dropped.
 
-    The encoding may be ASCII or cp1252, the reader of a pipe gone, a terminal closed, a disk full.
+    The encoding may be ASCII or cp1252, the reader of a pipe gone, a terminal closed, a disk full, or there
+    is no stream (None), as under pythonw.
     """
 
     def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        self.stream = open(os.devnull, "w") if stream is None else stream
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -1934,7 +1946,7 @@ def start_ranks():
     # Gloo for CPU tensors, NCCL for those on CUDA. Ranks wait while one indexes, downloads or encodes: hours.
     torch.distributed.init_process_group(timeout=datetime.timedelta(hours=24))
     if torch.distributed.get_rank() > 0:
-        sys.stdout = Output(open(os.devnull, "w"))           # one process speaks
+        sys.stdout = Output(None)                            # one process speaks
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

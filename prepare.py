@@ -106,8 +106,11 @@ ARCHIVES = tuple(".7z .arrow .bz2 .gz .lmdb .parquet .rar .tar .tfrecord .tgz .t
 KINDS = {OTHERS: "format not read", ARCHIVES: "archive not read", TABLES: "table or json that is no source",
          TEXTS: "caption without an image"}      # of what is passed over
 IMAGE_HEAD = rb"(?s)\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
-SYSTEM = ("$recycle.bin #recycle #snapshot @eadir @recycle @tmp __macosx desktop.ini ehthumbs.db lost+found "
-          "recycler thumbs.db").split() + ["system volume information"]  # and what begins with a dot
+# Names that systems give; with those that begin with a dot.
+SYSTEM = ["network trash folder", "system volume information", "temporary items", *(
+    "$recycle.bin $windows.~bt #recycle #snapshot ~snapshot @eadir @recently-snapshot @recycle @sharebin "
+    "@synoresource @tmp __macosx __pycache__ desktop.ini ehthumbs.db ehthumbs_vista.db found.000 lost.dir "
+    "lost+found recycled recycler thumbs.db").split()]
 FILE_COLUMNS = ("file_name", "file", "path", "filename", "image", "img_path", "image_path", "filepath")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags", "tag_string", "tag_groups")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
@@ -134,7 +137,11 @@ class Report(dict):
         try:
             yield
         except (hdm.UserError, OSError, ValueError, RecursionError, NotImplementedError) as error:
-            self.add(error if isinstance(error, hdm.UserError) else "unreadable", path)
+            if not isinstance(error, hdm.UserError):
+                path = getattr(error, "filename", None) or path  # of an OSError: an image's caption, too
+                broken = isinstance(error, (json.JSONDecodeError, RecursionError))
+                error = "broken json" if broken else "unreadable"
+            self.add(error, path)
 
 
 def printable(text):
@@ -152,8 +159,7 @@ def open_at(file, offset, length):
     offset is 1 + its row in a row group + 2^32 x the group."""
     if offset and file.lower().endswith(".parquet"):
         group, row = divmod(offset - 1, 2 ** 32)
-        image = read_row_group(file, stamp_of(file), group)[row].as_py()
-        return io.BytesIO((image["bytes"] if isinstance(image, dict) else image) or b"")
+        return io.BytesIO(image_bytes(read_row_group(file, stamp_of(file), group)[row]))
     stream = open(file, "rb")
     if not offset:
         return stream
@@ -203,7 +209,8 @@ def row_caption(row, template):
     spaces. A .json may also be a text or a list of tags."""
     def texts(name, value):
         if isinstance(value, dict):
-            return [text for group in value.values() for text in texts(name, group)]
+            groups = [group for group in value.values() if isinstance(group, (str, list, dict))]
+            return [text for group in groups for text in texts(name, group)]  # numbers are taggers' scores
         if re.search(r"(^|_)tags?(_|$)", name.lower()) and isinstance(value, str) and "$$" not in value:
             value = value.split("," if "," in value else None)
         values = [str(one) for one in (value if isinstance(value, list) else [value])
@@ -223,19 +230,28 @@ def row_caption(row, template):
     if template:                                 # in one pass: braces in a caption name no column
         return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1], row.get(match[1]))), template)
     name = next((name for name in TEXT_COLUMNS if texts(name, row.get(name))), "")
+    odd = [other for other in TEXT_COLUMNS if not isinstance(row.get(other) or "", (str, int, float))]
+    if odd and not name:
+        raise hdm.UserError(f"json or row without a caption: no texts in {odd[0]}")
     return (" $$ " if name.startswith("tag") else hdm.OR).join(texts(name, row.get(name)))
 
 
 def row_name(row, column):
     """What a row calls its image: in the column, else in the first of FILE_COLUMNS that it fills; its id only
-    where it has none of them. "": it does not say."""
-    for name in [column] if column else [name for name in FILE_COLUMNS if name in row] or ["id"]:
+    where no other column names a file. UserError where it does not say."""
+    names = [column] if column else [name for name in FILE_COLUMNS if name in row]
+    texts = {name: str(row[name]).rstrip("'\"]}") for name in row if name not in TEXT_COLUMNS}     # lists, too
+    files = [name for name, text in texts.items() if text.lower().endswith(IMAGES) and "://" not in text]
+    if files and not names:
+        raise hdm.UserError(f"row that names a file in another column: --name_column={files[0]}, or =id")
+    for name in names or ["id"]:
         value = row.get(name)
         value = value.get("path") if isinstance(value, dict) else value  # Hugging Face's, beside "bytes"
-        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:  # above it is rounded
+            value = int(value)
         if isinstance(value, (str, int)) and str(value).strip():
             return str(value).strip().replace("\\", "/")
-    return ""
+    raise hdm.UserError(f"row without a file_name, path or id: columns {', '.join(map(str, list(row)[:5]))}")
 
 
 def plain(path):
@@ -333,12 +349,14 @@ def csv_rows(lines, column, **how):
         with contextlib.suppress(csv.Error):
             cells = next(reader)
         taken = lines[at:at + reader.line_num]
-        if header is None:
+        if cells is not None and not "".join(cells).strip():
+            pass                                 # a line without text
+        elif header is None:
             if cells is None:
                 raise hdm.UserError("broken first line")
             header, names = [cell.strip() for cell in cells], [column] if column else [*FILE_COLUMNS, "id"]
             place = next((header.index(name) for name in names if name in header), 0)
-        elif cells != []:                        # a line without text
+        else:
             if len(taken) > 1 and (cells is None or swallows(taken, cells, place, len(header))):
                 cells, taken = None, taken[:1]
             broken = cells is None or len(cells) > len(header)
@@ -370,9 +388,22 @@ def open_parquet(path):
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
     def filled(i):
         return any(not some or some.num_values for some in (group.column(i).statistics for group in groups))
-    images = [leaf.path for i, leaf in enumerate(leaves) if filled(i)
+    def holds_images(path):                      # a hash or an embedding, too, is bytes
+        batch = next(file.iter_batches(16, columns=[path], use_threads=False), [()])
+        return any(re.match(IMAGE_HEAD, image_bytes(cell)) for cell in batch[0])
+    images = [leaf.path for i, leaf in enumerate(leaves) if filled(i) and not leaf.max_repetition_level
               and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")]
+    if len(images) > 1 or {leaf.path for leaf in leaves} & {*FILE_COLUMNS, "id"}:
+        images = [path for path in images if holds_images(path)]
     return file, min(images, key=lambda path: path.split(".")[0] != "image", default=None)
+
+
+def image_bytes(cell):
+    """Of a cell of bytes, itself or inside of structs that have nothing else."""
+    value = cell.as_py()
+    while isinstance(value, dict):
+        (value,) = value.values()
+    return value or b""
 
 
 def parquet_rows(path):
@@ -433,15 +464,13 @@ def read_table(path, span, s, rows, report):
             if not isinstance(row, dict):
                 raise hdm.UserError("broken table row")
             columns.update(row)
-            name = row_name(row, s.name_column)
-            name = name and os.path.normpath(os.path.join(os.path.dirname(path), name))
-            if any(offset):
-                name = f"{path}/{where[4:]}"
-                images[name] = path, offset[0], 0
-            if not name:
-                raise hdm.UserError("row without a file_name, path or id")
+            name = f"{path}/{where[4:]}"
+            if not any(offset):
+                name = os.path.normpath(os.path.join(os.path.dirname(path), row_name(row, s.name_column)))
             both = path.lower().endswith(".json") and {"caption", "tags"} <= row.keys()  # as kohya uses them
             new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both)))
+            if any(offset):
+                images[name] = path, offset[0], 0
     if missing := {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}:
         raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
     for name, caption in new:

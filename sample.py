@@ -651,8 +651,9 @@ def pipeline_configs(c, vae, text_length, encoder):
         dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
     if vae is None:
         index["vae"] = [None, None]
-    else:                                                    # HDM has statistics in place of the factor
-        configs["vae/config.json"] = vae.diffusers_config() | dict(scaling_factor=1.0)
+    else:                                                    # HDM has statistics in place of the factors
+        configs["vae/config.json"] = vae.diffusers_config() | dict(
+            latents_mean=vae.mean, latents_std=vae.std, scaling_factor=1.0, shift_factor=None)
     return configs
 
 
@@ -674,7 +675,7 @@ def copy_text_encoder(settings, folder):
     for source, part, without in (place, "text_encoder", "-"), (tokenizer, "tokenizer", "safetensors|bin"):
         (folder / part).mkdir()
         for file in source.iterdir():                        # no copytree: modes and subfolders stay behind
-            if file.is_file() and not re.search(rf"\.({without})", file.name):
+            if file.is_file() and not re.search(rf"^\.|\.({without})", file.name):
                 shutil.copyfile(file, folder / part / file.name)
     return type(te.model).__name__
 

@@ -1229,11 +1229,15 @@ def hint(program, name):
               "train_data_dir:data pretrained_model_name_or_path:init_from checkpointing_steps:save_every "
               "validation_prompt:preview_prompts report_to:log gradient_checkpointing:checkpointing "
               "adam_beta1:beta1 max_token_length:text_length resume_from_checkpoint:resume use_ema:ema "
-              "batchsize:batch_size imgsize:image_size learnrate:lr out-dir:out_dir"),
+              "batchsize:batch_size imgsize:image_size learnrate:lr out-dir:out_dir wd:weight_decay "
+              "vae_batch_size:vae_chunk total_batch_size:global_batch grad_clip:clip torch_compile:compile "
+              "flow_schedule_shift:t_shift checkpoint_step_interval:save_every train_dtype:dtype"),
     ("sample", "negative:negative_prompt num_images_per_prompt:num_images sampler_name:sampler cfg_scale:cfg "
-               "denoising_strength:strength output_dir:out W:width model:ckpt promt:prompt"),
+               "denoising_strength:strength output_dir:out W:width model:ckpt promt:prompt port:ui "
+               "image:init_image ckpt_path:ckpt"),
     ("prepare", "output_dir:out resolution:image_size num_workers:workers cache_latents:latents"),
-    ("train", "noise_offset snr_gamma use_8bit_adam center_crop revision push_to_hub network_dim scale_lr"),
+    ("train", "noise_offset snr_gamma use_8bit_adam center_crop revision push_to_hub network_dim scale_lr "
+              "caption_extension sample_after ema_device dropout"),
     ("sample", "clip_skip hr_scale lora restore_faces"), ("prepare", "min_resolution recursive")])
 def test_names_of_other_programs_lead_to_ours_and_far_words_to_none(program, names):
     for theirs, _, ours in (pair.partition(":") for pair in names.split()):
@@ -1275,10 +1279,12 @@ def test_every_rule_of_settings_without_effect_names_settings():
     ("--gpus=8 --baseline --new_data", "gpus baseline new_data"), ("--gpus=8 --plan", ""),
     ("--vae_chunk=2 --memory_budget=0.5", "vae_chunk memory_budget"), ("--new_data --resume", ""),
     ("--preview_prompts=x --sample_every=0", "preview_prompts"), ("--preview_prompts=x --new_data=false", ""),
-    ("--eval_every=5 --validation=0", "eval_every"), ("--eval_every=0 --validation=0", ""), ("", "")])
-def test_settings_without_effect_in_a_training_call_are_said(argv, idle, place, capsys):
+    ("--eval_every=5 --validation=0", "eval_every"), ("--eval_every=0 --validation=0", ""), ("", ""),
+    ("--eval_every=5", "")])
+def test_settings_without_effect_in_a_training_call_are_said(argv, idle, tmp_path, capsys):
     """Those of the command line alone: a config file serves other calls, too."""
-    train.read_settings([str(place / "tiny.py"), *argv.split()])
+    (tmp_path / "defaults.py").write_text("vae = ''\ncompile = False\ngpus = 2")
+    train.read_settings([str(tmp_path / "defaults.py"), *argv.split()])
     assert sorted(re.findall(r"warning: --(\w+)=", capsys.readouterr().out)) == sorted(idle.split())
 
 
@@ -1704,7 +1710,8 @@ def test_prompts_of_a_file_are_previewed_after_the_captions(place, tmp_path):
     assert drawn.shape == expected.shape and abs(drawn - expected).max() <= 1
     file.write_text("# none\n")
     (tmp_path / "settings.txt").write_text("a circle --cfg=2\n")
-    for bad in (file, tmp_path / "missing.txt", tmp_path / "settings.txt"):
+    (tmp_path / "half.txt").write_text("a circle --cfg\n")
+    for bad in (file, *(tmp_path / f"{name}.txt" for name in ("missing", "settings", "half"))):
         assert str(bad) in one_line(lambda: train_tiny(place, tmp_path / "other", preview_prompts=bad))
 
 
@@ -2455,7 +2462,7 @@ def test_fewer_threads_work_while_others_use_the_cores_and_where_that_is_faster(
 
 
 @pytest.mark.parametrize("encoding, sink", [("ascii", "pipe"), ("cp1252", "pipe"), ("utf-8", "closed pipe"),
-                                            ("utf-8", "full disk")])
+                                            ("utf-8", "full disk"), ("utf-8", "no stream")])
 def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
     if sink == "full disk" and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
@@ -2474,7 +2481,9 @@ def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
     elif sink == "full disk":
         out = os.open("/dev/full", os.O_WRONLY)
     env = dict(ONE_THREAD, PYTHONIOENCODING=encoding, PYTHONPATH=str(HERE))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=out, stderr=out)
+    shut = (lambda: os.closerange(1, 3)) if sink == "no stream" else None
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=out, stderr=out,
+                          preexec_fn=shut)
     assert (tmp_path / "through").exists() and done.returncode == 2
     if sink == "pipe":
         expected = names.encode(encoding, "backslashreplace")
@@ -2829,7 +2838,7 @@ def test_a_broken_row_of_a_csv_costs_no_other_row(tmp_path, form, late):
         lines = [dict(zip(("file_name", "text"), line.split(",", 1)), score="0.5") for line in texts]
         lines = [dict(line, id=line["file_name"].replace(".png", "")) for line in lines]
         lines = [",".join(line[column] for column in form.split(",")) for line in lines]
-        write_files(tmp_path, {"t.csv": "\n".join([form, *lines])})
+        write_files(tmp_path, {"t.csv": "\n".join(["", ",", form, *lines])})
         rows, report = prepare.Rows(), prepare.Report()
         prepare.read_table(path, (path, 0, 0), prepare.DataSettings(), rows, report)
         found = {os.path.basename(name).removesuffix(".png"): row.caption for name, row in rows.items()}
@@ -2837,7 +2846,7 @@ def test_a_broken_row_of_a_csv_costs_no_other_row(tmp_path, form, late):
             assert found[str(i)] == f"own {i}", (bad, i, found)
         assert "own" not in found.get("5", "") + found.get("7", "").replace("own 7", ""), (bad, found)
         said = report.get("broken table row", {"paths": []})["paths"]
-        assert f"{path}, line 6" in said if broken else "5" in found, (bad, found, said)
+        assert f"{path}, line 8" in said if broken else "5" in found, (bad, found, said)
 
 
 def test_a_quote_is_a_letter_in_a_tsv(tmp_path):
@@ -2874,6 +2883,11 @@ NAMES = [
     ([{"file": "1.0.jpg", "text": "x"}], {"1.jpg": None, "1.0.jpg": "x"}),
     ([{"file": "1.jpg", "text": "x"}, {"file": "1", "text": "y"}, {"file": "./1.jpg", "text": "z"},
       {"file": "1.jpg", "text": "x"}], {"1.jpg": {"x", "y", "z"}}),
+    ([{"id": 2.0 ** 53 + 2, "text": "x"}], {f"{2 ** 53 + 2}.jpg": None}),  # rounded: of which image?
+    *(([{"id": 1, column: "cat.jpg", "text": "x"}], {"1.jpg": None, "cat.jpg": None})
+      for column in ("img", "Image", "name")),
+    ([{"id": 1, "images": ["cat.jpg"], "text": "x"}], {"1.jpg": None, "cat.jpg": None}),
+    ([{"id": 1, "file_url": "https://x.org/cat.jpg", "text": "x.jpg"}], {"1.jpg": "x.jpg", "cat.jpg": None}),
     ([{"file": COMPOSED, "text": "x"}], {f"{SPLIT}.jpg": "x"}),
     ([{"file": f"{SPLIT}.jpg", "text": "x"}], {f"s/{COMPOSED}.jpg": "x"}),
     ([{"file": f"{SPLIT}.jpg", "text": "x"}, {"file": f"{COMPOSED}.jpg", "text": "y"}],
@@ -2915,7 +2929,8 @@ def test_name_column_names_the_column_of_names(tmp_path):
 def test_hidden_and_system_files_are_no_data(tmp_path, packed):
     hidden = [".cache/a.png", "._a.png", ".a.png", "__MACOSX/._a.png", "__macosx/a.png",
               "s/.Trash-1000/a.png", "$RECYCLE.BIN/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png",
-              "lost+found/a.png", ".git/config",
+              "lost+found/a.png", ".git/config", "@Recently-Snapshot/a.png", "s/~snapshot/a.png",
+              "FOUND.000/a.png", "LOST.DIR/a.png", "Recycled/a.png", "Network Trash Folder/a.png",
               ".ipynb_checkpoints/a-checkpoint.png", "System Volume Information/a.png", "s/Thumbs.db",
               "s/desktop.ini", ".DS_Store", "#recycle/a.png", ".hidden.tar"]
     files = dict.fromkeys(hidden, PNG)
@@ -2928,7 +2943,7 @@ def test_hidden_and_system_files_are_no_data(tmp_path, packed):
     assert found == {"x.tar/" * packed + name: "x" for name in ("a.png", "metadata..png")}
     assert report.keys() == {"hidden or system file"}
     if not packed:                                           # folders count once
-        assert report["hidden or system file"] == 20
+        assert report["hidden or system file"] == 26
         write_files(tmp_path, {".t.csv": "id,text\nb,y", "b.png": PNG,
                                ".x.tar": tar_bytes([("a.png", PNG), ("a.txt", "x")])})
         assert scanned(tmp_path / ".t.csv")[0] == {"b.png": "y"}
@@ -2950,7 +2965,9 @@ SHAPES = [('"x, y"', "x, y"), ('["x y", "z"]', "x y $$ z"), ('{"tags": "x_y z"}'
           ('{"id": 5, "caption": "x", "tags": ["y"]}', "x"), ('{"caption": ["x", "y"]}', f"x{hdm.OR}y")]
 OTHER_SHAPES = [('{"id": 5, "score": 1, "url": "x", "z": 3}', "keys id, score, url"), ("{}", "none"),
                 ("5", "no text"), ("null", "no text"), ('[{"name": "x"}]', "no text"),
-                ('{"tag_count": 5}', "keys tag_count")]
+                ('{"tag_count": 5}', "keys tag_count"), ('{"tags": {"solo": 0.9, "x": 1}}', "no texts in tags"),
+                ('{"tags": {"general": {"solo": 0.9}}}', "no texts in tags"),
+                ('{"caption": [{"text": "x"}]}', "no texts in caption")]
 
 
 def test_files_beside_an_image(tmp_path):
@@ -3015,7 +3032,7 @@ def test_cocos_captions(tmp_path):
     write_files(tmp_path / "val", {f"{i:012d}.jpg": image_bytes("JPEG") for i in (7, 8)})
     found, report = scanned(tmp_path / "annotations" / "captions_val.json")
     assert found == {"val/000000000007.jpg": f"x{hdm.OR}z", "val/000000000008.jpg": "y"}
-    assert report == {"row without a file_name, path or id": 1,
+    assert report == {"row without a file_name, path or id: columns id, image_id, caption, file_name": 1,
                       "table or json that is no source": 2}
     for name, words in ("instances", "with bbox, category_id"), ("image_info", "list of images"):
         with pytest.raises(hdm.UserError, match=f"{name}_val.json.*without captions.*{words}"):
@@ -3030,8 +3047,8 @@ def test_broken_rows_of_tables_are_counted(tmp_path):
                            "meta.json": "{", **{f"{letter}.png": PNG for letter in "abcdef"}})
     found, report = scanned(tmp_path)
     assert found == {"b.png": f"good, b{hdm.OR}again", "d.png": "x", "f.png": "café"}
-    assert report == {"broken table row": 6, "unreadable": 1, "row without a file_name, path or id": 1,
-                      "no caption": 2, "caption is not UTF-8": 1}
+    assert report == {"broken table row": 6, "broken json": 1, "no caption": 2, "caption is not UTF-8": 1,
+                      "row without a file_name, path or id: columns file_name, text": 1}
 
 
 def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
@@ -3146,10 +3163,10 @@ def corpus():
     yield b"bytes \xff\xfe.png", PNG, b"x", "name is not UTF-8"
     yield b"folder \xff/a.png", PNG, b"x", "name is not UTF-8"
     for i, (row, verdict) in enumerate([
-            ('{"caption": "x"}', ""), ("{", "unreadable"),
+            ('{"caption": "x"}', ""), ("{", "broken json"),
             ("[]", "empty caption"), ("{}", "json or row without a caption: keys (none)"),
             ('{"text": null}', "empty caption"), ('{"caption": "\\ud800"}', "caption is not UTF-8"),
-            ('{"text": {}}', "empty caption"), ("[" * 100000, "unreadable"),
+            ('{"text": {}}', "empty caption"), ("[" * 100000, "broken json"),
             ('{"text": NaN}', "empty caption"), ('{"caption": "\\u0000"}', "caption is not UTF-8"),
             ('{"text": ["", "b"]}', ""), ('{"text": ' + "9" * 5000 + "}", "unreadable"),
             ('"x"', "")]):
@@ -3691,6 +3708,9 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
         "names": {"image": [{"bytes": None, "path": f"{name}.png"} for name in "abcd"], "text": [*"xyzw"]},
         "file_name": {"file_name": ["a.png", "b", None, "c.png"], "tags": [["x", "y z"], ["w"], [], []]},
         "alone": {"image": [{"bytes": PNG, "path": "a.png"}]},
+        "deep": {"hash": [b"1", b"2"], "sample": [{"jpg": {"data": PNG}}, {"jpg": None}], "text": [*"xy"]},
+        "hash": {"md5": [b"1"], "file_name": ["a.png"], "text": ["x"]},
+        "list": {"id": [1], "images": [[{"bytes": PNG, "path": "a.png"}]], "text": ["x"]},
         "ids": {"id": [1.0, 2.0], "text": ["x", "y"]}, "none": {"url": ["x"], "caption": ["y"]}}
     for kind, columns in kinds.items():
         write_files(tmp_path / kind, {f"{kind}.parquet": parquet_bytes(columns), "a.png": PNG, "b.png": PNG,
@@ -3698,12 +3718,15 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
     results = {
         "struct": {"struct.parquet/000000": f"x{hdm.OR}y"}, "plain": {"plain.parquet/000000": "x"},
         "names": {"a.png": "x", "b.png": "y"}, "file_name": {"a.png": "x $$ y z", "b.png": "w"},
-        "ids": {"1.png": "x"}, "none": {}, "alone": {}}
+        "ids": {"1.png": "x"}, "none": {}, "alone": {}, "hash": {"a.png": "x"}, "list": {},
+        "deep": {"deep.parquet/000000": "x"}}
     for kind, want in results.items():
         for source in tmp_path / kind, tmp_path / kind / f"{kind}.parquet":
             found = scan(source, report := prepare.Report())
             assert {one.name: one.caption for one in found} == want, (source, report)
-    assert report["no caption"]["count"] == 1                # of alone.parquet
+    scan(tmp_path / "alone" / "alone.parquet", report := prepare.Report())
+    assert {kind: entry["count"] for kind, entry in report.items()} == {
+        "json or row without a caption: keys image": 1}
     scan(tmp_path / "struct" / "struct.parquet", report := prepare.Report())
     assert {kind: entry["count"] for kind, entry in report.items()} == {"zero bytes": 2, "empty caption": 1}
     write_files(tmp_path / "bad", {"bad.parquet": "PAR1", "a.png": PNG, "a.txt": "x"})
@@ -5522,9 +5545,15 @@ EXACT = torch.exp(-math.log(10000) * torch.arange(48, dtype=torch.float64) / 48)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["a.safetensors", "folder"])
-def test_an_export_is_the_published_layout_and_holds_the_same_model(name, published, te_folder, tmp_path):
+@pytest.mark.parametrize("name, factors", [
+    ("a.safetensors", {}), ("folder", {}), ("folder", dict(scaling_factor=0.25, shift_factor=0.5))])
+def test_an_export_is_the_published_layout_and_holds_the_same_model(name, factors, published, te_folder,
+                                                                    tmp_path):
     model, vae, settings = sample.load_model(published)
+    if factors:                                              # a VAE without statistics
+        config, weights = vae.diffusers_config(), vae.state_dict()
+        vae = hdm.VAE(config["block_out_channels"], config["layers_per_block"], 4, **factors)
+        vae.load_state_dict(weights)
     settings |= dict(text_encoder=str(te_folder), steps=7, t_shift=2.0)
     path = tmp_path / name
     sample.export(path, model, vae, settings)

@@ -1,7 +1,7 @@
 """Train XUT on captioned images, on one device or on many.
 
     python train.py configs/demo.py --lr=0.3 --out_dir=out/b   # settings of a file and of the command line
-    torchrun --nproc_per_node=4 train.py configs/256.py        # on four GPUs, with the same global batch
+    torchrun --nproc_per_node=4 -- train.py configs/256.py     # on four GPUs, with the same global batch
     python train.py configs/demo.py --resume                   # go on, bitwise, from the newest checkpoint
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
@@ -133,7 +133,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("memory_budget", lambda s: not s.compile, "with --compile=false"),
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
     ("preview_prompts", lambda s: not s.sample_every, "with --sample_every=0"),
-    ("eval_every", lambda s: s.eval_every and not s.validation, "with --validation=0"),
+    ("eval_every", lambda s: s.eval_every and s.validation == 0, "with --validation=0"),
     ("milestone_every", lambda s: not s.save_every, "with --save_every=0")]
 
 
@@ -256,7 +256,8 @@ def tracker(s, folder, start, run_id):
         pass
     if s.log == "wandb":
         import wandb
-        run = wandb.init(project="hdm", name=str(folder), config=vars(s), id=run_id, resume="allow")
+        with hdm.naming("--log=wandb", "no run can be begun there"):
+            run = wandb.init(project="hdm", name=str(folder), config=vars(s), id=run_id, resume="allow")
         run_id = run.id
         def report(step, record, sheet=None):
             previews = {} if sheet is None else {"previews": wandb.Image(sheet)}
@@ -304,11 +305,11 @@ def read_prompts(file):
     """The prompts of --preview_prompts, one a line."""
     with hdm.naming(f"--preview_prompts={file}", "no readable file of one prompt a line"):
         lines = [line.strip() for line in hdm.read_text(file).split("\n")]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    for line in prompts:
-        if sample.prompt_line(line, sample.Picture()).prompt != line:
-            raise hdm.UserError(f"--preview_prompts={file}: {line!r}: a line holds no settings here, "
-                                f"all have --sample_steps and --sample_cfg")
+        prompts = [line for line in lines if line and not line.startswith("#")]
+        for line in prompts:
+            if sample.prompt_line(line, sample.Picture()).prompt != line:
+                raise hdm.UserError(f"--preview_prompts={file}: {line!r}: a line holds no settings here, "
+                                    f"all have --sample_steps and --sample_cfg")
     if not prompts:
         raise hdm.UserError(f"--preview_prompts={file}: no prompt in it")
     return prompts
@@ -525,8 +526,8 @@ def print_plan(run):
     print(f"{parameters:,} parameters, {run.ranks} x {run.device}, {run.dtype}; {run.epochs.pictures:,} "
           f"images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
           f"{s.images:,} images seen, {s.images / run.epochs.length:.2f} epochs; steps {run.start:,} to "
-          f"{run.last:,} of {run.total:,}, {s.warmup:,} of warm-up; a step: {run.ranks} ranks x "
-          f"{run.micro_steps} x {s.batch_size}\n"
+          f"{run.last:,} of {run.total:,}, {run.warmup / s.global_batch:,.0f} of warm-up; a step: "
+          f"{run.ranks} ranks x {run.micro_steps} x {s.batch_size}\n"
           f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
           f"free: {shutil.disk_usage(run.out_dir).free / 1e9:.2f} GB", flush=True)
 
@@ -775,7 +776,7 @@ def finish(run, stopped):
         raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved; make room, then "
                             f"--resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
-    again = ["torchrun", f"--nproc_per_node={run.ranks}"] if run.ranks > 1 else ["python"]
+    again = ["torchrun", f"--nproc_per_node={run.ranks}", "--"] if run.ranks > 1 else ["python"]
     if stopped:
         print(f"stopped at step {run.step}; to go on: {shlex.join([*again, *sys.argv, '--resume'])}")
     else:
