@@ -102,15 +102,13 @@ IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".a
 OTHERS = tuple(".arw .cr2 .dng .exr .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga .tif .tiff".split())
 TEXTS = (".txt", ".caption", ".json")            # of the caption beside an image: the first one there counts
 TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-ARCHIVES = tuple(".7z .arrow .bz2 .gz .lmdb .parquet .rar .tar .tfrecord .tgz .txz .xz .zip .zst".split())
+ARCHIVES = tuple(".7z .arrow bz2 .cbz gz .h5 .lmdb .lz4 .parquet .rar .tar .tfrecord xz .zip zst".split())
 KINDS = {OTHERS: "format not read", ARCHIVES: "archive not read", TABLES: "table or json that is no source",
          TEXTS: "caption without an image"}      # of what is passed over
-IMAGE_HEAD = rb"(?s)\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
-# Names that systems give; with those that begin with a dot.
-SYSTEM = ["network trash folder", "system volume information", "temporary items", *(
-    "$recycle.bin $windows.~bt #recycle #snapshot ~snapshot @eadir @recently-snapshot @recycle @sharebin "
-    "@synoresource @tmp __macosx __pycache__ desktop.ini ehthumbs.db ehthumbs_vista.db found.000 lost.dir "
-    "lost+found recycled recycler thumbs.db").split()]
+IMAGE_HEAD = rb"(?s)II\*\0|MM\0\*|\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
+SYSTEM = ("$recycle.bin,$windows.~bt,#recycle,#snapshot,~snapshot,@eadir,@recently-snapshot,@recycle,@tmp,"
+          "__macosx,desktop.ini,ehthumbs.db,ehthumbs_vista.db,found.000,lost.dir,lost+found,network "
+          "trash folder,recycled,recycler,system volume information,temporary items,thumbs.db").split(",")
 FILE_COLUMNS = ("file_name", "file", "path", "filename", "image", "img_path", "image_path", "filepath")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags", "tag_string", "tag_groups")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
@@ -136,12 +134,12 @@ class Report(dict):
     def leaving_out(self, path):                 # what stops the block is counted, and stops nothing else
         try:
             yield
-        except (hdm.UserError, OSError, ValueError, RecursionError, NotImplementedError) as error:
-            if not isinstance(error, hdm.UserError):
-                path = getattr(error, "filename", None) or path  # of an OSError: an image's caption, too
-                broken = isinstance(error, (json.JSONDecodeError, RecursionError))
-                error = "broken json" if broken else "unreadable"
+        except hdm.UserError as error:
             self.add(error, path)
+        except (json.JSONDecodeError, RecursionError):
+            self.add("broken json", path)
+        except (OSError, ValueError, NotImplementedError) as error:
+            self.add("unreadable", getattr(error, "filename", None) or path)  # it may be the image's caption
 
 
 def printable(text):
@@ -240,8 +238,8 @@ def row_name(row, column):
     """What a row calls its image: in the column, else in the first of FILE_COLUMNS that it fills; its id only
     where no other column names a file. UserError where it does not say."""
     names = [column] if column else [name for name in FILE_COLUMNS if name in row]
-    texts = {name: str(row[name]).rstrip("'\"]}") for name in row if name not in TEXT_COLUMNS}     # lists, too
-    files = [name for name, text in texts.items() if text.lower().endswith(IMAGES) and "://" not in text]
+    others = {name: str(row[name]).rstrip("'\"]}") for name in row if name not in TEXT_COLUMNS}  # lists, too
+    files = [name for name, text in others.items() if text.lower().endswith(IMAGES) and "://" not in text]
     if files and not names:
         raise hdm.UserError(f"row that names a file in another column: --name_column={files[0]}, or =id")
     for name in names or ["id"]:
@@ -385,23 +383,19 @@ def open_parquet(path):
         raise hdm.UserError("parquet is read by pyarrow, which is not here: pip install pyarrow") from error
     file = ParquetFile(path, buffer_size=2 ** 20)
     leaves = [file.schema.column(i) for i in range(len(file.schema))]  # such as image.bytes
-    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-    def filled(i):
-        return any(not some or some.num_values for some in (group.column(i).statistics for group in groups))
     def holds_images(path):                      # a hash or an embedding, too, is bytes
-        batch = next(file.iter_batches(16, columns=[path], use_threads=False), [()])
-        return any(re.match(IMAGE_HEAD, image_bytes(cell)) for cell in batch[0])
-    images = [leaf.path for i, leaf in enumerate(leaves) if filled(i) and not leaf.max_repetition_level
-              and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")]
-    if len(images) > 1 or {leaf.path for leaf in leaves} & {*FILE_COLUMNS, "id"}:
-        images = [path for path in images if holds_images(path)]
-    return file, min(images, key=lambda path: path.split(".")[0] != "image", default=None)
+        batches = file.iter_batches(16, columns=[path], use_threads=False)
+        values = filter(None, (image_bytes(cell) for batch in batches for cell in batch[0]))
+        return any(re.match(IMAGE_HEAD, value) for value in itertools.islice(values, 16))
+    blobs = [leaf.path for leaf in leaves if not leaf.max_repetition_level
+             and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")]
+    blobs.sort(key=lambda path: path.split(".")[0] != "image")
+    return file, next(filter(holds_images, blobs), None)
 
 
 def image_bytes(cell):
-    """Of a cell of bytes, itself or inside of structs that have nothing else."""
     value = cell.as_py()
-    while isinstance(value, dict):
+    while isinstance(value, dict):               # structs that hold the bytes and nothing else
         (value,) = value.values()
     return value or b""
 
@@ -464,9 +458,8 @@ def read_table(path, span, s, rows, report):
             if not isinstance(row, dict):
                 raise hdm.UserError("broken table row")
             columns.update(row)
-            name = f"{path}/{where[4:]}"
-            if not any(offset):
-                name = os.path.normpath(os.path.join(os.path.dirname(path), row_name(row, s.name_column)))
+            name = where[4:] if any(offset) else row_name(row, s.name_column)
+            name = os.path.normpath(os.path.join(path if any(offset) else os.path.dirname(path), name))
             both = path.lower().endswith(".json") and {"caption", "tags"} <= row.keys()  # as kohya uses them
             new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both)))
             if any(offset):
@@ -651,8 +644,7 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                     raise hdm.UserError("name is not UTF-8")
                 if not tables and (given or not spans):
                     raise hdm.UserError("not in the table" if given else "no caption")
-                texts = {*tables, *(span[0] for span in spans.values())} - {file}  # a tar may hold them
-                texts = tuple(sorted(texts))
+                texts = tuple(sorted({*tables, *(span[0] for span in spans.values())} - {file}))  # of a tar
                 stamp = stamp_of(file, *texts, key=(name, file, texts))
                 if (picture := known(stamp)) is None:
                     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
