@@ -1,4 +1,4 @@
-"""HDM, the Home-made Diffusion Model, in one file: text in, picture out, 343M parameters.
+"""HDM, the Home-made Diffusion Model, in one file: text in, image out, 343M parameters.
 
     text  -> frozen causal LM, last hidden state --+
     image -> frozen VAE latent -> + noise -> XUT --+-> flow velocity -> MSE to train, an Euler step to sample
@@ -216,7 +216,7 @@ def cell_centres(half, length, start, cells, patch=1):
 
 
 def scaled_sides(width, height, size):
-    """A picture's sides once the short one is size; the long one is floored (HDM's shifted square crop)."""
+    """An image's sides once the short one is size; the long one is floored (HDM's shifted square crop)."""
     return width * size // min(width, height), height * size // min(width, height)
 
 
@@ -548,7 +548,7 @@ class XUT(nn.Module):
 def shift_time(t, shift):
     """t' = s t / (1 + (s - 1) t): s > 1 moves times toward noise, 1 leaves them (SD3, arXiv 2403.03206).
 
-    Large smooth areas survive much noise, so the layout of a picture is decided at a t' near 1.
+    Large smooth areas survive much noise, so the layout of an image is decided at a t' near 1.
     """
     return shift * t / (1 + (shift - 1) * t)
 
@@ -888,7 +888,7 @@ class Guidance:
         """v of each x with its text; where there are twice as many texts, with both of its own."""
         times = len(ctx) // len(x)
         aspect = self.aspect if self.aspect is None else self.aspect.repeat(times)
-        shared = self.pos is None or self.pos.dim() == 2 or len(self.pos) == 1    # one grid for all pictures
+        shared = self.pos is None or self.pos.dim() == 2 or len(self.pos) == 1    # one grid for all images
         pos = self.pos if shared else self.pos.repeat(times, 1, 1)
         x = x.repeat(times, 1, 1, 1)
         return self.model(x, x.new_full((len(x),), t), ctx, aspect=aspect, pos=pos, keep=keep, ctx_mask=mask)
@@ -916,7 +916,7 @@ def in_float32(module):
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
-STRIP = 2 ** 25                # numbers; on a picture that is larger inside, alone, the VAE works in strips
+STRIP = 2 ** 25                # numbers; on an image that is larger inside, alone, the VAE works in strips
 
 
 def in_strips(f, x):
@@ -1554,7 +1554,7 @@ def save_model(path, tensors, settings):
 
 
 def check_size(height, width, config, vae):
-    """Refuse a picture that the model cannot do, naming the nearest that it can."""
+    """Refuse an image that the model cannot do, naming the nearest that it can."""
     step = config.patch_size * (vae.factor if vae is not None else 1)
     if height < step or width < step or height % step or width % step:
         near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
@@ -1562,7 +1562,7 @@ def check_size(height, width, config, vae):
                         f"factor), such as {near_w}x{near_h}")
 
 
-# ---- Plumbing: pictures, devices, settings ---------------------------------------------------------------
+# ---- Plumbing: images, devices, settings ---------------------------------------------------------------
 
 # What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
@@ -1601,7 +1601,7 @@ def load_image(source, side=None):
     with Image.open(source) as file:
         (width, height), box, transform = file.size, None, colours_of(file)
         if side is not None and (draft := file.draft(None, (2 * side, 2 * side))):
-            box = draft[1]                                   # what the picture fills: 187.5 of 188 pixels
+            box = draft[1]                                   # what the image fills: 187.5 of 188 pixels
         image, mode = file, transform.input_mode if transform else "RGB"
         if image.mode.startswith("I"):                       # 16-bit grey: convert would clip it to white
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
@@ -1670,7 +1670,7 @@ def pick_dtype(name, device):
 
 
 def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
-    """Pictures (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
+    """Images (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
     of the columns above and of the rows to the left, where they are given."""
     height = max(image.shape[0] for image in images) * scale + gap
     width = max([image.shape[1] * scale + gap for image in images] + [7 * len(label) for label in tops])
@@ -1794,7 +1794,7 @@ NEIGHBOURS = dict(
            "and schedule; max_steps stops early and leaves the schedule as it is",
     batch_size="train_batch_size", checkpointing="gradient_checkpointing",
     global_batch="gradient_accumulation_steps accumulate_grad_batches grad_accum total_batch_size: images of "
-                 "one optimiser step, batch_size x processes x accumulation",
+                 "one optimizer step, batch_size x processes x accumulation",
     dtype="mixed_precision precision fp16 bf16 train_dtype torch_dtype: float32, bfloat16 or float16",
     compile="torch_compile", log="report_to log_with", vae_chunk="vae_batch_size",
     workers="num_workers dataloader_num_workers max_data_loader_n_workers",
@@ -2001,7 +2001,7 @@ def run(main):
             os._exit(0)                                      # gloo's threads abort a usual exit now and then
     except (Exception, KeyboardInterrupt) as error:
         if re.search("out of memory|can't allocate memory", str(error)) and isinstance(error, RuntimeError):
-            error = UserError("out of memory: a lower --batch_size, a smaller picture or --dtype=bfloat16")
+            error = UserError("out of memory: a lower --batch_size, a smaller image or --dtype=bfloat16")
         code = {KeyboardInterrupt: 130, UserError: 2, ModuleNotFoundError: 2}.get(type(error), 1)
         if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
             error = missing_module(error)

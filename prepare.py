@@ -47,7 +47,7 @@ import hdm
 
 @dataclass
 class DemoSettings:
-    out: str = "data/demo"  # folder of pictures and captions; OUT_unseen.txt and OUT_te are written beside it
+    out: str = "data/demo"  # folder of images and captions; OUT_unseen.txt and OUT_te are written beside it
     count: hdm.Count = 12000  # images; 12,000 take about 10 s on one core and 95 MB in blocks of 4 KB
     seed: hdm.Whole = 0     # image i depends on (seed, i) alone; also of the text encoder's weights
     centred: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
@@ -73,8 +73,8 @@ class DataSettings:
     max_ratio: Annotated[float, 1, math.inf] = 10.0       # long side to short side
     require_tag: list[str] = field(default_factory=list)  # leave out images without it; may be given often
     drop_tag: list[str] = field(default_factory=list)     # leave out images with it
-    verify: bool = False            # decode each picture, in place of looking at its header and its end
-    dry_run: bool = False           # write no index, but OUT.png, a sheet of pictures, crops and captions
+    verify: bool = False            # decode each image, in place of looking at its header and its end
+    dry_run: bool = False           # write no index, but OUT.png, a sheet of images, crops and captions
     text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run
     latents: bool = False           # write a cache of VAE latents for image_size
     mean_only: bool = False         # without the posterior's variance: half the disk
@@ -116,8 +116,8 @@ COLUMN = r"\{([^{}]+)\}"                         # in --caption
 # files that its caption comes from; stamp: of these three; image: of file alone; lines: of its caption file;
 # source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move an image
 # across the split; colours: 1 where its profile makes other colours of them, 2 where that is broken.
-Picture = namedtuple(
-    "Picture",
+Record = namedtuple(
+    "Record",
     "name file texts caption offset length width height weight stamp image lines source place colours",
     defaults=[0])
 
@@ -168,7 +168,7 @@ def open_at(file, offset, length):
 
 def measure_image(stream, length, verify=False):
     """-> upright width and height of an image file of this length, from its header, or, verify, decoded; and
-    Picture's colours.
+    Record's colours.
 
     UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
     end, BMP and AVIF do not), does not decode.
@@ -612,9 +612,9 @@ def find_captions(image, group, rows, s):
 
 
 def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
-    """Yields a Picture for each captioned image of a folder, a tar or a table; others go into the report.
+    """Yields a Record for each captioned image of a folder, a tar or a table; others go into the report.
 
-    known: from a stamp to the Picture of an earlier scan, whose files are not opened again, or None. weight,
+    known: from a stamp to the Record of an earlier scan, whose files are not opened again, or None. weight,
     number: the source's.
     """
     top = os.path.abspath(source)
@@ -646,24 +646,24 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
                     raise hdm.UserError("not in the table" if given else "no caption")
                 texts = tuple(sorted({*tables, *(span[0] for span in spans.values())} - {file}))  # of a tar
                 stamp = stamp_of(file, *texts, key=(name, file, texts))
-                if (picture := known(stamp)) is None:
+                if (record := known(stamp)) is None:
                     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
                     caption, lines = read_texts(caption, spans, s)
                     with open_at(file, offset, length) as stream:
                         length = length or stream.seek(0, 2)  # of a parquet's image it is known only now
                         stream.seek(0)
                         width, height, colours = measure_image(stream, length, s.verify)
-                    picture = Picture(name, file, texts, caption, offset, length, width, height, weight,
+                    record = Record(name, file, texts, caption, offset, length, width, height, weight,
                                       stamp, stamp_of(file), lines, number, place, colours)
-                if kind := refusal(picture, s):
+                if kind := refusal(record, s):
                     raise hdm.UserError(kind)
-                if picture.colours == 2:
+                if record.colours == 2:
                     report.add("kept: broken colour profile", path)
                 kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
                 how = " and ".join([*sorted(map(os.path.basename, tables)), *spans])
                 counts[how + " in a tar" * (file != path and not file.lower().endswith(".parquet"))
                        + (f" in {kohya[0]}" if kohya else "")] += 1
-                yield picture._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
+                yield record._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
         with report.leaving_out(root):
             for kind, path in group.rest():
                 report.add(kind, path)
@@ -677,12 +677,12 @@ def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
 # ---- the index: what training reads; images stay where they are ------------------------------------------
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
 RECORD = np.dtype([(name, "<f8" if name in ("weight", "place") else "<u8")
-                   for name in (*Picture._fields[4:], "text", "bytes")])
+                   for name in (*Record._fields[4:], "text", "bytes")])
 RECORD_4 = np.dtype([(name, kind) for name, kind in RECORD.descr if name != "colours"])   # of format 4
 
 
 class Index:
-    """index[i]: a Picture, out of records (n,) RECORD and text (bytes,) uint8, which a folder has as maps."""
+    """index[i]: a Record, out of records (n,) RECORD and text (bytes,) uint8, which a folder has as maps."""
 
     def __init__(self, records, text, about, folder=None):
         self.records, self.text, self.about, self.folder = records, text, about, folder
@@ -708,7 +708,7 @@ class Index:
         *numbers, start, length = self.records[i].item()
         entry = self.text[start:start + length].tobytes().decode(errors="surrogateescape")
         name, file, caption, *texts = entry.split("\0")
-        return Picture(name, file, tuple(texts), caption, *numbers)
+        return Record(name, file, tuple(texts), caption, *numbers)
 
     def split(self, validation):
         """-> the training part, [(first record, number, weight)], and at most 512 held-out records."""
@@ -720,28 +720,28 @@ class Index:
         return parts, sorted(held, key=lambda i: self.records[i]["place"])[:512]
 
     def changed(self, i):
-        """Whether the files of a picture are not as they were indexed, or gone."""
-        picture = self[i]
+        """Whether the files of an image are not as they were indexed, or gone."""
+        record = self[i]
         with contextlib.suppress(OSError):
-            return stamp_of(picture.file, *picture.texts, key=picture[:3]) != picture.stamp
+            return stamp_of(record.file, *record.texts, key=record[:3]) != record.stamp
         return True
 
     def read(self, i, side=None):
-        """-> a picture (3, height, width) uint8, its short side scaled to side."""
-        name, file, texts, _, offset, length, *_ = picture = self[i]
-        with hdm.naming(file if file.endswith(name) else f"{file}: {name}", "not a whole picture"):
-            if offset and stamp_of(file) != picture.image:   # what lies there now may be another picture
+        """-> an image (3, height, width) uint8, its short side scaled to side."""
+        name, file, texts, _, offset, length, *_ = record = self[i]
+        with hdm.naming(file if file.endswith(name) else f"{file}: {name}", "not a whole image"):
+            if offset and stamp_of(file) != record.image:   # what lies there now may be another image
                 raise hdm.UserError(f"{file}: {name}: the file has changed since it was indexed")
             with open_at(file, offset, length) as stream:
                 return torch.from_numpy(np.array(hdm.load_image(stream, side))).permute(2, 0, 1)
 
 
-def refusal(picture, s):
+def refusal(record, s):
     """Why the filters leave an image out, or None."""
     def plain(tags):
         return {tag.strip().replace("_", " ").lower() for tag in tags}
-    short, long = sorted((picture.width, picture.height))
-    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", picture.caption))
+    short, long = sorted((record.width, record.height))
+    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", record.caption))
     wrong = {"below --min_size": short < s.min_size, "beyond --max_ratio": long > s.max_ratio * short,
              "without --require_tag": plain(s.require_tag) - tags,
              "with --drop_tag": plain(s.drop_tag) & tags}
@@ -761,11 +761,11 @@ def build_index(sources, s, folder=None, old=None):
     report, raw = Report(), io.BytesIO()         # raw: 104 bytes an image, until they are sorted
     with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
         for number, (source, weight) in enumerate(sources):
-            for picture in scan(source, report, s, known, weight, number):
-                entry = "\0".join([picture.name, picture.file, picture.caption, *picture.texts])
+            for record in scan(source, report, s, known, weight, number):
+                entry = "\0".join([record.name, record.file, record.caption, *record.texts])
                 entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
-                record = *picture[4:], text.tell(), len(entry)
-                raw.write(np.array(record, RECORD).tobytes())
+                values = *record[4:], text.tell(), len(entry)
+                raw.write(np.array(values, RECORD).tobytes())
                 text.write(entry)
         size = text.tell()
         data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
@@ -847,7 +847,7 @@ class Epochs:
 
     def __init__(self, parts, seed):
         self.parts, self.seed = parts, seed      # [(first record, number, weight)]
-        self.pictures = sum(number for _, number, _ in parts)
+        self.images = sum(number for _, number, _ in parts)
         self.length = sum(number * weight for _, number, weight in parts)  # on average
 
     def start(self, epoch):
@@ -873,12 +873,12 @@ class Epochs:
 
 
 # ---- the cache of latents ----------------------------------------------------------------------------------
-SHARD = 512                                      # pictures in a file; a kill loses at most these
+SHARD = 512                                      # images in a file; a kill loses at most these
 
 
 def latents_folder(data, index, vae, image_size):
     """Its name says whose latents it holds: a hash of the VAE's encoder (in bfloat16, whatever it has) and of
-    the pictures' names and files, not of captions. In it 000007.safetensors: by the numbers of 512 records
+    the images' names and files, not of captions. In it 000007.safetensors: by the numbers of 512 records
     their moments (C or 2 C, height, width), float16."""
     digest = hashlib.sha256(repr((vae.mean, vae.std)).encode())
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
@@ -910,7 +910,7 @@ class Latents:
                 return
         then = "" if index.folder else ", then --data=data/index"
         raise hdm.UserError(
-            f"--latents: {folder}, of these pictures and this VAE, is not there or not whole: "
+            f"--latents: {folder}, of these images and this VAE, is not there or not whole: "
             f"python prepare.py {s.data} --latents --image_size={s.image_size} --vae={s.vae}{then}")
 
     def read(self, i, side=None):
@@ -938,28 +938,28 @@ def encode_latents(s, vae, device, rank, ranks):
     channels = vae.latent_channels * (1 if s.mean_only else 2)
     sides = np.stack([index.records[name].astype(int) for name in ("height", "width")], axis=1)
     cells = sides * s.image_size // sides.min(1, keepdims=True) // vae.factor  # (n, 2): the latents' sides
-    def whole(i):                                # i, its picture, scaled and cut to whole cells; or None
+    def whole(i):                                # i, its image, scaled and cut to whole cells; or None
         try:
-            picture = index.read(i, s.image_size)
+            image = index.read(i, s.image_size)
             if index.changed(i):
                 raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
         except hdm.UserError as error:
             return print(f"warning: {error}; no latents of it", flush=True)
-        height, width = (side // vae.factor * vae.factor for side in picture.shape[1:])
-        return i, picture[:, :height, :width]
+        height, width = (side // vae.factor * vae.factor for side in image.shape[1:])
+        return i, image[:, :height, :width]
 
     todo = [range(first, min(first + SHARD, len(index))) for first in range(0, len(index), SHARD)
             if not is_whole(shard(folder, first))]
     gb = 2e-9 * channels * sum(cells[numbers].prod(1).sum() for numbers in todo)
-    free, pictures = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo))
+    free, images = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo))
     if gb > free:
         raise hdm.UserError(f"--latents: {gb:.2f} GB are needed in {folder}, {free:.2f} are free")
     trial = torch.zeros(s.batch_size, 3, s.image_size, s.image_size, device=device)
     for _ in range(2):                           # the first one warms up
         clock = time.perf_counter()
         vae.moments(trial)[0].sum().item()
-    hours = pictures / s.batch_size * (time.perf_counter() - clock) / 3600 / ranks
-    print(f"latents: {pictures:,} of {len(index):,} pictures to encode into {folder}: {gb:.3f} GB, "
+    hours = images / s.batch_size * (time.perf_counter() - clock) / 3600 / ranks
+    print(f"latents: {images:,} of {len(index):,} images to encode into {folder}: {gb:.3f} GB, "
           f"{free:.0f} are free; about {hours:.2f} h on {ranks} x {device} if the disk keeps up", flush=True)
     hdm.gather(None)                                 # all have seen the same files
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
@@ -968,7 +968,7 @@ def encode_latents(s, vae, device, rank, ranks):
             latents, ready = {}, filter(None, pool.map(whole, alike))
             for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
                 while batch := list(itertools.islice(same, s.batch_size)):
-                    pixels = torch.stack([picture for _, picture in batch]).to(device).float() / 127.5 - 1
+                    pixels = torch.stack([image for _, image in batch]).to(device).float() / 127.5 - 1
                     for (i, _), moment in zip(batch, half_moments(vae, pixels, channels)):
                         if moment.isfinite().all():
                             latents[str(i)] = moment.clone()
@@ -1033,12 +1033,12 @@ def open_data(s):
             break
     else:
         least = math.ceil(1000 * least) / 1000
-        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held)} of {len(index):,} pictures; "
+        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held)} of {len(index):,} images; "
                             f"{f'least is {least}' if parts else 'none is left'}; 0: no held-out loss")
     some = index.records[::1 + len(index) // 100_000]        # of very many a sample
     small = np.minimum(some["width"], some["height"]) < s.image_size
     if small.any():
-        print(f"data: {100 * small.mean():.3g} % of the pictures are smaller than image_size and enlarged; "
+        print(f"data: {100 * small.mean():.3g} % of the images are smaller than image_size and enlarged; "
               f"prepare.py --min_size={s.image_size} leaves them out")
     identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
     if len(set(hdm.gather((identity, str(s.resume))))) > 1:
@@ -1089,7 +1089,7 @@ def prepare(s, *paths):
         with whole_folder(s.out) as folder:
             n = len(build_index(sources, s, folder, old))
             old = None                           # unmapped: Windows renames no folder of mapped files
-        print(f"{n:,} pictures in {s.out}; report.json there names what was left out")
+        print(f"{n:,} images in {s.out}; report.json there names what was left out")
     hdm.gather(None)                                 # the others wait for it
     if s.latents:
         encode_latents(s, vae, device, rank, ranks)
@@ -1132,10 +1132,10 @@ def main(argv):
 # ---- a dry run ---------------------------------------------------------------------------------------------
 def dry_run(index, s, tokenizer):
     """prepare.py --dry_run, with its settings s: prints what training will meet; OUT.png shows the first 48
-    pictures with their crops and captions."""
+    images with their crops and captions."""
     n, epochs, lengths = len(index), Epochs(index.split(0.0)[0], 0), index.records["length"]
     sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
-    print(f"{n:,} pictures, {lengths.sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an epoch")
+    print(f"{n:,} images, {lengths.sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an epoch")
     for what, values, edges in (("width / height", sides[0] / sides[1], [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01]),
                                 ("short side", sides.min(0), sorted({0, 256, 512, 768, 1024, s.image_size}))):
         counts = np.histogram(values, [*edges, np.inf])[0]
@@ -1152,10 +1152,10 @@ def dry_run(index, s, tokenizer):
     print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
     hashes, (_, which, counts) = [], np.unique(lengths, return_inverse=True, return_counts=True)
     for i in np.flatnonzero(counts[which] > 1).tolist():     # others are alone with their length
-        picture = index[i]
-        with contextlib.suppress(OSError), open_at(picture.file, picture.offset, picture.length) as stream:
+        record = index[i]
+        with contextlib.suppress(OSError), open_at(record.file, record.offset, record.length) as stream:
             hashes.append(hashlib.sha256(stream.read()).digest())
-    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} pictures")
+    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} images")
     config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
     samples = Samples(index, epochs, None, replace(s, tread_rate=0.0), config, None, seed=0)
     for i in range(min(48, n)):
@@ -1164,7 +1164,7 @@ def dry_run(index, s, tokenizer):
             draw_example(tiles[-1], samples.example(i)[0], index.read(epochs[i][2], s.image_size))
     hdm.make_folder(Path(s.out).parent, "--out")
     hdm.image_grid(list(map(np.asarray, tiles)), columns=8, gap=10).save(f"{s.out}.png")
-    print(f"{s.out}.png: {len(tiles)} pictures as training takes them: crop in red, caption below")
+    print(f"{s.out}.png: {len(tiles)} images as training takes them: crop in red, caption below")
 
 
 def draw_example(tile, example, image):
@@ -1172,9 +1172,9 @@ def draw_example(tile, example, image):
     (left, top, side), canvas = example["crop"], ImageDraw.Draw(tile)
     image = image.clone()
     image[:, top:top + side, left:left + side] = example["pixels"]                    # so that a flip shows
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    scale = 200 / max(picture.size)
-    tile.paste(picture.resize([round(length * scale) or 1 for length in picture.size]))
+    shown = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    scale = 200 / max(shown.size)
+    tile.paste(shown.resize([round(length * scale) or 1 for length in shown.size]))
     canvas.rectangle([scale * x for x in (left, top, left + side, top + side)], outline="red")
     canvas.text((0, 203), "\n".join(textwrap.wrap(example["caption"], 34)[:5]) or "(dropped)", "black")
 
@@ -1216,7 +1216,7 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
 
 
 # ---- what the demo shows ----------------------------------------------------------------------------------
-CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the pictures
+CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the images
 RADIUS = {"small": 0.30, "large": 0.42}  # in short sides
 CENTRED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
 CENTRED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
@@ -1270,11 +1270,11 @@ def draw(size, colour, shape, background, height, width, cy, cx, r=None):
 def make_demo(settings):
     out = os.path.abspath(settings.out)
     seen = [words for words in COMBINATIONS if words not in UNSEEN]
-    # Each run of 352 pictures shows each combination once, in one shuffled order.
+    # Each run of 352 images shows each combination once, in one shuffled order.
     order = np.random.default_rng(settings.seed).permutation(len(seen))
     canvases = CENTRED_CANVASES if settings.centred else CANVASES
-    with whole_folder(out) as pictures, whole_folder(out + "_te") as encoder:
-        # From all 352 captions, not from those drawn: a demo of 20 pictures, too, has one token per word.
+    with whole_folder(out) as folder, whole_folder(out + "_te") as encoder:
+        # From all 352 captions, not from those drawn: a demo of 20 images, too, has one token per word.
         make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
         for i in range(settings.count):
             rng = np.random.default_rng((settings.seed, i))
@@ -1283,10 +1283,10 @@ def make_demo(settings):
             place = random_centre(rng, words[0], words[2], height, width)
             if settings.centred:
                 place = height / 2, width / 2, CENTRED_RADIUS[words[0]] * max(height, width)
-            Image.fromarray(draw(*words, height, width, *place)).save(pictures / f"{i:05d}.png")
-            (pictures / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
+            Image.fromarray(draw(*words, height, width, *place)).save(folder / f"{i:05d}.png")
+            (folder / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
     Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
-    print(f"{settings.count} pictures in {settings.out}; beside it _unseen.txt and _te, the text encoder")
+    print(f"{settings.count} images in {settings.out}; beside it _unseen.txt and _te, the text encoder")
 
 
 def text_encoder(settings, source):

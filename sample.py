@@ -1,4 +1,4 @@
-"""Draw pictures from prompts.
+"""Draw images from prompts.
 
     python sample.py --ckpt=out/demo --prompt "a large red circle on a navy background" -n 4
     python sample.py --prompts=prompts.txt              # the released model; one prompt a line
@@ -9,7 +9,7 @@
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In this file, in order: the settings; prompts; the text in a picture's file; drawing; the page; the weights
+In this file, in order: the settings; prompts; the text in an image's file; drawing; the page; the weights
 for other programs; commands.
 """
 import contextlib
@@ -50,18 +50,18 @@ SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0,   
 
 
 @dataclass
-class Picture:                     # a line of --prompts may end in any of these, such as --cfg=2
+class ImageSettings:                     # a line of --prompts may end in any of these, such as --cfg=2
     ckpt: str = RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
     negative_prompt: str = ""      # what guidance moves away from
-    num_images: int = 1            # -n: pictures for each prompt
-    seed: int = 0                  # of the first picture of each prompt, the next one's is one more; -1: any
+    num_images: int = 1            # -n: images for each prompt
+    seed: int = 0                  # of the first image of each prompt, the next one's is one more; -1: any
     width: int | None = None       # pixels; None: the checkpoint's training size, or init_image's
     height: int | None = None      # likewise
     sampler: str = "euler"         # of those above; heun takes two evaluations a step, the others one
     steps: int | None = None       # None: the checkpoint's own (published: 24)
     shift: float | None = None     # of time (train.py's t_shift); None: the checkpoint's own (published: 1)
     cfg: float | None = None       # guidance, 1 is none; None: the checkpoint's own (published: 3)
-    cfg_low: float | None = None   # guidance acts at times t, 1 noise to 0 picture, from cfg_low (None: the
+    cfg_low: float | None = None   # guidance acts at times t, 1 noise to 0 image, from cfg_low (None: the
                                    # checkpoint's own; published: 0) ...
     cfg_high: float = 1.0          # ... to cfg_high
     cfg_rescale: float = 0.0       # 0 .. 1: how far guided contrast goes back to the unguided
@@ -70,9 +70,9 @@ class Picture:                     # a line of --prompts may end in any of these
     y_shift: float = 0.0           # likewise
     tread_cond: float = 0.0        # share of the tokens that skip the U, with the prompt: [0, 1)
     tread_uncond: float = 0.0      # with the negative one: a weaker self to move away from (0.25 to 0.5)
-    init_image: str = ""           # picture to start from
+    init_image: str = ""           # image to start from
     strength: float = 0.6          # share of the steps that are done on it
-    mask: str = ""                 # picture of the same size: white is drawn anew, black stays
+    mask: str = ""                 # image of the same size: white is drawn anew, black stays
 
     def __post_init__(self):
         hdm.check_name(f"--sampler={self.sampler}", self.sampler, hdm.SAMPLERS, "sampler")
@@ -85,7 +85,7 @@ class Picture:                     # a line of --prompts may end in any of these
 
 
 @dataclass
-class Job(Picture):                # one picture to draw
+class Job(ImageSettings):                # one image to draw
     prompt: str = ""
     number: int = 0                # of its file
 
@@ -99,13 +99,13 @@ class Sampling:
         "<|special|>, <|characters|>, <|series|>, <|artist|>, <|general|>, "
         "<|natural language|>. <|quality|>, <|rating|>, <|meta|>")
     tipo: bool | str = False       # expand short prompts by TIPO; a folder or hub id of another one
-    from_image: str = ""           # take prompt and settings from a picture that was drawn here
+    from_image: str = ""           # take prompt and settings from an image that was drawn here
     sheet: str = ""                # "steps=8,16;cfg=1,2": one PNG, rows and columns, of the first prompt
-    batch_size: int = 4            # pictures at a time: memory, not result
-    out: str = "out/samples"       # folder for the pictures
+    batch_size: int = 4            # images at a time: memory, not result
+    out: str = "out/samples"       # folder for the images
     file_type: str = "png"         # png, webp, jpg
     no_metadata: bool = False      # leave prompt and settings out of the files
-    latents_out: bool = False      # also write each picture's latent, NAME.safetensors
+    latents_out: bool = False      # also write each image's latent, NAME.safetensors
     ema: bool = True               # the averaged weights, where the checkpoint has them
     text_encoder: str = ""         # another place of the text encoder; "": where the checkpoint says
     vae: str = ""                  # likewise of the VAE, a folder, file or hub id
@@ -132,7 +132,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("force", lambda p: not p.export, "without --export"),
     ("prompt prompts slots sheet tipo num_images ui device dtype", lambda p: p.export, "with --export")]
 FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
-TIPO = "KBlueLeaf/TIPO-200M-ft"    # a LLaMA that was trained on tags and captions of the same pictures
+TIPO = "KBlueLeaf/TIPO-200M-ft"    # a LLaMA that was trained on tags and captions of the same images
 TIPO_TOKENS = 512                  # at most, of its words
 ENDING = dict(                     # tags that end a prompt: a guess at the common ones
     quality="masterpiece, best quality, high quality, low quality, worst quality",
@@ -143,10 +143,10 @@ ENDING = dict(                     # tags that end a prompt: a guess at the comm
 # ---- prompts ----------------------------------------------------------------------------------------------
 def prompt_line(line, p):
     """'PROMPT --key=value ...' -> the Job of this prompt, p with these values, quoted as in a shell."""
-    known = "|".join([*ALIASES, *(f"--{one.name}" for one in fields(Picture))])
+    known = "|".join([*ALIASES, *(f"--{one.name}" for one in fields(ImageSettings))])
     text, *flags = re.split(rf"(?:^|\s+)(?=--\w+=|(?:{known})(?![\w-]))", line, maxsplit=1)
     with hdm.naming(f"--prompts, {line!r}", "settings in it that will not do"):
-        values = hdm.parse_args(shlex.split(" ".join(flags)), [Picture], aliases=ALIASES)[1]
+        values = hdm.parse_args(shlex.split(" ".join(flags)), [ImageSettings], aliases=ALIASES)[1]
         return Job(**vars(p) | values, prompt=text)
 
 
@@ -164,7 +164,7 @@ def fill_slots(template, slots):
 
 
 def read_jobs(s, p, load_tipo):
-    """-> a Job for each picture, in order, each with its own seed."""
+    """-> a Job for each image, in order, each with its own seed."""
     lines, slots = [Job(**vars(p), prompt=prompt) for prompt in s.prompt], {}
     if s.prompts:
         with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
@@ -201,7 +201,7 @@ def read_jobs(s, p, load_tipo):
     return jobs
 
 
-# ---- the text in a picture's file --------------------------------------------------------------------------
+# ---- the text in an image's file --------------------------------------------------------------------------
 def parameters(job, digest):
     """Prompt and settings in AUTOMATIC1111's form, which many programs show."""
     model = Path(job.ckpt).name.removesuffix(".safetensors")
@@ -238,21 +238,21 @@ def encode_file(image, kind, text="", about=""):
     elif text:
         options["exif"] = exif_block(about, text)
     file = io.BytesIO()
-    with hdm.naming(f"--file_type={kind}", "cannot hold this picture with its settings; png can"):
+    with hdm.naming(f"--file_type={kind}", "cannot hold this image with its settings; png can"):
         Image.fromarray(image).save(file, FORMATS[kind], **options)
     return file.getvalue()
 
 
 def read_settings(path):
-    """-> {name: value} of the settings in a picture's file, no others than are written; its model's hash."""
-    with hdm.naming(f"--from_image={path}", "not a picture that can be read"), Image.open(path) as image:
+    """-> {name: value} of the settings in an image's file, no others than are written; its model's hash."""
+    with hdm.naming(f"--from_image={path}", "not an image that can be read"), Image.open(path) as image:
         about = image.info.get("hdm") or image.getexif().get(0x010E)
     if not str(about).startswith("{"):                       # cameras, too, write a description
         raise hdm.UserError(f"--from_image={path}: no settings of sample.py in it; it was drawn elsewhere "
                             f"or with --no_metadata, or another program has saved it")
     with hdm.naming(f"--from_image={path}", "broken settings in it"):
-        about, types = json.loads(about), hdm.setting_types([Picture, Sampling])
-        known = [one.name for one in fields(Picture)] + ["ema", "text_encoder", "vae", "dtype"]   # not: out
+        about, types = json.loads(about), hdm.setting_types([ImageSettings, Sampling])
+        known = [one.name for one in fields(ImageSettings)] + ["ema", "text_encoder", "vae", "dtype"]
         values = {name: hdm.setting_value(name, about[name], types[name]) for name in known if name in about}
         return values | dict(prompt=[str(about["prompt"])]), str(about["model_hash"])
 
@@ -282,12 +282,12 @@ def number(jobs, out):
     return [replace(job, number=i) for i, job in enumerate(jobs, max(taken, default=-1) + 1)]
 
 
-@lru_cache(maxsize=1)              # pictures of one call share it: draw_files forgets it
+@lru_cache(maxsize=1)              # images of one call share it: draw_files forgets it
 def load_source(init_image, mask):
-    """-> init_image and mask as PIL pictures of the same size, or None for what is not given."""
-    with hdm.naming(f"--init_image={init_image}", "not a picture that can be read"):
+    """-> init_image and mask as PIL images of the same size, or None for what is not given."""
+    with hdm.naming(f"--init_image={init_image}", "not an image that can be read"):
         image = hdm.load_image(init_image) if init_image else None
-    with hdm.naming(f"--mask={mask}", "not a picture that can be read"):
+    with hdm.naming(f"--mask={mask}", "not an image that can be read"):
         anew = hdm.load_image(mask).convert("L") if mask else None
     if anew is not None and anew.size != image.size:
         raise hdm.UserError(f"--mask={mask}: {anew.width}x{anew.height} pixels, but --init_image has "
@@ -296,7 +296,7 @@ def load_source(init_image, mask):
 
 
 def fitted(image, p, method):
-    """A PIL picture in the size of p. Of a slightly larger one the middle is taken as it is, pixel by pixel;
+    """A PIL image in the size of p. Of a slightly larger one the middle is taken as it is, pixel by pixel;
     others are scaled to cover and cut."""
     over = image.width - p.width, image.height - p.height
     if 0 <= min(over) and max(over) < min(64, p.width / 4, p.height / 4):
@@ -306,7 +306,7 @@ def fitted(image, p, method):
 
 
 def resolved(p, settings, model, vae):
-    """p with numbers in place of None; a size or a picture that will not do is refused."""
+    """p with numbers in place of None; a size or an image that will not do is refused."""
     width = height = settings["image_size"]
     image, _ = load_source(p.init_image, p.mask)
     if image is not None:
@@ -387,10 +387,10 @@ def draw_latents(model, vae, texts, jobs, watch):
 
 @torch.inference_mode()
 def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
-    """Draws jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its picture
+    """Draws jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its image
     (height, width, 3) uint8 and its latent (C, h, w).
 
-    All that is random comes from a picture's own seed, on the CPU: the same in any batch, on any device.
+    All that is random comes from an image's own seed, on the CPU: the same in any batch, on any device.
     watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. What is not
     finite is drawn again in float32, with a warning.
     """
@@ -411,7 +411,7 @@ def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
 
 
 def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
-    """-> (n, height, width, 3) uint8 pictures, one for each prompt with its seed; how: fields of Picture.
+    """-> (n, height, width, 3) uint8 images, one for each prompt with its seed; how: fields of ImageSettings.
     Under torchrun each process draws its part, and gets all."""
     p = resolved(Job(**how), settings, model, vae)
     jobs = hdm.share([replace(p, prompt=prompt, seed=seed, number=i)
@@ -446,7 +446,7 @@ def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
     for text in texts:
         if (n := len(te.tokenizer(as_trained(text, settings))["input_ids"])) > te.max_length:
             print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
-    del te                                                   # its memory goes to the pictures
+    del te                                                   # its memory goes to the images
     def content(job, image):
         text = "" if s.no_metadata else parameters(job, common["model_hash"])
         return encode_file(image, s.file_type, text, json.dumps(asdict(replace(job, number=0)) | common))
@@ -764,14 +764,15 @@ def main(argv):
     if argv and not argv[0].startswith("-"):
         raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
     doc = f"{__doc__.rstrip()}\n\nSamplers: {', '.join(hdm.SAMPLERS)}."
-    _, flags = hdm.parse_args(argv, [Picture, Sampling], doc=doc, aliases=ALIASES)
+    _, flags = hdm.parse_args(argv, [ImageSettings, Sampling], doc=doc, aliases=ALIASES)
     values, expected = dict(flags), None
     if "from_image" in values:
         kept, expected = read_settings(values["from_image"])
         if values.keys() & {"prompts", "slots"}:             # other prompts
             kept.pop("prompt")
         values = kept | values
-    p = Picture(**{one.name: values.pop(one.name) for one in fields(Picture) if one.name in values})
+    own = [one.name for one in fields(ImageSettings) if one.name in values]
+    p = ImageSettings(**{name: values.pop(name) for name in own})
     s = Sampling(**values)
     if s.batch_size < 1:
         raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
@@ -823,11 +824,11 @@ def main(argv):
                                 lambda done, x0: bar.update(done - bar.n))
         del model, vae                                       # room for the next checkpoint's
     paths = sorted(sum(hdm.gather(paths), []), key=lambda path: int(path.name.partition("-")[0]))
-    if len(paths) > 1 and rank == 0:                         # a row for each prompt, small pictures enlarged
+    if len(paths) > 1 and rank == 0:                         # a row for each prompt, small images enlarged
         images = [np.array(Image.open(path)) for path in (paths if s.sheet else paths[:100])]
         sheet = hdm.image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
         write_new(Path(s.out, "grid.png"), encode_file(np.array(sheet), "png"))
-    print(f"pictures: {len(jobs)} in {s.out}, from {jobs[0].number:05d} on")
+    print(f"images: {len(jobs)} in {s.out}, from {jobs[0].number:05d} on")
 
 
 # ==== Extras ================================================================================================
@@ -839,12 +840,15 @@ def read_sheet(text, jobs):
         for part in text.split(";"):
             name, _, values = part.strip().partition("=")
             words = [f"{name}={value.strip()}" for value in values.split(",")]
-            axes.append({one: hdm.parse_args(["--" + one], [Picture], aliases=ALIASES)[1] for one in words})
+            axis = {}
+            for word in words:
+                _, axis[word] = hdm.parse_args(["--" + word], [ImageSettings], aliases=ALIASES)
+            axes.append(axis)
         rows, columns = axes[-2:]
         pairs = itertools.product(rows.values(), columns.values())
         cells = [replace(jobs[0], **row, **column) for row, column in pairs]
     if len(axes) > 3 or len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells):
-        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one picture, whose "
+        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one image, whose "
                             f"seed is not -1")
     return cells, len(columns), list(columns), list(rows)
 
@@ -924,7 +928,7 @@ def sides(ratio, size, step):
 
 
 def preview(vae, latents):
-    """What latents look like, at little cost: a shrunk latent is nearly the latent of the shrunk picture, to
+    """What latents look like, at little cost: a shrunk latent is nearly the latent of the shrunk image, to
     which the published VAE was trained down to a quarter (arXiv 2502.09509)."""
     if vae is not None:
         shrink = min(1, 32 / max(latents.shape[2:]))
@@ -978,10 +982,10 @@ def page(model, vae, get_te, settings, s, p, common):
         nonlocal latest
         stopping.clear()
         flags = [f"--{name}={value}" for name, value in zip(controls, values)]
-        given = hdm.parse_args(flags, [Picture, Sampling])[1]
+        given = hdm.parse_args(flags, [ImageSettings, Sampling])[1]
         wish = replace(s, prompt=given.pop("prompt"), prompts="", slots="",
                        tipo=given.pop("tipo") and (s.tipo or True))
-        jobs = number(read_jobs(wish, Picture(**vars(p) | given), get_tipo), Path(s.out))
+        jobs = number(read_jobs(wish, ImageSettings(**vars(p) | given), get_tipo), Path(s.out))
 
         def watch(done, x0):
             nonlocal latest
@@ -996,7 +1000,7 @@ def page(model, vae, get_te, settings, s, p, common):
             for path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
                 drawn.insert(0, (path, path.name))
                 latest = latest[0] + 1, path
-        return f"{len(drawn) - before} of {len(jobs)} pictures, in {s.out}"
+        return f"{len(drawn) - before} of {len(jobs)} images, in {s.out}"
 
     def news(seen):                                          # to a page that has seen so many
         asked.set()
@@ -1023,7 +1027,7 @@ def page(model, vae, get_te, settings, s, p, common):
         with gr.Column():
             controls.update(make_controls(gr, start))
             ratio = controls.pop("ratio")                    # no setting, it sets two
-            upload = gr.UploadButton("take the settings of a picture", file_types=["image"])
+            upload = gr.UploadButton("take the settings of an image", file_types=["image"])
         with gr.Column():
             with gr.Row():
                 draw_button, stop_button = gr.Button("draw", variant="primary"), gr.Button("stop")
@@ -1081,7 +1085,7 @@ def look(image):
 
 def judge(image):
     """(height, width, 3) uint8 -> (size, colour, shape, background). Medians, and least squares on the soft
-    coverage: a ragged edge or a stray pixel costs no verdict. An empty picture still gets a guess."""
+    coverage: a ragged edge or a stray pixel costs no verdict. An empty image still gets a guess."""
     ground, ink, share = look(image)
     places, masks, lengths = templates(*share.shape)
     fits = lengths - 2 * (masks @ share.ravel())                 # |mask - share|^2 less a constant
@@ -1096,7 +1100,7 @@ def places_and_sizes(images):
 
 
 def judge_camera(draw, side):
-    """How draw(zoom=, x_shift=, y_shift=), pictures whose longer side is `side` pixels, moves and sizes the
+    """How draw(zoom=, x_shift=, y_shift=), images whose longer side is `side` pixels, moves and sizes the
     shapes, against what the camera promises."""
     plain = places_and_sizes(draw())
     print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")

@@ -43,7 +43,7 @@ import weakref
 import zipfile
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 # No test may reach a network, and none may find the released model in this machine's own cache.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.gettempdir() + "/hdm-tests-have-no-cache")
@@ -1059,7 +1059,7 @@ def test_half_precision_keeps_the_time_frequencies_exact(published):
     for model in (full, half):
         torch.testing.assert_close(model.time_emb.freqs, exact, atol=0, rtol=1e-6)
     t = torch.linspace(0, 1, 301)
-    for model in (half, sample.load_model(published)[0].half()):                         # this rounds its buffer
+    for model in (half, sample.load_model(published)[0].half()):      # this rounds its buffer
         assert close(model.time_emb(t).float(), full.time_emb(t), 5e-3)
     inputs = torch.randn(2, 4, 6, 8), torch.rand(2), torch.randn(2, 5, 32)
     assert close(half(*inputs), full(*inputs), 2e-2)
@@ -1215,7 +1215,8 @@ def test_wrong_flags_are_named(argv, words):
     assert all(word in message for word in words)
 
 
-PROGRAMS = dict(train=train.CLASSES, sample=[sample.Picture, sample.Sampling], prepare=[prepare.DataSettings, hdm.Example])
+PROGRAMS = dict(train=train.CLASSES, sample=[sample.ImageSettings, sample.Sampling],
+                prepare=[prepare.DataSettings, hdm.Example])
 
 
 def hint(program, name):
@@ -1327,7 +1328,7 @@ def test_wrong_lines_of_a_config_are_named(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("main, argv, classes", [
-    (train.main, [], train.CLASSES), (sample.main, [], [sample.Picture, sample.Sampling]),
+    (train.main, [], train.CLASSES), (sample.main, [], [sample.ImageSettings, sample.Sampling]),
     (prepare.main, ["demo"], [prepare.DemoSettings]), (prepare.main, ["judge"], [prepare.JudgeSettings]),
     (prepare.main, [], [prepare.DataSettings])])
 def test_help_shows_every_setting_with_its_default_and_comment(main, argv, classes, capsys):
@@ -1350,7 +1351,7 @@ TINY = dict(vae="", image_size=16, text_length=8, dim=32, heads=2, head_dim=16, 
 
 
 def write_picture(path, size, i):
-    """A smooth picture with a caption of its own; every fourth is a WebP with alpha."""
+    """A smooth image with a caption of its own; every fourth is a WebP with alpha."""
     path.parent.mkdir(exist_ok=True)
     y, x = np.mgrid[:size[1], :size[0]] / 16
     channels = [127 + 120 * np.sin(x * (i % 3 - 1) + y * (i % 5 - 2) + i + c) for c in range(4)]
@@ -1365,7 +1366,7 @@ def write_picture(path, size, i):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory, te_folder):
-    """A folder with pictures in data/ and a config file tiny.py that trains on them."""
+    """A folder with images in data/ and a config file tiny.py that trains on them."""
     place = tmp_path_factory.mktemp("place")
     (place / "data").mkdir()
     for i in range(24):
@@ -1483,7 +1484,7 @@ def test_resume_takes_a_checkpoints_path(trained, place, tmp_path):
 
 
 def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place):
-    """And of fixed pictures, prompts, noise and seeds, so that lines and grids of a run compare."""
+    """And of fixed images, prompts, noise and seeds, so that lines and grids of a run compare."""
     model, _, settings = sample.load_model(trained)
     te = sample.load_text_encoder(settings)
     held = stream(place / "data", training=False, validation=TINY["validation"])
@@ -1585,7 +1586,7 @@ def test_every_weight_of_the_base_model_is_in_one_of_ten_groups():
 
 def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(trained, place, tmp_path):
     """Adam's first step moves each weight by its lr, whatever the gradient: so the rule shows in the weights,
-    and that neither the old run's optimiser nor its step came along. What is taken is what sample.py uses."""
+    and that neither the old run's optimizer nor its step came along. What is taken is what sample.py uses."""
     train_tiny(place, tmp_path, init_from=trained, lr=0.4, weight_decay=0, max_steps=1)
     start = load_file(trained / "ckpt_00000006" / "ema.safetensors")
     after = load_file(tmp_path / "ckpt_00000001" / "model.safetensors")
@@ -1716,7 +1717,7 @@ def test_prompts_of_a_file_are_previewed_after_the_captions(place, tmp_path):
 
 
 def stream(data, training=True, pos="long_side", latents=None, **settings):
-    """The samples that train.py would read from a folder of pictures, or from an index."""
+    """The samples that train.py would read from a folder of images, or from an index."""
     s = SimpleNamespace(**vars(train.Settings()) | TINY | dict(validation=0.0) | settings)
     index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
     parts, held = index.split(s.validation)
@@ -1992,9 +1993,7 @@ def test_an_out_dir_with_checkpoints_is_never_touched(trained, place):
 
 # ---- Training that can be left alone ---------------------------------------------------------------------
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")                          # of a mark that no file registers
-    SLOW = [pytest.mark.slow, pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow")]
+SLOW = [pytest.mark.slow, pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow")]
 
 
 def slow(test):
@@ -2158,7 +2157,7 @@ def test_a_broken_picture_is_named_and_the_next_takes_its_place(place, tmp_path,
     train_tiny(place, tmp_path / "run", data=data, max_steps=3)
     train_tiny(place, tmp_path / "run", data=data, resume=True)
     said = capsys.readouterr().out
-    assert said.count(f"warning: {path}: not a whole picture") == 2                   # once in each run
+    assert said.count(f"warning: {path}: not a whole image") == 2                   # once in each run
     assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
     samples = stream(data)
     i = next(i for i in range(48) if names(samples.index, [samples.places[i][2]]) == ["picture2.png"])
@@ -2271,7 +2270,7 @@ def test_a_full_disk_stops_the_save_and_not_the_run(place, tmp_path):
 
 
 class Poisoned:
-    """hdm.loss_inputs, with pictures that are not finite in some calls."""
+    """hdm.loss_inputs, with images that are not finite in some calls."""
 
     def __init__(self, calls):
         self.original, self.calls, self.count = hdm.loss_inputs, calls, 0
@@ -2487,7 +2486,8 @@ def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
     assert (tmp_path / "through").exists() and done.returncode == 2
     if sink == "pipe":
         expected = names.encode(encoding, "backslashreplace")
-        assert done.stdout.splitlines() == [expected] and done.stderr.splitlines()[-1] == b"error: " + expected
+        assert done.stdout.splitlines() == [expected]
+        assert done.stderr.splitlines()[-1] == b"error: " + expected
 
 
 def test_out_of_memory_names_half_the_batch(place, tmp_path, monkeypatch):
@@ -2597,7 +2597,7 @@ def test_configs_are_the_published_stages():
 
 @slow
 def test_the_four_stages_follow_each_other(place, moved, tmp_path):
-    """Two steps each, by the real configs, in small: what a stage is, reaches the optimiser and the loop."""
+    """Two steps each, by the real configs, in small: what a stage is, reaches the optimizer and the loop."""
     folder = hdm.list_checkpoints(moved)[-1]
     argv = ["--vae", folder / "vae", "--text_encoder", folder / "text_encoder", "--data", place / "data"]
     argv += "--device=cpu --validation=0.2 --max_steps=2 --workers=1 --compile=false --log_every=1".split()
@@ -2678,7 +2678,7 @@ def scan(source, report=None, known=None, **options):
 
 
 def scanned(source, **options):
-    """{name: caption}, the report; and the laws of every scan: names differ, bytes are the picture's."""
+    """{name: caption}, the report; and the laws of every scan: names differ, bytes are the image's."""
     report = prepare.Report()
     found = scan(source, report, **options)
     assert len({one.name for one in found}) == len(found)
@@ -2789,7 +2789,7 @@ def test_tars_as_img2dataset_writes_them(tmp_path, form):
 def test_every_cut_of_a_tar(tmp_path):
     files = [(f"{i}.{end}", data) for i in range(3) for end, data in (("txt", f"c{i}"), ("png", PNG))]
     shard = tar_bytes(files)
-    for length in range(0, 3 * 2048 + 1024, 128):  # each picture has four blocks of 512
+    for length in range(0, 3 * 2048 + 1024, 128):  # each image has four blocks of 512
         write_files(tmp_path, {"s.tar": shard[:length]})
         found, report = scanned(tmp_path / "s.tar")
         assert len(found) == sum(length >= 2048 * i + 1536 + len(PNG) for i in range(3))
@@ -2822,7 +2822,8 @@ def test_tables_with_a_template(tmp_path, end):
 MALFORMED = [
     ('5.png,"5', 1), ('5.png,"5 with ""quotes""', 1), ('5.png,5"', 0), ('5.png,"5" tall', 1),
     ('5.png,"a "5" b"', 1), ('5.png,5, 5', 1), ('5.png,"5""', 1), ('"5.png,5', 1), ('"5.png",5"', 0),
-    ('5.png,"five\nlines, and\n""five""\r\nof them"', 0), ('5.png,"a 5"" screen"', 0), ('5.png,"5, 6\nand, 7, 8"', 0),
+    ('5.png,"five\nlines, and\n""five""\r\nof them"', 0), ('5.png,"a 5"" screen"', 0),
+    ('5.png,"5, 6\nand, 7, 8"', 0),
     ('5.png,"', 1),
     ('5.png,"two, and\nthree.png is far', 1), ('5.png,"1\n2\n\n\n3"', 0)]
 
@@ -3086,7 +3087,7 @@ def moving(kind, frames=3):
 
 
 def corpus():
-    """Yields (name, picture's bytes, caption's bytes, the verdict: a kind, or "" where it must survive)."""
+    """Yields (name, image's bytes, caption's bytes, the verdict: a kind, or "" where it must survive)."""
     kinds = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF")
     good = {kind: image_bytes(kind, (40, 30), noise=True) for kind in kinds}
     good["JPEG with a thumbnail"] = image_bytes(
@@ -3287,7 +3288,7 @@ def test_lines_end_at_newlines_and_a_byte_order_mark_is_none_of_the_text(vae_fol
 
     (tmp_path / "prompts.txt").write_bytes(f"{mark}{odd} --seed=5\r\n\r\n# no\n{odd}\n".encode())
     (tmp_path / "slots.json").write_text(mark + json.dumps({"artist": "one"}), encoding="utf-8")
-    p, slots = sample.Picture(), str(tmp_path / "slots.json")
+    p, slots = sample.ImageSettings(), str(tmp_path / "slots.json")
     jobs = sample.read_jobs(sample.Sampling(prompts=str(tmp_path / "prompts.txt"), slots=slots), p, None)
     assert [(job.prompt, job.seed) for job in jobs] == [(odd, 5), (odd, 0), ("one", 0)]
 
@@ -3653,7 +3654,7 @@ def test_a_held_out_picture_that_cannot_be_read_is_told(place, tmp_path, capsys)
     path = Path(index[index.split(TINY["validation"])[1][0]].file)
     path.unlink()
     train_tiny(place, tmp_path / "run", data=tmp_path / "index", images=16)
-    assert capsys.readouterr().out.count(f"warning: {path}: not a whole picture") == 1
+    assert capsys.readouterr().out.count(f"warning: {path}: not a whole image") == 1
     assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
 
 
@@ -3756,7 +3757,7 @@ def test_a_caption_that_is_gone_or_changed_costs_no_picture(place, vae_folder, t
         change()
         assert index.changed(0) and index.read(0).shape[0] == 3
     samples = stream(index)
-    assert samples[0]["trouble"][0] == "" and samples[0]["trouble"][1].startswith("a.tar/picture")
+    assert samples[0]["trouble"][0] == "" and samples[0]["trouble"][1].startswith("a.tar/image")
 
 
 def test_what_is_not_read_is_told_too(tmp_path):
@@ -3893,7 +3894,7 @@ def test_few_images_are_enough_for_the_default_held_out_share(places, held, plac
     s = train.Settings(data=str(tmp_path))
     _, epochs, numbers, _ = prepare.open_data(s)
     assert len(numbers) == held == sum(one < s.validation for one in places)
-    assert epochs.pictures == len(places) - held > 0
+    assert epochs.images == len(places) - held > 0
     s = train.Settings(data=str(tmp_path), validation=1e-9 if min(places) else 0.9)
     assert "--validation=" in one_line(prepare.open_data, s)
 
@@ -3911,7 +3912,7 @@ def test_the_share_of_cut_captions_is_said(place, tmp_path, capsys):
 
 def test_pictures_that_a_stage_enlarges_are_told(place, tmp_path, capsys):
     train_tiny(place, tmp_path / "run", images=8, image_size=24)
-    assert "25 % of the pictures are smaller than image_size" in capsys.readouterr().out
+    assert "25 % of the images are smaller than image_size" in capsys.readouterr().out
 
 
 def test_what_changed_after_indexing_is_seen(place, tmp_path, capsys):
@@ -3923,7 +3924,7 @@ def test_what_changed_after_indexing_is_seen(place, tmp_path, capsys):
     train_tiny(place, tmp_path / "run", data=tmp_path / "index", caption_dropout=0.0)
     said = capsys.readouterr().out
     assert said.count("is not as it was indexed: run prepare.py again") == 1
-    assert said.count(f"warning: {data / 'picture7.png'}: not a whole picture") == 1
+    assert said.count(f"warning: {data / 'picture7.png'}: not a whole image") == 1
     index = indexed(tmp_path / "index", data)
     assert len(index) == 23 and sum(index[i].caption == "another caption" for i in range(23)) == 2
 
@@ -3996,11 +3997,11 @@ def test_a_cache_trains_and_one_that_does_not_belong_is_refused_by_its_command(
     indexed(tmp_path / "index", data)
     refused()                                                # there is none
     cached(tmp_path, vae_folder, tmp_path)
-    assert "24 of 24 pictures to encode" in capsys.readouterr().out
+    assert "24 of 24 images to encode" in capsys.readouterr().out
     train_tiny(place, tmp_path / "run", **how)
     (data / "picture1.txt").write_text("another caption")    # captions stay live
     cached(tmp_path, vae_folder, tmp_path)
-    assert "0 of 24 pictures to encode" in capsys.readouterr().out
+    assert "0 of 24 images to encode" in capsys.readouterr().out
     train_tiny(place, tmp_path / "run2", **how)
     refused(image_size=24)
     save_part(tiny_vae(**STATISTICS | dict(latents_std=[1.0] * 4)).state_dict(), tmp_path / "vae")
@@ -4029,15 +4030,15 @@ def test_a_killed_encoding_goes_on_with_whole_shards(place, vae_folder, tmp_path
     monkeypatch.setattr(prepare, "save_file", save_file)
     capsys.readouterr()
     index, latents, _ = cached(place, vae_folder, tmp_path)
-    assert "14 of 24 pictures to encode" in capsys.readouterr().out
+    assert "14 of 24 images to encode" in capsys.readouterr().out
     assert latents.folder == str(folder)
     assert before.items() <= content(folder).items() and len(content(folder)) == 5
     assert all(latents.read(i).shape[0] == 8 for i in range(24))
     file = folder / "000003.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert str(file) in one_line(lambda: latents.read(16))   # in training the next picture takes its place
+    assert str(file) in one_line(lambda: latents.read(16))   # in training the next image takes its place
     prepare.main([str(tmp_path / "index"), "--latents", f"--vae={vae_folder}", "--image_size=16"])
-    assert "5 of 24 pictures to encode" in capsys.readouterr().out and latents.read(16).shape[0] == 8
+    assert "5 of 24 images to encode" in capsys.readouterr().out and latents.read(16).shape[0] == 8
 
 
 @pytest.mark.parametrize("dtype, scale, whole", [
@@ -4154,7 +4155,7 @@ def test_a_dry_run_tells_and_draws_what_training_takes(place, te_folder, tmp_pat
             "--image_size=18", "--text_length=8"]
     prepare.main(argv)
     said = capsys.readouterr().out
-    for words in ("25 pictures", "6 from 0, 19 from 18", "exact duplicates: 1 picture",
+    for words in ("25 images", "6 from 0, 19 from 18", "exact duplicates: 1 image",
                   "--text_length=8 cuts", "on navy 24", "--latents at 18 px"):
         assert words in said, words
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["index.png"]
@@ -4191,7 +4192,7 @@ def test_a_run_draws_through_the_command_line(trained, tmp_path):
     for name, image in zip(names, drawn):
         assert abs(np.asarray(Image.open(tmp_path / name)).astype(int) - image).max() <= 1
     grid = Image.open(tmp_path / "grid.png")
-    assert grid.width >= 2 * 128 and grid.height >= 3 * 128  # pictures of 16 pixels, enlarged here alone
+    assert grid.width >= 2 * 128 and grid.height >= 3 * 128  # images of 16 pixels, enlarged here alone
 
 
 def draw(trained, out, *argv):
@@ -4599,14 +4600,14 @@ def test_a_strangers_picture_sets_nothing_but_a_picture(trained, tmp_path, monke
     ("a --negative_prompt='red, large' --cfg=2", "a", dict(negative_prompt="red, large", cfg=2)),
     ("--steps=3", "", dict(steps=3)), ("a -- b --c -name", "a -- b --c -name", {})])
 def test_a_line_ends_in_flags_as_in_a_shell(line, prompt, values):
-    job = sample.prompt_line(line, sample.Picture(sampler="heun"))
+    job = sample.prompt_line(line, sample.ImageSettings(sampler="heun"))
     assert job == sample.Job(prompt=prompt, sampler="heun", **values)
 
 
 @pytest.mark.parametrize("line", ["a --negative_prompt=red, large", "--cfg 2 a", "a --strength=1, b",
                                   "a --stpes=3", "a --seed", "a --steps=0", "a --negative_prompt='red"])
 def test_a_setting_that_is_not_one_is_no_part_of_the_prompt(line):
-    assert repr(line) in one_line(sample.prompt_line, line, sample.Picture())
+    assert repr(line) in one_line(sample.prompt_line, line, sample.ImageSettings())
 
 
 def test_all_processes_get_the_prompts_of_standard_input(trained, tmp_path):
@@ -4663,7 +4664,7 @@ def test_latents_are_saved(trained, published, te_folder, tmp_path):
 
 
 def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
-    """Neither TIPO nor text encoder is in memory while pictures form, nor a checkpoint as the next loads."""
+    """Neither TIPO nor text encoder is in memory while images form, nor a checkpoint as the next loads."""
     alive, whole = [], sample.draw
     def watched(load):
         def loading(*how):
@@ -4704,7 +4705,7 @@ def test_the_camera_moves_the_positions(trained, tmp_path, monkeypatch):
     p = model.config.patch_size
     expected = (hdm.grid_positions(16 // p, 24 // p) + torch.tensor([-0.25, 0.5])) / 2
     torch.testing.assert_close(asked[0]["pos"], expected)
-    torch.testing.assert_close(asked[0]["aspect"], torch.full((2,), math.log(1.5)))   # of the whole picture
+    torch.testing.assert_close(asked[0]["aspect"], torch.full((2,), math.log(1.5)))   # of the whole image
 
 
 def test_long_prompts_and_odd_sizes_are_said(trained, tmp_path, capfd):
@@ -4719,7 +4720,7 @@ def test_long_prompts_and_odd_sizes_are_said(trained, tmp_path, capfd):
 
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory):
-    """A smooth picture of 32 x 24 pixels, lying on its side by EXIF, with a transparent corner."""
+    """A smooth image of 32 x 24 pixels, lying on its side by EXIF, with a transparent corner."""
     y, x = np.mgrid[:24, :32]
     channels = np.stack([8 * x, 10 * y, 255 - 4 * (x + y), 255 * (x + y > 3)], axis=-1)
     image = Image.fromarray(channels.astype(np.uint8))
@@ -4821,7 +4822,7 @@ def test_a_sheet_of_checkpoints_and_seeds(trained, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [("steps=1,2;steps=3", "'steps'"), ("seed=4,-1", "-1"),
-                                         ("num_images=1,2", "one picture"), ("steps=1;cfg=1;seed=1", "two")])
+                                         ("num_images=1,2", "one image"), ("steps=1;cfg=1;seed=1", "two")])
 def test_a_sheet_that_would_lie_about_its_cells_is_refused(text, words, trained, tmp_path):
     argv = [f"--ckpt={trained}", f"--out={tmp_path}", "--prompt=a", "--steps=1", f"--sheet={text}"]
     error = one_line(sample.main, argv)
@@ -4931,7 +4932,7 @@ def say(llama, monkeypatch):
     """say(prompt, ...) -> what TIPO makes of it; it may add 24 tokens, which is soon done."""
     monkeypatch.setattr(sample, "TIPO_TOKENS", 24)
     expand = sample.load_tipo(str(llama))
-    def say(prompt, slots={}, seed=0, negative=""):
+    def say(prompt, slots=MappingProxyType({}), seed=0, negative=""):
         return expand(sample.Job(prompt=prompt, seed=seed, negative_prompt=negative), slots)
     return say
 
@@ -5114,7 +5115,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
 
 
 def test_tipo_on_the_page(llama, published, te_folder, tmp_path, monkeypatch):
-    """It adds what --tipo adds, and is loaded once, when first switched on; a picture taken has its words."""
+    """It adds what --tipo adds, and is loaded once, when first switched on; an image taken has its words."""
     monkeypatch.setattr(sample, "TIPO_TOKENS", 24)
     load, loaded = sample.load_tipo, []
     monkeypatch.setattr(sample, "load_tipo", lambda name: loaded.append(name) or load(name))
@@ -5178,7 +5179,7 @@ def test_bad_input_and_stop_leave_the_page_alive(published, te_folder, tmp_path,
         time.sleep(0.3)
         assert not list(tmp_path.glob("0*.png"))             # nothing yet: one drawing at a time
         client.predict(api_name="/stop")
-        assert stopped.result(10).startswith("0 of 1 pictures")
+        assert stopped.result(10).startswith("0 of 1 images")
         waiting.result(10)
         path, = tmp_path.glob("00000-*.png")
         assert on_page(client, PAGE_VALUES | dict(seed=-1))
@@ -5318,7 +5319,8 @@ def test_of_an_average_and_its_model_one_is_read_and_the_other_named(live, avera
     torch.save(named("a.", BARE) | named("b.", BARE), tmp_path / "a.ckpt")
     assert "several models (a.*, b.*)" in one_line(sample.load_model, tmp_path / "a.ckpt")
     torch.save(dict(model=BARE, ema=DOUBLED, optimizer=dict(state={}), step=3), tmp_path / "a.ckpt")
-    assert torch.equal(sample.load_model(tmp_path / "a.ckpt")[0].ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
+    model, _, _ = sample.load_model(tmp_path / "a.ckpt")
+    assert torch.equal(model.ctx_proj.bias, DOUBLED["ctx_proj.bias"].float())
 
 
 @pytest.mark.parametrize("name", [
@@ -6167,8 +6169,8 @@ def test_costs_of_an_image_are_those_of_a_step(dtype, monkeypatch):
     costs = train.image_costs(config, 16, 24, 0.5, dtype=dtype)
     model = hdm.XUT(config)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        one, nine = (train.saved_bytes(lambda: hdm.flow_loss(model, **hdm.blank_inputs(config, n, 16, 24, 0.5)))
-                     for n in (1, 9))
+        one, nine = (train.saved_bytes(lambda: hdm.flow_loss(model, **inputs)) for inputs in (
+            hdm.blank_inputs(config, n, 16, 24, 0.5) for n in (1, 9)))
     assert costs["bytes"] == pytest.approx((nine - one) / 8, rel=0.01)
     assert costs["shared"] + 9 * costs["bytes"] == pytest.approx(nine, rel=0.01)
     assert costs["step"] > 2.9 * costs["xut"] and costs["vae"] == costs["text"] == 0
@@ -6183,7 +6185,7 @@ def two_threads():
 
 @slow
 def test_a_step_takes_little_more_than_its_matrix_products(fresh_compiler, two_threads, monkeypatch):
-    """README's measure: a whole training step, optimiser included, eager and compiled, against forward and
+    """README's measure: a whole training step, optimizer included, eager and compiled, against forward and
     backward of its linears and of attention as plain products, by turns; prints the medians of nine."""
     train.keep_freed_memory()
     torch.manual_seed(0)
@@ -6431,7 +6433,7 @@ def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
 
 
 def share_right(verdicts, combinations):
-    """(4,) share of pictures with the size, colour, shape, background that was asked for."""
+    """(4,) share of images with the size, colour, shape, background that was asked for."""
     return np.mean(np.array(verdicts) == np.array(combinations), axis=0)
 
 
@@ -6509,7 +6511,7 @@ def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path
     captions = [data.decode().strip() for name, data in long.items()
                 if name.startswith("demo/") and name.endswith(".txt")]
     assert len(captions) == 400 and len(set(captions)) == 352 and not set(captions) & set(unseen)
-    for i in range(0, 400, 10):  # a picture shows what its caption says
+    for i in range(0, 400, 10):  # an image shows what its caption says
         image = np.asarray(Image.open(tmp_path / "b" / "demo" / f"{i:05d}.png"))
         if image.shape == (32, 32, 3):  # the judge's templates for other canvases take seconds to draw
             shown = prepare.CAPTION.format(*sample.judge(image))
@@ -6632,7 +6634,7 @@ def test_judge_scores_what_was_drawn(monkeypatch, capsys):
 
 
 def test_the_demos_commands_follow_each_other(tmp_path, monkeypatch, capsys):
-    """README's first chain, with 40 pictures and three steps: paths, sizes and defaults fit together."""
+    """README's first chain, with 40 images and three steps: paths, sizes and defaults fit together."""
     monkeypatch.chdir(tmp_path)
     prepare.main(["demo", "--count=40"])
     train.main([str(HERE / "configs" / "demo.py"), "--images=96", "--warmup=1", "--sample_steps=2",

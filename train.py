@@ -81,9 +81,9 @@ class Data:
     text_encoder: str = hdm.TEXT_ENCODER  # folder or hub id of a causal LM
     validation: hdm.Share | None = None  # share of images held out, by a hash of the name; at most 512 are
                                        # used; None: 0.02, of few images what holds out one
-    new_data: bool = False             # with --resume: other pictures than before, from a fresh epoch on
-    latents: bool = False              # read prepare.py's cache of VAE latents in place of the pictures
-    max_unreadable: hdm.Share = 0.05   # share of the pictures; when more of them cannot be read, the run ends
+    new_data: bool = False             # with --resume: other images than before, from a fresh epoch on
+    latents: bool = False              # read prepare.py's cache of VAE latents in place of the images
+    max_unreadable: hdm.Share = 0.05   # share of the images; when more of them cannot be read, the run ends
 
 
 @dataclasses.dataclass
@@ -223,10 +223,10 @@ def load_state(s, identity, epochs, ranks):
         raise hdm.UserError(f"--optimizer={s.optimizer}: the state in {s.resume} is of {old['optimizer']}; "
                             f"name that one, or begin a new run with --init_from={s.resume}")
     if state["identity"] != identity:
-        what = (f"--data={s.data}: other images or weights ({epochs.pictures:,}) than {s.resume} saw "
+        what = (f"--data={s.data}: other images or weights ({epochs.images:,}) than {s.resume} saw "
                 f"({state['pictures']:,})")
         same_place = (old["data"], old["validation"]) == (s.data, s.validation)
-        if same_place and epochs.pictures <= state["pictures"] and not s.new_data:
+        if same_place and epochs.images <= state["pictures"] and not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
         state["position"] = epochs.start(state["next_epoch"])
@@ -307,7 +307,7 @@ def read_prompts(file):
         lines = [line.strip() for line in hdm.read_text(file).split("\n")]
         prompts = [line for line in lines if line and not line.startswith("#")]
         for line in prompts:
-            if sample.prompt_line(line, sample.Picture()).prompt != line:
+            if sample.prompt_line(line, sample.ImageSettings()).prompt != line:
                 raise hdm.UserError(f"--preview_prompts={file}: {line!r}: a line holds no settings here, "
                                     f"all have --sample_steps and --sample_cfg")
     if not prompts:
@@ -523,7 +523,7 @@ def print_plan(run):
     kept = s.keep_ckpts + 1 if s.keep_ckpts else run.total // (s.save_every or run.total)
     kept += s.images // (s.milestone_every or s.images + 1)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    print(f"{parameters:,} parameters, {run.ranks} x {run.device}, {run.dtype}; {run.epochs.pictures:,} "
+    print(f"{parameters:,} parameters, {run.ranks} x {run.device}, {run.dtype}; {run.epochs.images:,} "
           f"images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
           f"{s.images:,} images seen, {s.images / run.epochs.length:.2f} epochs; steps {run.start:,} to "
           f"{run.last:,} of {run.total:,}, {run.warmup / s.global_batch:,.0f} of warm-up; a step: "
@@ -669,7 +669,7 @@ def log(run, val_loss):
     count, split = sum(counts), run.watch.read()
     seconds = sum(split.values())
     waited = split["data"] / seconds if step - run.start > s.log_every else 0.0       # but at the start
-    unreadable = report_problems(s, run.problems, run.reported, run.epochs.pictures, waited)
+    unreadable = report_problems(s, run.problems, run.reported, run.epochs.images, waited)
     run.problems.clear()
     norm = run.norm.item() if run.norm is not None and run.norm.isfinite() else None
     record = dict(
@@ -701,7 +701,7 @@ def save(run):
     s = run.s
     state = run.optimizer.state_dict() | dict(
         step=run.step, images=run.seen, position=run.position, next_epoch=run.epochs.next_epoch(run.position),
-        pictures=run.epochs.pictures, identity=run.identity, window=run.window,
+        pictures=run.epochs.images, identity=run.identity, window=run.window,
         seconds=dict(run.watch.read()), warmup_images=run.warmup, wandb=run.wandb,
         settings=vars(s) | dict(ranks=run.ranks))
     milestone = s.milestone_every and run.seen % s.milestone_every < s.save_every * s.global_batch
@@ -950,7 +950,7 @@ def plan(s, given):
 
 
 def make_up(s, folder):
-    """Pictures and captions, random encoders of the published shapes for those not at hand, and, for a run on
+    """Images and captions, random encoders of the published shapes for those not at hand, and, for a run on
     latents, a cache of zeros -> the settings that name them."""
     rng, words = np.random.default_rng(0), "red large open small happy old round quiet long bright".split()
     made = dict(data=str(folder / "data"))

@@ -28,7 +28,7 @@ t_shift = 4.0
 ema = 0.999
 sample_cfg_low = 0.3            # guidance below it would roughen edges
 
-compile = False
+compile = False                # noqa: A001
 workers = 0
 log_every = 100
 eval_every = 1000
