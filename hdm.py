@@ -746,8 +746,10 @@ class AdamW:
         # torch's GradScaler has a private contract with its fused optimizers: an attribute found_inf, a float
         # tensor on the device, makes them skip the step. The scaler sets it in float16 alone; here it is set
         # in every type, so that no host waits to know. Not tried on MPS, where the host asks.
-        self.inner.found_inf = 1 - finite.float()
-        if self.skips_steps and self.kind != "mps" or finite:
+        if self.skips_steps and self.kind != "mps":
+            self.inner.found_inf = 1 - finite.float()
+            self.scaler.step(self.inner)
+        elif finite:
             self.scaler.step(self.inner)
         self.scaler.update()
         self.inner.zero_grad(set_to_none=True)

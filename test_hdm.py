@@ -1516,6 +1516,27 @@ def test_a_resumed_run_takes_betas_and_decay_from_the_command(trained, place, tm
     assert {(tuple(group["betas"]), group["weight_decay"]) for group in groups} == {((0.9, 0.5), 0.3)}
 
 
+def test_another_optimizer_is_one_class(trained, place, tmp_path):
+    """It resumes bitwise, its state has its own size, and the state of another one is refused by name."""
+    class Momentum(hdm.AdamW):
+        state_bytes, skips_steps = 4, False
+        def make(self, groups):
+            return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    run, settings = tmp_path / "run", dict(optimizer="momentum", save_every=2)
+    train_tiny(place, run, **settings, max_steps=4)
+    train_tiny(place, tmp_path / "again", **settings, resume=run / "ckpt_00000002", max_steps=4)
+    assert same(*(checkpoint(folder / "ckpt_00000004") for folder in (run, tmp_path / "again")))
+    message = one_line(lambda: train_tiny(place, tmp_path / "other", optimizer="momentum", resume=trained))
+    assert "adamw" in message and "--optimizer=momentum" in message and "--init_from=" in message
+    sizes = {}
+    for kind in (hdm.AdamW, Momentum):
+        s = train.Settings(beta1=0.5, ema=0.9)
+        sizes[kind] = kind(tiny_xut(), s, "cpu", torch.float32).checkpoint_gb()
+    parameters = sum(value.numel() for value in tiny_xut().parameters())
+    assert sizes[hdm.AdamW] - sizes[Momentum] == pytest.approx(4e-9 * parameters)
+    assert "adamw" in one_line(lambda: train_tiny(place, tmp_path / "none", optimizer="adamwx"))
+
+
 def test_a_run_begun_anew_begins_its_log_anew(place, tmp_path):
     """In the folder of one that died before its first checkpoint."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
