@@ -643,9 +643,9 @@ def padded_lengths(s):
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
 
 
-def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
+def loss_inputs(batch, vae, te, s, device, mark=lambda name: None):
     """A batch of training examples -> the arguments of flow_loss, through the frozen encoders. The host waits
-    for nothing. lap: called with the name of what has just been done."""
+    for nothing. mark: called with the name of what has just been done."""
     batch = {name: to_device(value, device) if isinstance(value, torch.Tensor) else value
              for name, value in batch.items()}
     if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
@@ -657,7 +657,7 @@ def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
             chunk = s.vae_chunk or len(x0)
             pairs = zip(x0.split(chunk), batch["vae_noise"].split(chunk))
             x0 = torch.cat([vae.encode(images, sample=True, noise=noise) for images, noise in pairs])
-    lap("vae")
+    mark("vae")
     ids = te.tokenize(batch["caption"], s.text_length)
     # Each caption keeps the pads up to its own length and no more, whatever stands beside it in the batch.
     lengths = padded_lengths(s)
@@ -665,7 +665,7 @@ def loss_inputs(batch, vae, te, s, device, lap=lambda name: None):
     ctx, mask = te.encode(ids, max(own))                     # (B, T, ctx_dim), (B, T)
     if not s.mask_padding:
         mask = torch.arange(max(own)) < torch.tensor(own)[:, None] if min(own) < max(own) else None
-    lap("text")
+    mark("text")
     inputs = {name: batch[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in batch}
     return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if mask is None else to_device(mask, device))
 
@@ -1368,7 +1368,7 @@ def fetch(name, filename, what):
             raise UserError(f"{what} {name}: no {filename} there")
         return Path(name) / filename
     import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()            # it would tell every one of its tries
+    huggingface_hub.logging.set_verbosity_error()            # it would report each of its tries
     with naming(name, f"no such {what} here, and as a hub id its {filename} is neither cached nor to be had"):
         return Path(huggingface_hub.hf_hub_download(name, filename))
 
@@ -2008,7 +2008,7 @@ def run(main):
         if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
             error = missing_module(error)
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # Of several processes the first to fail tells its error: the others then fail because it is gone.
+        # Of several ranks the first to fail prints its error: the others then fail because it is gone.
         key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         if not together or torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1:
             line = str(error).rpartition("UserError: ")[2].strip()                    # of a loader process

@@ -931,7 +931,7 @@ def half_moments(vae, pixels, channels):
 
 
 def encode_latents(s, vae, device, rank, ranks):
-    """Writes the shards that are not there, dealt over the processes."""
+    """Writes the shards that are not there; the ranks take them in turns."""
     index = Index.open(s.out)
     folder = latents_folder(s.out, index, vae, s.image_size) + "_mean" * s.mean_only
     hdm.make_folder(folder, "--out")
@@ -1080,7 +1080,7 @@ def prepare(s, *paths):
         tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
         return dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
     rank, ranks = hdm.start_ranks()
-    if s.latents:                                # first: a mistake is told before an hour's work
+    if s.latents:                                # first: a mistake is an error before an hour's work
         device = hdm.pick_device(s.device)
         vae = hdm.load_vae(s.vae, device, hdm.pick_dtype(s.dtype, device))
         if s.image_size % vae.factor:

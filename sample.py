@@ -680,7 +680,7 @@ def copy_text_encoder(settings, folder):
     return type(te.model).__name__
 
 
-def tell_readers(path, config, vae, settings):
+def report_readers(path, config, vae, settings):
     """Prints which programs read an export, and what of it they do not see."""
     encoder = Path(settings["text_encoder"]).name
     other = {"a folder": path.is_dir(), f"the text encoder ({encoder})": encoder != "Qwen3-0.6B",
@@ -742,7 +742,7 @@ def export(path, model, vae, settings, force=False):
         os.rename(whole, path)
     print(f"{path}: written, in float16" + ", for sample.py alone" * bool(odd))
     if not odd:
-        tell_readers(path, config, vae, settings)
+        report_readers(path, config, vae, settings)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -970,14 +970,14 @@ def page(model, vae, get_te, settings, s, p, common):
     asked, stopping = threading.Event(), threading.Event()
 
     @contextlib.contextmanager
-    def told():                                              # a UserError's line, where gradio shows errors
+    def show_errors():                                       # of a UserError: its line
         try:
             yield
         except hdm.UserError as error:
             line = re.sub(re.escape(f"--from_image={uploads.name}") + r"[\\/].*[\\/]", "", str(error))
             raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
 
-    @told()
+    @show_errors()
     def draw_all(progress=gr.Progress(), *values):
         nonlocal latest
         stopping.clear()
@@ -1002,14 +1002,14 @@ def page(model, vae, get_te, settings, s, p, common):
                 latest = latest[0] + 1, path
         return f"{len(drawn) - before} of {len(jobs)} images, in {s.out}"
 
-    def news(seen):                                          # to a page that has seen so many
+    def update(seen):                                          # to a page that has seen so many
         asked.set()
         count, image = latest
         if seen == count:
             return gr.skip()
         return image, list(drawn) if isinstance(image, Path) else gr.skip(), count
 
-    @told()
+    @show_errors()
     def take_settings(file):
         kept, digest = read_settings(file)
         stays = common | dict(init_image=p.init_image, mask=p.mask)
@@ -1037,7 +1037,7 @@ def page(model, vae, get_te, settings, s, p, common):
         inputs, quiet = list(controls.values()), dict(show_progress="hidden")
         gr.on([draw_button.click, controls["prompt"].submit], draw_all, inputs, state, api_name="draw")
         seen = gr.State(0)
-        gr.Timer(0.5).tick(news, seen, [image, gallery, seen], api_name="news", **quiet)
+        gr.Timer(0.5).tick(update, seen, [image, gallery, seen], api_name="update", **quiet)
         stop_button.click(stopping.set, queue=False, api_name="stop")
         upload.upload(take_settings, upload, inputs, api_name="settings", **quiet)
         step = model.config.patch_size * (1 if vae is None else vae.factor)

@@ -5071,7 +5071,7 @@ def on_page(client, values):
         ended = job.done()                                   # and once more after the end
         if bar := job.status().progress_data:
             share = bar[0].progress
-        image, gallery = client.predict(api_name="/news")
+        image, gallery = client.predict(api_name="/update")
         if "path" in image:                                  # else nothing is new
             shown.append((share, image, gallery))
     assert job.result().startswith(str(values["num_images"]))
@@ -5734,7 +5734,7 @@ def test_an_export_says_who_reads_it(change, words, tmp_path, capsys):
     config = dataclasses.replace(hdm.XUTConfig(), **widths)
     path = tmp_path / "a"
     path.mkdir() if here["folder"] else path.touch()
-    sample.tell_readers(path, config, SimpleNamespace(mean=here["mean"], std=here["std"]), here)
+    sample.report_readers(path, config, SimpleNamespace(mean=here["mean"], std=here["std"]), here)
     said = capsys.readouterr().out
     assert all(word in said for word in words)
     assert ("not " in said) == bool(change) and ("not read" in said) == bool({*change} - {"t_shift"})
