@@ -3778,7 +3778,7 @@ def test_a_caption_that_is_gone_or_changed_costs_no_picture(place, vae_folder, t
         change()
         assert index.changed(0) and index.read(0).shape[0] == 3
     samples = stream(index)
-    assert samples[0]["trouble"][0] == "" and samples[0]["trouble"][1].startswith("a.tar/image")
+    assert samples[0]["trouble"][0] == "" and samples[0]["trouble"][1].startswith("a.tar/picture")
 
 
 def test_what_is_not_read_is_told_too(tmp_path):
