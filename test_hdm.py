@@ -118,6 +118,7 @@ def golden_model(case):
     return fill(hdm.XUT(config)), arguments
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("case", ["square", "wide", "tread", "camera", "mirror", "raw"])
 def test_xut_is_the_published_model(case):
     model, arguments = golden_model(case)
@@ -125,6 +126,7 @@ def test_xut_is_the_published_model(case):
         assert close(model(**arguments), GOLDEN[case + ".out"])
 
 
+@pytest.mark.published
 def test_loss_and_every_gradient_norm_are_the_published_ones():
     model, arguments = golden_model("train")
     x0 = arguments.pop("x")
@@ -137,6 +139,7 @@ def test_loss_and_every_gradient_norm_are_the_published_ones():
         assert norms[name].item() == pytest.approx(norm.item(), rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.published
 def test_time_embedding_and_rope_are_the_published_ones():
     model, _ = golden_model("square")
     with torch.no_grad():
@@ -149,6 +152,7 @@ def test_time_embedding_and_rope_are_the_published_ones():
         assert close(turned, halves(GOLDEN["parts.rope_out"]))
 
 
+@pytest.mark.published
 def test_positions_and_crops_are_the_published_ones():
     assert close(hdm.grid_positions(6, 10), GOLDEN["parts.pos_6x10"], 1e-6)
     assert close(hdm.grid_positions(8, 8), GOLDEN["parts.pos_8x8"], 1e-6)
@@ -156,6 +160,7 @@ def test_positions_and_crops_are_the_published_ones():
     assert close(hdm.crop_positions(20, 12, 3, 0, 12, 1), GOLDEN["parts.crop_h20_w12_at_y3"], 1e-6)
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_guided_euler_is_the_published_one(one_pass):
     model, _ = golden_model("euler")
@@ -164,6 +169,7 @@ def test_guided_euler_is_the_published_one(one_pass):
     assert close(x0, GOLDEN["euler.out"])
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("preset, count", [
     ("small", 237_290_128), ("base", 343_176_208), ("large", 555_628_816)])
 def test_presets_have_the_published_names_shapes_and_size(preset, count):
@@ -174,6 +180,7 @@ def test_presets_have_the_published_names_shapes_and_size(preset, count):
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("case", ["tiny", "mid128"])
 def test_vae_is_the_published_architecture(case):
     meta = GOLDEN["meta"]["vae." + case]
@@ -185,6 +192,7 @@ def test_vae_is_the_published_architecture(case):
     assert close(vae.decode(GOLDEN[f"vae.{case}.z"]), GOLDEN[f"vae.{case}.image"])
 
 
+@pytest.mark.published
 def test_full_vae_has_the_published_names_shapes_and_size():
     with torch.device("meta"):
         vae = hdm.VAE()
