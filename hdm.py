@@ -5,7 +5,8 @@
 
 train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
 in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
-matching; samplers; VAE; text encoder and captions; weights in and out; what it costs; plumbing.
+matching; the training example, and the way to its loss; the optimizer step; samplers; VAE; text encoder and
+captions; weights in and out; plumbing.
 
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
@@ -787,7 +788,9 @@ def optimizers():
 
 def sampling_times(steps, shift=1.0):
     """(steps + 1,) float32 times from 1 to 0; with shift 1 in equal steps."""
-    return shift_time(torch.linspace(1, 0, steps + 1), shift)
+    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
+    times[0] = 1                                             # rounded it can be above: no guidance there
+    return times
 
 
 def euler(v, x, times):
@@ -1773,10 +1776,11 @@ def setting_value(where, value, kind):
 def check_bounds(settings):
     """Refuses a value of a dataclass of settings that is beyond the bounds of its type."""
     for name, kind in typing.get_type_hints(type(settings), include_extras=True).items():
-        value = getattr(settings, name)
-        if value is None or not hasattr(kind, "__metadata__"):
+        value, options = getattr(settings, name), (kind, *typing.get_args(kind))      # Share | None has two
+        bounded = [option for option in options if hasattr(option, "__metadata__")]
+        if value is None or not bounded:
             continue
-        least, most = kind.__metadata__
+        least, most = bounded[0].__metadata__
         if not least <= value <= most:
             low = "above 0" if 0 < least < 1 else f"{least} or more"
             high = {math.inf: "", math.nextafter(1, 0): ", below 1"}.get(most, f", at most {most}")

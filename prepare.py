@@ -7,8 +7,8 @@
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
     python prepare.py judge --ckpt=out/demo                  # how many unseen captions are drawn right
 
-In order: the settings; what the demo shows; its data set; the text encoder; captioned images as they lie on
-people's disks; the index; the cache of latents; the judge; commands.
+In order: the settings; captioned images as they lie on people's disks; the index; the order of training; the
+cache of latents; training examples; commands. Then extras: a dry run, a text encoder for captions, the demo.
 """
 import bisect
 import contextlib
@@ -170,8 +170,8 @@ def measure_image(stream, length, verify=False):
     """-> upright width and height of an image file of this length, from its header, or, verify, decoded; and
     Record's colours.
 
-    UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG, GIF and WebP have an
-    end, BMP and AVIF do not), does not decode.
+    UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG and GIF have an end,
+    a cut WebP has no readable header, BMP and AVIF do not tell), does not decode.
     """
     ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
     trouble, turned = "no readable header" if length else "zero bytes", False
@@ -547,9 +547,13 @@ class Group:
             if suffix in TEXTS and (stem in self.stems or stem in self.images):
                 kind = "extra caption file"
             elif kind is None:
-                with open_at(span[0], span[1], min(span[2], 16)) as stream:
-                    is_image = re.match(IMAGE_HEAD, stream.read(16))
-                kind = "image without a known suffix" if is_image else "not an image"
+                kind = "not an image"
+                try:
+                    with open_at(span[0], span[1], min(span[2], 16)) as stream:
+                        if re.match(IMAGE_HEAD, stream.read(16)):
+                            kind = "image without a known suffix"
+                except OSError:
+                    kind = "unreadable"
             yield kind, path
 
 
@@ -752,7 +756,7 @@ def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
     options = [s.caption, s.name_column, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
-    same = old and old.about["options"] == options
+    same = old and (old.about["format"], old.about["options"]) == (5, options)
     stamps, numbers = np.unique(old.records["stamp"] if same else np.zeros(0, "<u8"), return_index=True)
     def known(stamp):
         i = np.searchsorted(stamps, np.uint64(stamp))
@@ -1180,7 +1184,7 @@ def draw_example(tile, example, image):
 
 
 # ---- a text encoder for any captions -----------------------------------------------------------------------
-def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
+def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, **shape):
     """Saves to the folder `out` a byte-level BPE tokenizer trained on `captions` and a tiny random Qwen3, as
     AutoTokenizer and AutoModel load them: the path of a real encoder without its download or its knowledge (a
     word that stands in no caption means nothing). shape: other settings of its Qwen3Config."""
@@ -1192,7 +1196,7 @@ def make_text_encoder(captions, out, vocab_size=4096, dim=128, seed=0, **shape):
     tokenizer.decoder = decoders.ByteLevel()
     # All 256 bytes are tokens, so that any text can be encoded, emoji too, whatever the captions held.
     tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>"], show_progress=False,
+        vocab_size=most_tokens, special_tokens=["<pad>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right",
                             clean_up_tokenization_spaces=False).save_pretrained(out)

@@ -9,8 +9,8 @@
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In this file, in order: the settings; prompts; the text in an image's file; drawing; the page; the weights
-for other programs; commands.
+In order: the settings; prompts; the text in an image's file; drawing; the weights of other programs, in and
+out; commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge.
 """
 import contextlib
 import hashlib

@@ -2279,6 +2279,16 @@ def test_milestones_and_the_newest_checkpoints_stay(place, tmp_path):
     train_tiny(place, tmp_path, save_every=1, keep_ckpts=1, milestone_every=20)
     steps = [int(path.name[5:]) for path in hdm.list_checkpoints(tmp_path)]
     assert steps == [3, 5, 6]                                # of 24 and 40 images, and the last
+    train_tiny(place, tmp_path / "b", save_every=1, keep_ckpts=1, milestone_every=20, max_steps=4)
+    train_tiny(place, tmp_path / "b", save_every=1, keep_ckpts=1, milestone_every=20, resume=True)
+    steps = [int(path.name[5:]) for path in hdm.list_checkpoints(tmp_path / "b")]
+    assert steps == [3, 5, 6]                                # 4, where it stopped, is none
+
+
+def test_times_begin_at_one_and_fall_to_zero_at_any_shift():
+    for shift in [*range(1, 1000), 0.33, 1.57, 1.82]:
+        times = hdm.sampling_times(7, shift / 100 if shift >= 1 and shift == int(shift) else shift)
+        assert times[0] == 1 and times[-1] == 0 and (times[1:] < times[:-1]).all()
 
 
 def test_a_full_disk_stops_the_save_and_not_the_run(place, tmp_path):

@@ -103,8 +103,8 @@ class Optim:
     weight_decay: hdm.NotNegative = 0.02  # AdamW's, times the tensor's own lr
     clip: hdm.NotNegative = 3.0        # largest global gradient norm; 0: any
     ema: hdm.Share = 0.9999            # decay of the averaged weights, a step; 0: no average
-    sample_steps: Annotated[int, 1, 1000] = 24# Euler steps of previews, and sample.py's default
-    sample_cfg: Annotated[float, 0, 100] = 3.0# guidance, likewise
+    sample_steps: Annotated[int, 1, 1000] = 24  # Euler steps of previews, and sample.py's default
+    sample_cfg: Annotated[float, 0, 100] = 3.0  # guidance, likewise
     sample_cfg_low: hdm.Share = 0.0    # ... at times t from here on alone: below, it sharpens mistakes
 
 
@@ -607,6 +607,7 @@ def open_run(s, given, rank, ranks):
     run.watch = Stopwatch(run.kind, state.get("seconds", ()))
     run.lr, run.norm, run.text_tokens = hdm.lr_at(run.seen, s, run.warmup, run.end), None, 0.0
     run.began, run.problems, run.reported = time.monotonic(), [], {}
+    run.saved = run.seen                                     # images seen by the last checkpoint
     return run
 
 
@@ -704,10 +705,13 @@ def save(run):
         pictures=run.epochs.images, identity=run.identity, window=run.window,
         seconds=dict(run.watch.read()), warmup_images=run.warmup, wandb=run.wandb,
         settings=vars(s) | dict(ranks=run.ranks))
-    milestone = s.milestone_every and run.seen % s.milestone_every < s.save_every * s.global_batch
-    return save_checkpoint(run.out_dir, run.header | dict(step=run.step, images=run.seen), run.model,
-                           run.optimizer.average, state, s.keep_ckpts, milestone,
-                           run.optimizer.checkpoint_gb())
+    every = s.milestone_every
+    milestone = every > 0 and run.seen // every > run.saved // every                  # the first one after it
+    header = run.header | dict(step=run.step, images=run.seen)
+    done = save_checkpoint(run.out_dir, header, run.model, run.optimizer.average, state, s.keep_ckpts,
+                           milestone, run.optimizer.checkpoint_gb())
+    run.saved = run.seen if done else run.saved
+    return done
 
 
 # step 0        evaluate, previews, log          | lr, micro-steps, clip, step, average
