@@ -948,7 +948,7 @@ def encode_latents(s, vae, device, rank, ranks):
             if index.changed(i):
                 raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
         except hdm.UserError as error:
-            return print(f"warning: {error}; no latents of it", flush=True)
+            return hdm.warn(f"{error}; no latents of it")
         height, width = (side // vae.factor * vae.factor for side in image.shape[1:])
         return i, image[:, :height, :width]
 

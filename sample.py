@@ -163,14 +163,19 @@ def fill_slots(template, slots):
     return text.rstrip(", ")
 
 
+def prompt_lines(text):
+    """The lines of a file of prompts, but empty ones and comments, which begin with #."""
+    lines = [line.strip() for line in text.removeprefix("\ufeff").split("\n")]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def read_jobs(s, p, load_tipo):
     """-> a Job for each image, in order, each with its own seed."""
     lines, slots = [Job(**vars(p), prompt=prompt) for prompt in s.prompt], {}
     if s.prompts:
         with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
             text = sys.stdin.read() if s.prompts == "-" else hdm.read_text(s.prompts)
-        lines += [prompt_line(line.strip(), p) for line in text.removeprefix("\ufeff").split("\n")
-                  if line.strip() and not line.lstrip().startswith("#")]
+        lines += [prompt_line(line, p) for line in prompt_lines(text)]
     if s.slots:
         with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
             given = s.slots.lstrip().startswith("{")

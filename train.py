@@ -304,8 +304,7 @@ def open_log(out_dir, s, config, start, run_id):
 def read_prompts(file):
     """The prompts of --preview_prompts, one a line."""
     with hdm.naming(f"--preview_prompts={file}", "no readable file of one prompt a line"):
-        lines = [line.strip() for line in hdm.read_text(file).split("\n")]
-        prompts = [line for line in lines if line and not line.startswith("#")]
+        prompts = sample.prompt_lines(hdm.read_text(file))
         for line in prompts:
             if sample.prompt_line(line, sample.ImageSettings()).prompt != line:
                 raise hdm.UserError(f"--preview_prompts={file}: {line!r}: a line holds no settings here, "
