@@ -62,12 +62,10 @@ from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch.utils.checkpoint import checkpoint
 
 
-def to_device(x, device):
-    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
-    return x.to(device, non_blocking="cuda" in str(device))
+# ---- Configuration ---------------------------------------------------------------------------------------
 
-
-# Types of settings with their bounds, both allowed; the least above 0 is normal: training flushes denormals.
+# Types of settings, each with its least and its largest value. The least above 0 is a normal number: training
+# flushes denormals.
 Whole = Annotated[int, 0, math.inf]
 Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, sys.float_info.min, math.inf]
@@ -80,22 +78,41 @@ class UserError(Exception):
     """A mistake that its user can mend: shown as one line `error: ...` with exit code 2, no traceback."""
 
 
-# ---- Configuration ---------------------------------------------------------------------------------------
+def check_bounds(settings, prefix="--"):
+    """Refuses a value of a dataclass of settings that is outside the bounds of its type."""
+    for name, kind in typing.get_type_hints(type(settings), include_extras=True).items():
+        if type(None) in typing.get_args(kind):              # Share | None: its first option has the bounds
+            kind = typing.get_args(kind)[0]
+        value = getattr(settings, name)
+        if value is None or not hasattr(kind, "__metadata__"):
+            continue
+        least, most = kind.__metadata__
+        if least <= value <= most:
+            continue
+        bounds = f"{least} or more"
+        if 0 < least < 1:
+            bounds = "above 0"
+        if most == math.nextafter(1, 0):
+            bounds += ", below 1"
+        elif most < math.inf:
+            bounds += f", at most {most}"
+        raise UserError(f"{prefix}{name}={value}: must be {bounds}")
+
 
 @dataclass(frozen=True)
 class XUTConfig:
-    dim: int = 1024            # D, the width of every token
-    ctx_dim: int = 1024        # width of the text encoder's states
-    heads: int = 16            # H; heads * head_dim = dim
-    head_dim: int = 64         # K, a multiple of 4: RoPE rotates K/2 pairs, half of them for each axis
-    mlp_dim: int = 3072        # inner width of the SwiGLU
-    depth: int = 4             # levels of the U
-    enc_blocks: int = 1        # blocks in each encoder level
-    dec_blocks: int = 3        # blocks in each decoder level; the first of them cross-attends
-    pre_blocks: int = 1        # blocks before the TREAD region: all tokens pass
-    post_blocks: int = 3       # blocks after it: all tokens pass
-    patch_size: int = 2        # p, latent cells on a token's side
-    in_channels: int = 4       # C, channels of the latent (3 for pixels)
+    dim: Count = 1024          # D, the width of every token
+    ctx_dim: Count = 1024      # width of the text encoder's states
+    heads: Count = 16          # H; heads * head_dim = dim
+    head_dim: Count = 64       # K, a multiple of 4: RoPE rotates K/2 pairs, half of them for each axis
+    mlp_dim: Count = 3072      # inner width of the SwiGLU
+    depth: Count = 4           # levels of the U
+    enc_blocks: Count = 1      # blocks in each encoder level
+    dec_blocks: Count = 3      # blocks in each decoder level; the first of them cross-attends
+    pre_blocks: Whole = 1      # blocks before the TREAD region: all tokens pass
+    post_blocks: Whole = 3     # blocks after it: all tokens pass
+    patch_size: Count = 2      # p, latent cells on a token's side
+    in_channels: Count = 4     # C, channels of the latent (3 for pixels)
     aspect_cond: bool = True   # feed ln(width / height); the published runs have it from the 768 stage on
     skips: str = "last"        # "last": every decoder level reads the deepest encoder level (the weights);
                                # "mirror": level i reads encoder level depth-1-i (paper's figure)
@@ -105,17 +122,13 @@ class XUTConfig:
                                # "unit_area": the two half-ranges multiply to 1 (paper's text)
 
     def __post_init__(self):
+        check_bounds(self, prefix="")
         if self.heads * self.head_dim != self.dim:
             raise UserError(f"dim={self.dim} is not heads={self.heads} times head_dim={self.head_dim}")
         if self.head_dim % 4:
             raise UserError(f"head_dim={self.head_dim}: a multiple of 4 (RoPE turns pairs, for two axes)")
-        for name in ("dim", "ctx_dim", "mlp_dim", "depth", "enc_blocks", "dec_blocks", "patch_size",
-                     "in_channels", "pre_blocks", "post_blocks"):
-            least = 0 if name in ("pre_blocks", "post_blocks") else 1
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: at least {least}")
-        for name, known in dict(skips=("last", "mirror"), residual=("normed", "raw"),
-                                pos=("long_side", "unit_area")).items():
+        choices = dict(skips=("last", "mirror"), residual=("normed", "raw"), pos=("long_side", "unit_area"))
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
 
@@ -166,7 +179,10 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         # In the published files, so in ours, but not read below: half precision rounds it, and 1000 t times
         # that error turns the angles by up to 0.24 rad.
-        self.register_buffer("freqs", time_frequencies(dim) if init else torch.empty(1, dim // 2))
+        freqs = torch.empty(1, dim // 2)
+        if init:
+            freqs = time_frequencies(dim)
+        self.register_buffer("freqs", freqs)
         self.proj = nn.Sequential(nn.Linear(dim, dim), nn.Mish())
 
     def forward(self, t):
@@ -211,7 +227,7 @@ def half_ranges(height, width, convention):
     return math.sqrt(height / width), math.sqrt(width / height)                       # "unit_area"
 
 
-def cell_centres(half, length, start, cells, patch=1):
+def cell_centers(half, length, start, cells, patch=1):
     """Positions on an axis of this length over [-half, half]: of cells of size patch, from start on."""
     return -half + (start + patch * (torch.arange(cells, dtype=torch.float64) + 0.5)) * 2 * half / length
 
@@ -228,15 +244,16 @@ def crop_positions(height, width, top, left, size, patch, convention="long_side"
     multiples of the patch: positions are continuous (HDM's shifted square crop).
     """
     half_y, half_x = half_ranges(height, width, convention)
-    y = cell_centres(half_y, height, top, size // patch, patch)
-    x = cell_centres(half_x, width, left, size // patch, patch)
+    y = cell_centers(half_y, height, top, size // patch, patch)
+    x = cell_centers(half_x, width, left, size // patch, patch)
     return torch.cartesian_prod(y, x).float()
 
 
 def grid_positions(rows, cols, convention="long_side"):
-    """(rows*cols, 2) float32, order (y, x), row by row: the cell centres of a whole image of rows x cols."""
+    """(rows*cols, 2) float32, order (y, x), row by row: the cell centers of a whole image of rows x cols."""
     half_y, half_x = half_ranges(rows, cols, convention)
-    y, x = cell_centres(half_y, rows, 0, rows), cell_centres(half_x, cols, 0, cols)
+    y = cell_centers(half_y, rows, 0, rows)
+    x = cell_centers(half_x, cols, 0, cols)
     return torch.cartesian_prod(y, x).float()
 
 
@@ -282,10 +299,11 @@ class RoPE(nn.Module):
 
 
 class RotaryLinear(nn.Linear):
-    """A projection whose first `turned` outputs, q or k or both, come as Rotate wants them.
+    """A projection whose first `turned` outputs (q, k or both) are reordered in each head for Rotate.
 
-    The weights' pairs are neighbours, (2j, 2j + 1); here they leave each head as its halves. Scores stay what
-    they are, as q and k agree, and halves are turned in less than half the time of neighbours on a CPU.
+    The published weights rotate neighbors, outputs 2j and 2j + 1; Rotate takes j and j + K/2, which on a CPU
+    takes less than half the time. So 2j goes to j, and 2j + 1 to j + K/2. Scores do not change, as q and k
+    are reordered alike.
     """
 
     def __init__(self, dim, out, turned, head_dim):
@@ -367,12 +385,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.dim, config.mlp_dim)
         self.mlp_pre_norm = PreNorm(config.dim)
 
-    def sublayer(self, x, norm, mod, f):
+    def sublayer(self, x, norm, mod, f, *inputs):
         scale1, shift, gate1 = mod
         m = torch.addcmul(shift, norm(x), scale1)            # shift + norm(x) * (1 + scale)
         # "normed" looks like a bug (x itself is dropped, only m goes on), and the published weights need it
         # exactly so: change it and a downloaded model draws noise.
-        return torch.addcmul(m if self.residual == "normed" else x, gate1, f(m))
+        if self.residual == "normed":
+            x = m
+        return torch.addcmul(x, gate1, f(m, *inputs))
 
     def forward(self, x, pos, mods, mask=None, skip=None):
         """x, skip (B, S, D); pos (B or 1, S, 2); mods: the AdaLNs' outputs; mask (B, 1, 1, S) or None."""
@@ -382,9 +402,9 @@ class Block(nn.Module):
 
     def compute(self, x, pos, mods, mask, skip):
         attn_mod, xattn_mod, mlp_mod = mods
-        x = self.sublayer(x, self.attn_pre_norm, attn_mod, lambda m: self.attn(m, pos, mask))
+        x = self.sublayer(x, self.attn_pre_norm, attn_mod, self.attn, pos, mask)
         if skip is not None:
-            x = self.sublayer(x, self.xattn_pre_norm, xattn_mod, lambda m: self.xattn(m, skip, pos, mask))
+            x = self.sublayer(x, self.xattn_pre_norm, xattn_mod, self.xattn, skip, pos, mask)
         return self.sublayer(x, self.mlp_pre_norm, mlp_mod, self.mlp)
 
 
@@ -430,11 +450,14 @@ class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.skips = config.skips
-        def levels(blocks, cross):
-            return nn.ModuleList(nn.ModuleList(Block(config, cross and i == 0) for i in range(blocks))
-                                 for _ in range(config.depth))
-        self.enc_blocks = levels(config.enc_blocks, cross=False)
-        self.dec_blocks = levels(config.dec_blocks, cross=True)
+        self.enc_blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            self.enc_blocks.append(nn.ModuleList(Block(config) for _ in range(config.enc_blocks)))
+        self.dec_blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            level = nn.ModuleList([Block(config, cross=True)])
+            level.extend(Block(config) for _ in range(config.dec_blocks - 1))
+            self.dec_blocks.append(level)
 
     def forward(self, x, pos, mods, mask):
         outputs = []
@@ -442,12 +465,13 @@ class Backbone(nn.Module):
             for block in level:
                 x = block(x, pos, mods, mask)
             outputs.append(x)
-        for level in self.dec_blocks:
+        for first, *others in self.dec_blocks:
             # The paper's figure takes an output off the list ("mirror"). The published code never did, and
             # the published weights were trained that way.
             skip = outputs[-1] if self.skips == "last" else outputs.pop()
-            for i, block in enumerate(level):
-                x = block(x, pos, mods, mask, skip if i == 0 else None)
+            x = first(x, pos, mods, mask, skip)
+            for block in others:
+                x = block(x, pos, mods, mask)
         return x
 
 
@@ -598,39 +622,48 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     """One image's part of a batch, as a dict. All that is random in it is a function of `key` (a text), drawn
     on the CPU: the number of workers or GPUs changes nothing, and resuming needs no generator.
 
-    image: (3, height, width) uint8, the short side s.image_size long; or, latent, its moments from the VAE,
-    (C or 2 C, height, width). sides: width and height of the whole image in pixels, scaled like it.
-    caption: as draw_caption takes it. factor: pixels on the side of a latent cell; None: XUT reads pixels.
-    training False: a held-out image. Centre crop, all tags, no dropout, no TREAD, and a time that no setting
+    image: (3, height, width) uint8, the short side s.image_size pixels long; or, latent, its moments from the
+    VAE, (C or 2 C, height, width), the sides in latent cells. sides: the whole image's width and height in
+    pixels, scaled like it. caption: as draw_caption takes it. s: an Example. factor: pixels on the side of a
+    latent cell; None: there is no VAE.
+    training False: a held-out image. Center crop, all tags, no dropout, no TREAD, and a time that no setting
     moves (the published distribution), so that held-out losses of runs can be compared.
+
+    -> caption, a text; crop, its left, top and size in pixels or, latent, in cells; pixels (3, size, size)
+    or moments (C or 2 C, size, size); t () in [0, 1]; aspect () = ln(width / height); pos (N, 2) in the whole
+    image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,).
     """
     rng = random.Random(key)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    dropped = training and rng.random() < s.caption_dropout
-    text = "" if dropped else draw_caption(caption, rng if training else None, s)
+    if training and rng.random() < s.caption_dropout:
+        text = ""
+    else:
+        text = draw_caption(caption, rng if training else None, s)
 
-    # Shifted square crop: the cut starts at any pixel, or at any cell of a latent, along the long side.
-    cell = factor or 1                                       # pixels
+    # Shifted square crop: it starts at any pixel, or at any cell of a latent, along the long side.
+    cell = 1 if factor is None else factor                   # pixels
     cells = s.image_size // cell                             # h = w
-    size, patch = s.image_size, config.patch_size * cell     # of the crop and of a token, in pixels
-    if latent:                                               # ... in cells
+    if latent:                                               # sizes of the crop and of a token, in cells
         size, patch = cells, config.patch_size
+    else:                                                    # ... in pixels
+        size, patch = s.image_size, config.patch_size * cell
     height, width = image.shape[1:]
     if training:
         left, top = rng.randint(0, width - size), rng.randint(0, height - size)
     else:
         left, top = (width - size) // 2, (height - size) // 2
+    crop = image[:, top:top + size, left:left + size]
 
-    shape = config.in_channels, cells, cells                 # (C, h, w)
     if training:
         t = draw_time(1, s.t_shift, generator)[0]
     else:
         t = torch.sigmoid(torch.randn(1, generator=generator))[0]
+    shape = config.in_channels, cells, cells                 # (C, h, w)
     example = dict(caption=text, crop=(left, top, size), t=t,
                    aspect=torch.tensor(math.log(sides[0] / sides[1])),
                    pos=crop_positions(height, width, top, left, size, patch, config.pos),     # (N, 2)
                    noise=torch.randn(shape, generator=generator))
-    example["moments" if latent else "pixels"] = image[:, top:top + size, left:left + size]
+    example["moments" if latent else "pixels"] = crop
     if factor is not None:                                   # for a draw from the VAE's posterior
         example["vae_noise"] = torch.randn(shape, generator=generator)
     if training and s.tread_rate > 0:
@@ -644,42 +677,77 @@ def padded_lengths(s):
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
 
 
-def loss_inputs(batch, vae, te, s, device, mark=lambda name: None):
-    """A batch of training examples -> the arguments of flow_loss, through the frozen encoders. The host waits
-    for nothing. mark: called with the name of what has just been done."""
-    batch = {name: to_device(value, device) if isinstance(value, torch.Tensor) else value
-             for name, value in batch.items()}
+def clean_latents(batch, vae, chunk):
+    """-> x0 (B, C, h, w): pixels; or, with a VAE, draws from its posterior, whose moments are in the batch or
+    encoded here, `chunk` images at a time (0: all)."""
     if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
-        moments = batch["moments"].float().split(vae.latent_channels, dim=1)
-        x0 = vae.latents(moments[0], moments[-1], batch["vae_noise"] if len(moments) > 1 else None)
-    else:
-        x0 = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
-        if vae is not None:
-            chunk = s.vae_chunk or len(x0)
-            pairs = zip(x0.split(chunk), batch["vae_noise"].split(chunk))
-            x0 = torch.cat([vae.encode(images, sample=True, noise=noise) for images, noise in pairs])
-    mark("vae")
-    ids = te.tokenize(batch["caption"], s.text_length)
-    # Each caption keeps the pads up to its own length and no more, whatever stands beside it in the batch.
+        mean, *logvar = batch["moments"].float().split(vae.latent_channels, dim=1)
+        if not logvar:
+            return vae.latents(mean)
+        return vae.latents(mean, logvar[0], batch["vae_noise"])
+    images = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
+    if vae is None:
+        return images
+    if chunk == 0:
+        chunk = len(images)
+    latents = []
+    for part, noise in zip(images.split(chunk), batch["vae_noise"].split(chunk)):
+        latents.append(vae.encode(part, sample=True, noise=noise))
+    return torch.cat(latents)
+
+
+def text_states(captions, te, s):
+    """-> ctx (B, T, ctx_dim), and ctx_mask (B, T) bool of the tokens that XUT may see, or None: all of them.
+
+    Each caption has a length of its own, the least of padded_lengths(s) that holds it. Pads up to there are
+    ordinary tokens, as published, or with mask_padding masked. T is the largest of these lengths in the
+    batch. The pads that shorter captions get beyond their own length are always masked, so that it makes no
+    difference to a caption which others are in its batch.
+    """
     lengths = padded_lengths(s)
-    own = [lengths[bisect.bisect_left(lengths, len(row))] for row in ids]
-    ctx, mask = te.encode(ids, max(own))                     # (B, T, ctx_dim), (B, T)
-    if not s.mask_padding:
-        mask = torch.arange(max(own)) < torch.tensor(own)[:, None] if min(own) < max(own) else None
-    mark("text")
-    inputs = {name: batch[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in batch}
-    return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if mask is None else to_device(mask, device))
+    ids = te.tokenize(captions, s.text_length)
+    own = []
+    for row in ids:
+        own.append(lengths[bisect.bisect_left(lengths, len(row))])
+    T = max(own)
+    ctx, is_token = te.encode(ids, T)
+    if s.mask_padding:
+        return ctx, is_token
+    if min(own) == T:
+        return ctx, None
+    return ctx, torch.arange(T) < torch.tensor(own)[:, None]
+
+
+def loss_inputs(batch, vae, te, s, device, mark=None):
+    """A batch of training examples -> the arguments of flow_loss, through the frozen encoders. The host waits
+    for nothing. mark: called with the name of each part when it is done, "vae" and "text"."""
+    tensors = {name: to_device(value, device) for name, value in batch.items() if torch.is_tensor(value)}
+    inputs = {name: tensors[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in tensors}
+    inputs["x0"] = clean_latents(tensors, vae, s.vae_chunk)
+    if mark is not None:
+        mark("vae")
+    inputs["ctx"], mask = text_states(batch["caption"], te, s)
+    if mask is not None:
+        mask = to_device(mask, device)
+    inputs["ctx_mask"] = mask
+    if mark is not None:
+        mark("text")
+    return inputs
 
 
 def blank_inputs(config, batch, side, T, tread_rate=0.0, masked=False, device="cpu"):
     """flow_loss's arguments of training, all zero: for latents of side x side cells and T text tokens."""
     N = (side // config.patch_size) ** 2
-    sizes = dict(x0=(config.in_channels, side, side), noise=(config.in_channels, side, side), pos=(N, 2),
-                 ctx=(T, config.ctx_dim), t=(), aspect=())
-    inputs = {name: torch.zeros(batch, *size, device=device) for name, size in sizes.items()}
-    keep = torch.zeros(batch, N - math.floor(N * tread_rate), dtype=torch.int64, device=device)
-    mask = torch.ones(batch, T, dtype=torch.bool, device=device)
-    return dict(inputs, keep=keep if tread_rate else None, ctx_mask=mask if masked else None)
+    shape = batch, config.in_channels, side, side
+    keep = mask = None
+    with torch.device(device):
+        if tread_rate > 0:
+            keep = torch.zeros(batch, N - math.floor(N * tread_rate), dtype=torch.int64)
+        if masked:
+            mask = torch.ones(batch, T, dtype=torch.bool)
+        return dict(x0=torch.zeros(shape), noise=torch.zeros(shape), t=torch.zeros(batch),
+                    ctx=torch.zeros(batch, T, config.ctx_dim), ctx_mask=mask,
+                    aspect=torch.zeros(batch), pos=torch.zeros(batch, N, 2), keep=keep)
 
 
 # ---- The optimizer step ----------------------------------------------------------------------------------
@@ -699,39 +767,43 @@ def lr_at(seen, s, warmup, end):
 def parameter_groups(model):
     """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in.
 
-    One AdamW group for each distinct fan-in (seven for the base model), not for each tensor.
+    One group of the optimizer for each distinct fan-in (seven for the base model), not for each tensor.
     Two consequences of the published rule that look like mistakes, and are kept: the aspect input's first
     weight has fan-in 1, so it takes the whole lr; norms and biases are divided by their length as well.
     """
     groups = {}
-    for parameter in model.parameters():
-        fan_in = len(parameter) if parameter.dim() == 1 else math.prod(parameter.shape[1:])
-        groups.setdefault(fan_in, []).append(parameter)
-    return [dict(params=parameters, fan_in=fan_in) for fan_in, parameters in groups.items()]
+    for weight in model.parameters():
+        fan_in = len(weight)
+        if weight.dim() > 1:
+            fan_in = math.prod(weight.shape[1:])
+        group = groups.setdefault(fan_in, dict(params=[], fan_in=fan_in))
+        group["params"].append(weight)
+    return list(groups.values())
 
 
-class AdamW:
-    """What follows the backward passes of a step: clip, skip a step that is not finite, AdamW, average.
+class OptimizerStep:
+    """What follows the backward passes of a step: clip, skip a step that is not finite, update, average.
 
-    Another optimizer is a subclass: it changes make and state_bytes, and --optimizer takes its name in lower
-    case. Resume, --plan and the size of checkpoints follow.
+    An optimizer is a subclass with make and state_bytes, such as AdamW below; --optimizer takes its name in
+    lower case. Resume, --plan and the size of checkpoints follow.
     """
-    state_bytes = 8                # of a parameter: AdamW's two moments in float32
+    state_bytes: int               # of the state for each weight, in a checkpoint
     skips_steps = True             # by found_inf, as below; False: the host waits for each step's verdict
+
+    def make(self, groups):
+        """parameter_groups -> a torch.optim.Optimizer. A step sets each group's lr."""
+        raise NotImplementedError
 
     def __init__(self, model, s, kind, dtype):
         """model: XUT in float32; s: train.py's settings; kind: "cpu", "cuda", "mps"; dtype: autocast's."""
         self.model, self.s, self.kind = model, s, kind
         self.inner = self.make(parameter_groups(model))
         self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-        self.average = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else model
+        self.average = model
+        if s.ema:
+            self.average = copy.deepcopy(model).eval().requires_grad_(False)
         device = model.in_patch.proj.weight.device
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)               # steps: all, in a row
-
-    def make(self, groups):
-        """parameter_groups -> a torch.optim.Optimizer. A step sets each group's lr."""
-        s = self.s
-        return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()
@@ -742,47 +814,75 @@ class AdamW:
         for group in self.inner.param_groups:
             group["lr"] = lr / group["fan_in"]
         self.scaler.unscale_(self.inner)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)
+        largest = math.inf
+        if self.s.clip > 0:
+            largest = self.s.clip
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         finite = finite & norm.isfinite()
-        # torch's GradScaler has a private contract with its fused optimizers: an attribute found_inf, a float
-        # tensor on the device, makes them skip the step. The scaler sets it in float16 alone; here it is set
-        # in every type, so that no host waits to know. Not tried on MPS, where the host asks.
+        self.update(finite)
+        self.inner.zero_grad(set_to_none=True)
+        failed = ~finite
+        self.skipped = torch.stack([self.skipped[0] + failed, (self.skipped[1] + 1) * failed])
+        if self.s.ema:
+            self.update_average(step)
+        return norm, finite
+
+    def update(self, finite):
+        """The optimizer's own step, where finite.
+
+        torch's GradScaler has a private contract with its fused optimizers: an attribute found_inf, a float
+        tensor on the device, makes them skip the step. The scaler sets it in float16 alone; here it is set in
+        every type, so that the host need not wait to know. Not tried on MPS, where the host asks.
+        """
         if self.skips_steps and self.kind != "mps":
             self.inner.found_inf = 1 - finite.float()
             self.scaler.step(self.inner)
         elif finite:
             self.scaler.step(self.inner)
         self.scaler.update()
-        self.inner.zero_grad(set_to_none=True)
-        self.skipped = torch.stack([self.skipped[0] + ~finite, (self.skipped[1] + 1) * ~finite])
-        if self.s.ema:
-            decay = min(self.s.ema, (1 + step) / (10 + step))                         # soon forgets the init
-            weights = [parameter.data for parameter in self.model.parameters()]
-            torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
-        return norm, finite
+
+    def update_average(self, step):
+        decay = min(self.s.ema, (1 + step) / (10 + step))    # soon forgets the initial weights
+        weights = [weight.data for weight in self.model.parameters()]
+        torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
 
     def checkpoint_gb(self):
         """Of weights, average and state, on a disk."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return 1e-9 * parameters * ((8 if self.s.ema else 4) + self.state_bytes)
+        each = 4 + self.state_bytes                          # bytes
+        if self.s.ema:
+            each += 4
+        return 1e-9 * each * sum(weight.numel() for weight in self.model.parameters())
 
     def state_dict(self):
         return dict(optimizer=self.inner.state_dict(), scaler=self.scaler.state_dict(), bad=self.skipped)
 
     def load_state_dict(self, state):
-        """state: of state_dict, among other things. The betas and the decay stay those of s."""
-        own = [{name: value for name, value in group.items() if name not in ("params", "lr")}
-               for group in self.inner.param_groups]
+        """state: of state_dict, among other things. The groups' settings, such as betas, stay those of s."""
+        groups = self.inner.param_groups
+        settings = [{name: group[name] for name in group if name not in ("params", "lr")} for group in groups]
         self.inner.load_state_dict(state["optimizer"])
-        for group, settings in zip(self.inner.param_groups, own):
-            group.update(settings)
-        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())      # empty: was not fp16
+        for group, own in zip(self.inner.param_groups, settings):
+            group.update(own)
+        if state["scaler"]:                                  # empty: the run was not in float16
+            self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["bad"].to(self.skipped.device)
 
 
+class AdamW(OptimizerStep):
+    state_bytes = 8                # two moments in float32
+
+    def make(self, groups):
+        s = self.s
+        return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
+
+
 def optimizers():
-    """{name for --optimizer: class}"""
-    return {cls.__name__.lower(): cls for cls in (AdamW, *AdamW.__subclasses__())}
+    """{name for --optimizer: class}, all subclasses of OptimizerStep and theirs."""
+    classes = OptimizerStep.__subclasses__()
+    for cls in classes:                                      # reads what it adds, too
+        classes += cls.__subclasses__()
+    return {cls.__name__.lower(): cls for cls in classes}
+
 
 # ---- Samplers: functions of v(x, t), x and the times; Guidance makes v from the model --------------------
 
@@ -818,15 +918,19 @@ def dpmpp_2m(v, x, times):
     infinite at t = 1 and t = 0: steps that touch an end take x0 for constant, which is Euler's step.
     """
     def log_snr(t):
-        return math.log((1 - t) / t) if 0 < t < 1 else math.copysign(math.inf, 0.5 - t)
-    before, last = None, math.inf
+        if 0 < t < 1:
+            return math.log((1 - t) / t)
+        return math.copysign(math.inf, 0.5 - t)
+
+    x0_before = step_before = None
     for t, following in zip(times[:-1].tolist(), times[1:].tolist()):
-        x0 = ahead = x - t * v(x, t)
+        x0 = x - t * v(x, t)
         step = log_snr(following) - log_snr(t)
-        if before is not None and following > 0:
-            ahead = x0 + step / (2 * last) * (x0 - before)   # in the middle of the step
+        ahead = x0
+        if x0_before is not None and following > 0:          # in the middle of the step
+            ahead = x0 + step / (2 * step_before) * (x0 - x0_before)
         x = following / t * x + (1 - following / t) * ahead
-        before, last = x0, step
+        x0_before, step_before = x0, step
     return x
 
 
@@ -836,13 +940,19 @@ euler.title, heun.title, dpmpp_2m.title = "Euler", "Heun", "DPM++ 2M"      # AUT
 
 def stack_texts(states, masks=None):
     """Texts (B, T, ctx_dim) of any lengths T -> one batch of them all, and its mask: padding is False."""
-    T, masks = max(x.shape[1] for x in states), masks or [None] * len(states)
+    if masks is None:
+        masks = [None] * len(states)
+    T = max(x.shape[1] for x in states)
     if all(mask is None and x.shape[1] == T for x, mask in zip(states, masks)):
         return torch.cat(states), None                       # attention is faster without a mask
-    masks = [torch.ones(x.shape[:2], device=x.device) if mask is None else mask
-             for x, mask in zip(states, masks)]
-    masks = [F.pad(mask.bool(), (0, T - mask.shape[1])) for mask in masks]
-    return torch.cat([F.pad(x, (0, 0, 0, T - x.shape[1])) for x in states]), torch.cat(masks)
+    padded, padded_masks = [], []
+    for x, mask in zip(states, masks):
+        if mask is None:
+            mask = torch.ones(x.shape[:2], device=x.device)
+        pads = T - x.shape[1]
+        padded.append(F.pad(x, (0, 0, 0, pads)))
+        padded_masks.append(F.pad(mask.bool(), (0, pads)))
+    return torch.cat(padded), torch.cat(padded_masks)
 
 
 @dataclass
@@ -865,38 +975,48 @@ class Guidance:
                                              # less memory, same result
 
     def __call__(self, x, t):
-        keep, uncond_keep = self.picks() if self.picks is not None else (None, None)
+        keep = uncond_keep = None
+        if self.picks is not None:
+            keep, uncond_keep = self.picks()
         if self.cfg == 1 or not self.interval[0] <= t <= self.interval[1]:
             return self.velocity(x, t, self.ctx, self.ctx_mask, keep)
         if self.uncond is None:
             raise ValueError(f"cfg={self.cfg} needs uncond, the text states of the negative prompt")
-        if self.one_pass and keep is None and uncond_keep is None:
-            try:
-                v_c, v_u = self.velocity(x, t, *self.both_texts).chunk(2)
-            except torch.OutOfMemoryError:
-                self.one_pass = False
-                return self(x, t)
-        else:
-            v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
-            v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
+        v_c, v_u = self.both_velocities(x, t, keep, uncond_keep)
         v = v_u + self.cfg * (v_c - v_u)
         if self.rescale == 0:
             return v
         ratio = v_c.std(dim=(1, 2, 3), keepdim=True) / v.std(dim=(1, 2, 3), keepdim=True)
         return v * (self.rescale * ratio + 1 - self.rescale)
 
+    def velocity(self, x, t, ctx, mask, keep):
+        t = x.new_full((len(x),), t)
+        return self.model(x, t, ctx, aspect=self.aspect, pos=self.pos, keep=keep, ctx_mask=mask)
+
+    def both_velocities(self, x, t, keep, uncond_keep):
+        """-> v_c, v_u."""
+        if self.one_pass and keep is None and uncond_keep is None:
+            try:
+                return self.velocities_in_one_pass(x, t)
+            except torch.OutOfMemoryError:
+                self.one_pass = False                        # later steps need as much: they do not try again
+        v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
+        v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
+        return v_c, v_u
+
+    def velocities_in_one_pass(self, x, t):
+        ctx, mask = self.both_texts
+        aspect, pos = self.aspect, self.pos
+        if aspect is not None:
+            aspect = aspect.repeat(2)
+        if pos is not None and pos.dim() == 3 and len(pos) > 1:     # each image's own, not one grid for all
+            pos = pos.repeat(2, 1, 1)
+        t = x.new_full((2 * len(x),), t)
+        return self.model(x.repeat(2, 1, 1, 1), t, ctx, aspect=aspect, pos=pos, ctx_mask=mask).chunk(2)
+
     @functools.cached_property
     def both_texts(self):                                    # the same at every step
         return stack_texts([self.ctx, self.uncond], [self.ctx_mask, self.uncond_mask])
-
-    def velocity(self, x, t, ctx, mask, keep=None):
-        """v of each x with its text; where there are twice as many texts, with both of its own."""
-        times = len(ctx) // len(x)
-        aspect = self.aspect if self.aspect is None else self.aspect.repeat(times)
-        shared = self.pos is None or self.pos.dim() == 2 or len(self.pos) == 1    # one grid for all images
-        pos = self.pos if shared else self.pos.repeat(times, 1, 1)
-        x = x.repeat(times, 1, 1, 1)
-        return self.model(x, x.new_full((len(x),), t), ctx, aspect=aspect, pos=pos, keep=keep, ctx_mask=mask)
 
 
 @torch.no_grad()
@@ -908,52 +1028,25 @@ def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance)
 @contextlib.contextmanager
 def in_float32(module):
     """In the block the module works in float32, without autocast; then it has the very weights it had."""
+    def cast(weight, dtype):
+        with torch.inference_mode(weight.is_inference()):    # ordinary weights stay such: they can be trained
+            weight.data = weight.data.to(dtype)
+
     narrow = [(weight, weight.dtype) for weight in module.parameters() if weight.dtype != torch.float32]
     try:
         for weight, _ in narrow:
-            weight.data = weight.data.float()
+            cast(weight, torch.float32)
         with torch.autocast(next(module.parameters()).device.type, enabled=False):
             yield
     finally:
         for weight, dtype in narrow:
-            weight.data = weight.data.to(dtype)
+            cast(weight, dtype)
 
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
-STRIP = 2 ** 25                # numbers; on an image that is larger inside, alone, the VAE works in strips
-
-
-def in_strips(f, x):
-    """f(x), a convolution of reach 1 and what is done to each cell before it, with little memory for the
-    latter where x (1, C, h, w) is large: strips of rows, one more on each side, give the same numbers.
-    """
-    if len(x) > 1 or x.numel() <= STRIP:
-        return f(x)
-    height, rows, out = x.shape[2], max(8, STRIP // (x.shape[1] * x.shape[3])), None
-    for top in range(0, height, rows):
-        above, part = min(top, 1), x[:, :, max(top - 1, 0):top + rows + 1]
-        y = f(part)
-        zoom = y.shape[2] // part.shape[2]                   # 2 where f begins with an upsampling
-        if out is None:
-            layout = torch.channels_last if y.is_contiguous(memory_format=torch.channels_last) else None
-            shape = *y.shape[:2], zoom * height, y.shape[3]
-            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout)
-        out[:, :, zoom * top:zoom * (top + rows)] = y[:, :, zoom * above:zoom * (above + rows)]
-    return out
-
-
-def norm_silu_conv(norm, conv, x):
-    """conv(silu(norm(x))), the group norm's statistics always of all of x."""
-    if len(x) > 1 or x.numel() <= STRIP:                     # a batch of training is in a hurry
-        return conv(F.silu(norm(x)))
-    groups = [torch.var_mean(group.float(), (1, 2, 3), correction=0) for group in x.chunk(norm.num_groups, 1)]
-    var, mean = (torch.stack(values, 1).repeat_interleave(x.shape[1] // norm.num_groups, 1)[..., None, None]
-                 for values in zip(*groups))                                          # (B, C, 1, 1)
-    scale = norm.weight[:, None, None] / (var + norm.eps).sqrt()
-    shift = norm.bias[:, None, None] - mean * scale
-    return in_strips(lambda part: conv(F.silu(torch.addcmul(shift, part, scale).to(x.dtype))), x)
-
+# Two functions, for large images, stand at the section's end: norm_silu_conv(norm, conv, x) is
+# conv(silu(norm(x))), and in_strips(f, x) is f(x), both with less memory.
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input (by a 1x1 conv only where the widths differ)."""
@@ -964,12 +1057,14 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+        self.conv_shortcut = nn.Identity()
+        if width_in != width_out:
+            self.conv_shortcut = nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x):
         y = norm_silu_conv(self.norm1, self.conv1, x)
         y = norm_silu_conv(self.norm2, self.conv2, y)
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return y + self.conv_shortcut(x)
 
 
 class PixelAttention(nn.Module):
@@ -993,7 +1088,9 @@ class PixelAttention(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, width, groups, attention):
         super().__init__()
-        self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
+        self.attentions = nn.ModuleList()
+        if attention:
+            self.attentions.append(PixelAttention(width, groups))
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
 
     def forward(self, x):
@@ -1017,7 +1114,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x):
-        return in_strips(lambda part: self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest")), x)
+        return in_strips(self.compute, x)
+
+    def compute(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class VAELevel(nn.Module):
@@ -1025,8 +1125,8 @@ class VAELevel(nn.Module):
 
     def __init__(self, width_in, width_out, layers, groups, downsample=False, upsample=False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(width_in if i == 0 else width_out, width_out, groups)
-                                     for i in range(layers))
+        self.resnets = nn.ModuleList([ResnetBlock(width_in, width_out, groups)])
+        self.resnets.extend(ResnetBlock(width_out, width_out, groups) for _ in range(layers - 1))
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample(width_out)])
         if upsample:
@@ -1043,9 +1143,10 @@ class VAEEncoder(nn.Module):
     def __init__(self, widths, layers, latent_channels, groups, attention):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            VAELevel(widths[max(i - 1, 0)], width, layers, groups, downsample=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            self.down_blocks.append(VAELevel(before, width, layers, groups, downsample=i < len(widths) - 1))
         self.mid_block = MidBlock(widths[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
@@ -1063,9 +1164,10 @@ class VAEDecoder(nn.Module):
         widths = widths[::-1]
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, attention)
-        self.up_blocks = nn.ModuleList(
-            VAELevel(widths[max(i - 1, 0)], width, layers + 1, groups, upsample=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            self.up_blocks.append(VAELevel(before, width, layers + 1, groups, upsample=i < len(widths) - 1))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -1080,7 +1182,7 @@ class VAE(nn.Module):
     """Frozen image <-> latent: images (B, 3, height, width) in [-1, 1], latents (B, C, height/8, width/8).
 
     The arguments are those of diffusers' AutoencoderKL. SD3's and FLUX's have 16 channels and no quant convs.
-    Latents are normalised here and nowhere else: (z - latents_mean) / latents_std for each channel where the
+    Latents are normalized here and nowhere else: (z - latents_mean) / latents_std for each channel where the
     VAE has these numbers (EQ-SDXL-VAE: in its config.json), else (z - shift_factor) * scaling_factor. The
     defaults leave latents as they are.
     """
@@ -1095,10 +1197,11 @@ class VAE(nn.Module):
             raise UserError(f"VAE widths {widths}: not all multiples of norm_num_groups={norm_num_groups}")
         shape = widths, layers_per_block, latent_channels, norm_num_groups, mid_block_add_attention
         self.encoder, self.decoder = VAEEncoder(*shape), VAEDecoder(*shape)
-        self.quant_conv, self.post_quant_conv = (
-            nn.Conv2d(channels, channels, 1) if there else nn.Identity()
-            for channels, there in ((2 * latent_channels, use_quant_conv),
-                                    (latent_channels, use_post_quant_conv)))
+        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+        if use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        if use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(widths) - 1)                 # pixels on the side of a latent cell
         # Python numbers, not buffers: half() must not round them, and they are no parameters of the file's.
@@ -1107,9 +1210,9 @@ class VAE(nn.Module):
         if not (len(self.mean) == len(self.std) == latent_channels and math.isfinite(sum(self.mean))
                 and all(std > 0 for std in self.std)):
             raise UserError(f"VAE: latents_mean and latents_std must be {latent_channels} numbers each")
-        by_channel = dict(latents_mean=self.mean, latents_std=self.std, scaling_factor=1.0)
-        by_factor = dict(scaling_factor=scaling_factor, shift_factor=shift_factor)
-        self.normalisation = by_channel if latents_mean or latents_std else by_factor
+        self.normalization = dict(scaling_factor=scaling_factor, shift_factor=shift_factor)     # as given
+        if latents_mean or latents_std:
+            self.normalization = dict(latents_mean=self.mean, latents_std=self.std, scaling_factor=1.0)
         self.eval().requires_grad_(False)
 
     def diffusers_config(self):
@@ -1123,7 +1226,7 @@ class VAE(nn.Module):
                     norm_num_groups=self.encoder.conv_norm_out.num_groups,
                     use_quant_conv=isinstance(self.quant_conv, nn.Conv2d),
                     use_post_quant_conv=isinstance(self.post_quant_conv, nn.Conv2d),
-                    mid_block_add_attention=len(self.encoder.mid_block.attentions) > 0, **self.normalisation)
+                    mid_block_add_attention=len(self.encoder.mid_block.attentions) > 0, **self.normalization)
 
     def statistics(self, z):
         return (to_device(torch.tensor(numbers, dtype=z.dtype).view(1, -1, 1, 1), z.device)
@@ -1131,7 +1234,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def moments(self, images):
-        """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalised."""
+        """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalized."""
         weight = self.encoder.conv_in.weight
         with torch.autocast(weight.device.type, enabled=False):                       # float16 overflows here
             out = self.quant_conv(self.encoder(images.to(weight.dtype)))
@@ -1139,17 +1242,19 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images, sample=False, generator=None, noise=None):
-        """-> normalised latents, float32: the mean, or with sample a draw mean + exp(logvar / 2) * noise.
+        """-> normalized latents, float32: the mean, or with sample a draw mean + exp(logvar / 2) * noise.
 
         noise (B, C, h, w), or drawn by the generator (a CPU one: the same latents on any device).
         """
         z, logvar = self.moments(images)
-        if sample and noise is None:
+        if not sample:
+            return self.latents(z)
+        if noise is None:
             noise = torch.randn(z.shape, generator=generator)
-        return self.latents(z, logvar, noise if sample else None)
+        return self.latents(z, logvar, noise)
 
-    def latents(self, z, logvar, noise=None):
-        """The moments, (B, C, h, w) each -> normalised latents: the mean, or with noise a draw."""
+    def latents(self, z, logvar=None, noise=None):
+        """The moments, (B, C, h, w) each -> normalized latents: the mean z, or with noise a draw."""
         if noise is not None:
             z = z + torch.exp(logvar / 2) * to_device(noise, z.device)
         mean, std = self.statistics(z)
@@ -1167,19 +1272,75 @@ class VAE(nn.Module):
     def decode_each(self, latents, name="an image"):
         """decode for little memory: image by image, and again in float32 what is not finite, with a warning
         that names it. A latent that is not finite is its caller's to report."""
-        images, dtype = [], self.decoder.conv_in.weight.dtype
+        images = []
         for z in latents.split(1):
-            images.append(self.decode(z))
-            if not z.isfinite().all() or images[-1].isfinite().all():
-                continue
-            if dtype != torch.float32:
-                warn(f"{name}: the VAE's image is not finite in {str(dtype)[6:]}: decoded again in float32")
-                with in_float32(self):
-                    images[-1] = self.decode(z)
-            if not images[-1].isfinite().all():
-                again = " either" * (dtype != torch.float32)
-                warn(f"{name}: the VAE's image is not finite in float32{again}")
+            image = self.decode(z)
+            if z.isfinite().all() and not image.isfinite().all():
+                image = self.decode_again(z, image, name)
+            images.append(image)
         return torch.cat(images)
+
+    def decode_again(self, z, image, name):
+        """The image of z in float32, where it is not finite in 16 bits."""
+        problem = f"{name}: the VAE's image is not finite in"
+        dtype = self.decoder.conv_in.weight.dtype
+        if dtype == torch.float32:
+            warn(f"{problem} float32")
+            return image
+        warn(f"{problem} {str(dtype)[6:]}: decoded again in float32")
+        with in_float32(self):
+            image = self.decode(z)
+        if not image.isfinite().all():
+            warn(f"{problem} float32 either")
+        return image
+
+
+STRIP = 2 ** 25                # numbers; larger activations, of a single image, are computed in strips
+
+
+def in_strips(f, x):
+    """f(x), f a 3x3 convolution and what is done to each cell before it, on one image x (1, C, h, w).
+
+    Where x is large what f keeps inside is larger: f takes strips of rows, with one row more above and below,
+    which the convolution reads. The numbers are the same.
+    """
+    if len(x) > 1 or x.numel() <= STRIP:
+        return f(x)
+    height = x.shape[2]
+    rows = max(8, STRIP // (x.shape[1] * x.shape[3]))
+    out = None
+    for top in range(0, height, rows):
+        above = min(top, 1)                                  # rows more: the first strip has none above
+        strip = x[:, :, max(top - 1, 0):top + rows + 1]
+        y = f(strip)
+        scale = y.shape[2] // strip.shape[2]                 # 2 where f begins with an upsampling
+        if out is None:
+            layout = torch.contiguous_format
+            if y.is_contiguous(memory_format=torch.channels_last):
+                layout = torch.channels_last
+            shape = *y.shape[:2], scale * height, y.shape[3]
+            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout)
+        out[:, :, scale * top:scale * (top + rows)] = y[:, :, scale * above:scale * (above + rows)]
+    return out
+
+
+def norm_silu_conv(norm, conv, x):
+    """conv(silu(norm(x))), in strips where x is large; the group norm's statistics are those of all of x."""
+    if len(x) > 1 or x.numel() <= STRIP:                     # batches of training are faster at once
+        return conv(F.silu(norm(x)))
+    means, variances = [], []
+    for group in x.chunk(norm.num_groups, 1):
+        variance, mean = torch.var_mean(group.float(), (1, 2, 3), correction=0)
+        means.append(mean.expand(group.shape[1]))            # one for each channel
+        variances.append(variance.expand(group.shape[1]))
+    mean = torch.cat(means)[:, None, None]                                            # (C, 1, 1)
+    variance = torch.cat(variances)[:, None, None]
+    scale = norm.weight[:, None, None] / (variance + norm.eps).sqrt()
+    shift = norm.bias[:, None, None] - mean * scale
+
+    def of_strip(strip):
+        return conv(F.silu(torch.addcmul(shift, strip, scale).to(x.dtype)))
+    return in_strips(of_strip, x)
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------
@@ -1469,7 +1630,7 @@ def load_strict(build, tensors, path, device, dtype):
 
 
 def vae_from_tensors(tensors, path, device, dtype, **statistics):
-    """A VAE, its architecture read from names and shapes; statistics: VAE's normalisation arguments."""
+    """A VAE, its architecture read from names and shapes; statistics: VAE's normalization arguments."""
     if inner := part_of(tensors, "vae."):
         keys = dict(latents_mean="vae_mean", latents_std="vae_std")                   # (1, C, 1, 1) each
         statistics |= {name: tensors[key].flatten().tolist() for name, key in keys.items() if key in tensors}
@@ -1515,7 +1676,7 @@ def vae_config(file):
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
     """A VAE in the diffusers layout: a folder or hub repository with config.json and safetensors, a folder
-    that holds one as vae/, or a file (with a config.json beside it, where its latents are normalised)."""
+    that holds one as vae/, or a file (with a config.json beside it, where its latents are normalized)."""
     path, stem = Path(path_or_hub_id), "diffusion_pytorch_model"
     if path.is_file():
         tensors, beside = tensors or read_tensors(path)[0], path.with_name("config.json")
@@ -1568,6 +1729,10 @@ def check_size(height, width, config, vae):
 
 
 # ---- Plumbing: images, devices, settings ---------------------------------------------------------------
+
+def to_device(x, device):
+    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
+    return x.to(device, non_blocking="cuda" in str(device))
 
 # What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
@@ -1771,20 +1936,6 @@ def setting_value(where, value, kind):
                     return kind(number)
     expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
     raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
-
-
-def check_bounds(settings):
-    """Refuses a value of a dataclass of settings that is beyond the bounds of its type."""
-    for name, kind in typing.get_type_hints(type(settings), include_extras=True).items():
-        value, options = getattr(settings, name), (kind, *typing.get_args(kind))      # Share | None has two
-        bounded = [option for option in options if hasattr(option, "__metadata__")]
-        if value is None or not bounded:
-            continue
-        least, most = bounded[0].__metadata__
-        if not least <= value <= most:
-            low = "above 0" if 0 < least < 1 else f"{least} or more"
-            high = {math.inf: "", math.nextafter(1, 0): ", below 1"}.get(most, f", at most {most}")
-            raise UserError(f"--{name}={value}: must be {low}{high}")
 
 
 # What settings are called by diffusers' scripts, kohya's, AUTOMATIC1111 and their like; after a colon, how
