@@ -44,6 +44,7 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -53,7 +54,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
-from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -677,9 +677,9 @@ def padded_lengths(s):
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
 
 
-def clean_latents(batch, vae, chunk):
+def clean_latents(batch, vae, s):
     """-> x0 (B, C, h, w): pixels; or, with a VAE, draws from its posterior, whose moments are in the batch or
-    encoded here, `chunk` images at a time (0: all)."""
+    encoded here."""
     if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
         mean, *logvar = batch["moments"].float().split(vae.latent_channels, dim=1)
         if not logvar:
@@ -688,12 +688,9 @@ def clean_latents(batch, vae, chunk):
     images = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
     if vae is None:
         return images
-    if chunk == 0:
-        chunk = len(images)
-    latents = []
-    for part, noise in zip(images.split(chunk), batch["vae_noise"].split(chunk)):
-        latents.append(vae.encode(part, sample=True, noise=noise))
-    return torch.cat(latents)
+    chunk = s.vae_chunk if s.vae_chunk > 0 else len(images)
+    chunks = zip(images.split(chunk), batch["vae_noise"].split(chunk))
+    return torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in chunks])
 
 
 def text_states(captions, te, s):
@@ -706,9 +703,7 @@ def text_states(captions, te, s):
     """
     lengths = padded_lengths(s)
     ids = te.tokenize(captions, s.text_length)
-    own = []
-    for row in ids:
-        own.append(lengths[bisect.bisect_left(lengths, len(row))])
+    own = [lengths[bisect.bisect_left(lengths, len(row))] for row in ids]
     T = max(own)
     ctx, is_token = te.encode(ids, T)
     if s.mask_padding:
@@ -723,7 +718,7 @@ def loss_inputs(batch, vae, te, s, device, mark=None):
     for nothing. mark: called with the name of each part when it is done, "vae" and "text"."""
     tensors = {name: to_device(value, device) for name, value in batch.items() if torch.is_tensor(value)}
     inputs = {name: tensors[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in tensors}
-    inputs["x0"] = clean_latents(tensors, vae, s.vae_chunk)
+    inputs["x0"] = clean_latents(tensors, vae, s)
     if mark is not None:
         mark("vae")
     inputs["ctx"], mask = text_states(batch["caption"], te, s)
@@ -814,9 +809,7 @@ class OptimizerStep:
         for group in self.inner.param_groups:
             group["lr"] = lr / group["fan_in"]
         self.scaler.unscale_(self.inner)
-        largest = math.inf
-        if self.s.clip > 0:
-            largest = self.s.clip
+        largest = self.s.clip if self.s.clip > 0 else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         finite = finite & norm.isfinite()
         self.update(finite)
@@ -975,9 +968,7 @@ class Guidance:
                                              # less memory, same result
 
     def __call__(self, x, t):
-        keep = uncond_keep = None
-        if self.picks is not None:
-            keep, uncond_keep = self.picks()
+        keep, uncond_keep = self.picks() if self.picks is not None else (None, None)
         if self.cfg == 1 or not self.interval[0] <= t <= self.interval[1]:
             return self.velocity(x, t, self.ctx, self.ctx_mask, keep)
         if self.uncond is None:
@@ -1315,9 +1306,8 @@ def in_strips(f, x):
         y = f(strip)
         scale = y.shape[2] // strip.shape[2]                 # 2 where f begins with an upsampling
         if out is None:
-            layout = torch.contiguous_format
-            if y.is_contiguous(memory_format=torch.channels_last):
-                layout = torch.channels_last
+            interleaved = y.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if interleaved else torch.contiguous_format
             shape = *y.shape[:2], scale * height, y.shape[3]
             out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout)
         out[:, :, scale * top:scale * (top + rows)] = y[:, :, scale * above:scale * (above + rows)]
@@ -1348,8 +1338,9 @@ def norm_silu_conv(norm, conv, x):
 def text_class(config):
     """transformers' class that loads a config's model: where there is one that is its encoder alone (T5)."""
     import transformers  # takes seconds, and not all commands need it
-    alone = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
-    return transformers.AutoModelForTextEncoding if alone else transformers.AutoModel
+    if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModel
 
 
 def text_part(model):
@@ -1357,6 +1348,34 @@ def text_part(model):
     if model.config.is_encoder_decoder:
         return model.get_encoder()
     return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
+def load_tokenizer(path):
+    import transformers
+    beside = Path(path).with_name("tokenizer")               # as diffusers has it
+    if beside.is_dir() and not any(Path(path).glob("tokenizer*")):
+        path = beside
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if len(tokenizer) <= 1:                                  # what transformers makes where there is none
+        raise ValueError("its tokenizer is missing")
+    return tokenizer
+
+
+def load_language_model(path, dtype):
+    import transformers
+    kind = text_class(transformers.AutoConfig.from_pretrained(path))
+    model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]       # not read
+    if missing:
+        raise ValueError(f"without {missing[0]} it would run on random weights")
+    return text_part(model)
+
+
+def attention_window(config):
+    """How many tokens a language model's attention looks back, the least over its layers."""
+    names = "sliding_window", "attention_chunk_size", "attention_window_size", "local_attention"
+    windows = [getattr(config, name, None) for name in names]                         # None and 0: no limit
+    return min([window for window in windows if window], default=math.inf)
 
 
 class TextEncoder:
@@ -1369,30 +1388,31 @@ class TextEncoder:
     def __init__(self, path_or_hub_id, max_length=256, device="cpu", dtype=None):
         import transformers
         transformers.utils.logging.disable_progress_bar()
-        dtype = pick_dtype("auto", device) if dtype is None else dtype
+        if dtype is None:
+            dtype = pick_dtype("auto", device)
         if looks_local(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
             raise UserError(f"text encoder {path_or_hub_id}: no such folder")
-        beside = Path(path_or_hub_id).with_name("tokenizer")                          # as diffusers has it
-        split = beside.is_dir() and not any(Path(path_or_hub_id).glob("tokenizer*"))
         with naming(path_or_hub_id, "no language model and tokenizer to be had for --text_encoder"):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(beside if split else path_or_hub_id)
-            load = text_class(transformers.AutoConfig.from_pretrained(path_or_hub_id)).from_pretrained
-            model, info = load(path_or_hub_id, dtype=dtype, output_loading_info=True)
-            missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]   # not read
-            assert len(self.tokenizer) > 1 and not missing, "else it would run on random weights"
-            self.model = text_part(model).to(device).eval().requires_grad_(False)
+            self.tokenizer = load_tokenizer(path_or_hub_id)
+            model = load_language_model(path_or_hub_id, dtype)
+            self.model = model.to(device).eval().requires_grad_(False)
         config = self.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", max_length)
         if 0 < longest < max_length:
             raise UserError(f"text_length={max_length}: {path_or_hub_id} reads at most {longest} tokens")
-        config.use_cache, self.max_length, self.dim = False, max_length, config.hidden_size
-        names = "sliding_window", "attention_chunk_size", "attention_window_size", "local_attention"
-        self.window = min(filter(None, (getattr(config, name, None) for name in names)), default=math.inf)
+        config.use_cache = False
+        self.max_length, self.dim, self.window = max_length, config.hidden_size, attention_window(config)
         with naming(path_or_hub_id, "cannot be run as a text encoder"):
-            ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0        # some have neither
-            known = len(self.model.get_input_embeddings().weight)                     # or one that is new
-            self.pad_id = next(token for token in ends if token is not None and token < known)
+            self.pad_id = self.find_pad()
             self.causal = self.measure()
+
+    def find_pad(self):
+        """-> the id of a token to pad with; which one makes no difference."""
+        known = len(self.model.get_input_embeddings().weight)
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < known:          # some have neither, or one that the model lacks
+                return token
+        return 0
 
     def __call__(self, prompts, pad_to=None):
         """list of B strings -> states (B, T, ctx_dim), mask (B, T) bool, True on real tokens.
@@ -1400,8 +1420,10 @@ class TextEncoder:
         T is the longest of the batch, or pad_to. An empty prompt is one pad token that counts as real: XUT
         never sees zero tokens. Padding is on the right, so real states do not depend on T.
         """
-        ids = self.tokenize(prompts, self.max_length if pad_to is None else pad_to)
-        return self.encode(ids, max(map(len, ids)) if pad_to is None else pad_to)
+        if pad_to is not None:
+            return self.encode(self.tokenize(prompts, pad_to), pad_to)
+        ids = self.tokenize(prompts, self.max_length)
+        return self.encode(ids, max(map(len, ids)))
 
     def tokenize(self, prompts, limit):
         """-> a list of B lists of 1 to limit tokens."""
@@ -1409,40 +1431,61 @@ class TextEncoder:
         ids = self.tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
         return [row or [self.pad_id] for row in ids]
 
-    @torch.no_grad()
     def encode(self, ids, T):
         """What tokenize gives -> states and mask of T tokens each, as above."""
-        tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
-        mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids])
-        tokens, mask = (to_device(x, self.model.device) for x in (tokens, mask))
-        ready = mask.long()
+        return self.run_model(ids, T, self.causal)
+
+    @torch.no_grad()
+    def run_model(self, ids, T, causal):
+        """encode; causal: whether the model may be given a causal mask that is made here."""
+        tokens = torch.full((len(ids), T), self.pad_id)
+        mask = torch.zeros(len(ids), T, dtype=torch.bool)
+        for i, row in enumerate(ids):
+            tokens[i, :len(row)] = torch.tensor(row)
+            mask[i, :len(row)] = True
+        tokens, mask = to_device(tokens, self.model.device), to_device(mask, self.model.device)
         if min(map(len, ids)) == T:
-            ready = None
-        elif self.causal and T <= self.window:
-            # Made ready here: of a (B, T) mask transformers asks on the host whether it pads, and waits.
-            causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-            ready = torch.zeros(len(ids), 1, T, T, dtype=self.model.dtype, device=mask.device)
-            ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(ready.dtype).min)
+            attention_mask = None
+        elif causal and T <= self.window:
+            attention_mask = self.causal_mask(mask)
+        else:
+            attention_mask = mask.long()
         with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
-            states = self.model(input_ids=tokens, attention_mask=ready)
+            states = self.model(input_ids=tokens, attention_mask=attention_mask)
         return states.last_hidden_state, mask
 
-    def measure(self):
-        """-> whether, on a short text, encode's causal mask does what the (B, T) mask does; an encoder where
-        not even that one keeps padding out of the states is refused."""
-        n, exact = max(2, min(8, self.max_length // 2)), self.model.dtype == torch.float32
-        row = (self.tokenize(["a large red circle above a small blue square"], n)[0] * n)[:n]
-        alone = self.encode([row], n)[0].float()
+    def causal_mask(self, mask):
+        """(B, T) bool -> (B, 1, T, T), added to the scores. Of a (B, T) mask transformers would ask on the host
+        whether it pads, and wait for the answer."""
+        B, T = mask.shape
+        causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+        scores = torch.zeros(B, 1, T, T, dtype=self.model.dtype, device=mask.device)
+        return scores.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(scores.dtype).min)
 
-        def moved(causal):                                   # by rounding: 1e-6, in bfloat16 0.02 (28 layers)
-            self.causal = causal
-            return ((self.encode([row], 2 * n)[0][:, :n].float() - alone).norm() / alone.norm()).item()
-        plain = moved(causal=False)
-        if not plain <= (1e-3 if exact else 0.2):            # nan is not
+    def measure(self):
+        """-> whether, on a short text, causal_mask does what the (B, T) mask does; an encoder where not even
+        that one keeps padding out of the states is refused."""
+        n = max(2, min(8, self.max_length // 2))
+        row = (self.tokenize(["a large red circle above a small blue square"], n)[0] * n)[:n]
+        alone = self.run_model([row], n, causal=False)[0].float()
+
+        def change(causal):                                  # by n pads, relative
+            padded = self.run_model([row], 2 * n, causal)[0][:, :n].float()
+            return ((padded - alone).norm() / alone.norm()).item()
+
+        limit, tolerance = 0.2, 0.01                         # rounding alone: 0.02 in bfloat16 (28 layers)
+        if self.model.dtype == torch.float32:
+            limit, tolerance = 1e-3, 1e-4                    # ... 1e-6
+        by_transformers = change(causal=False)
+        if not by_transformers <= limit:                     # nan is not
             raise UserError(f"its states depend on padding, or are not finite in {str(self.model.dtype)[6:]}")
-        with contextlib.suppress(Exception):                 # some take no such mask
-            return 2 * n <= self.window and moved(causal=True) <= 2 * plain + (1e-4 if exact else 0.01)
-        return False
+        if 2 * n > self.window:
+            return False
+        try:
+            by_ours = change(causal=True)
+        except Exception:                                    # some take no such mask
+            return False
+        return by_ours <= 2 * by_transformers + tolerance
 
 
 OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, where there is a sidecar
@@ -1451,51 +1494,377 @@ OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, wher
 def draw_caption(text, rng, s):
     """One of a record's captions by the grammar (parse_caption), with the run's settings s; rng None: the
     first one, with all its tags."""
-    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
-    texts = texts.split(OR)
-    text = parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
-                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
-    text = ", ".join(part for part in (before, text, after) if part)
-    return parse_caption(text, separator=s.tag_separator, spaces=s.spaces)            # what is beside it, too
+    before, captions, after = "", text, ""
+    if BESIDE in text:
+        before, captions, after = text.split(BESIDE)
+    captions = captions.split(OR)
+    caption = captions[0]
+    if rng is not None:
+        caption = rng.choice(captions)
+    caption = parse_caption(caption, rng, tag_dropout=s.tag_dropout, group_dropout=s.group_dropout,
+                            separator=s.tag_separator, spaces=s.spaces)
+    if not before and not after:
+        return caption
+    whole = ", ".join(part for part in (before, caption, after) if part)
+    return parse_caption(whole, separator=s.tag_separator, spaces=s.spaces)
 
 
 def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separator="$$", spaces=False):
-    """The caption grammar of HDM's data: `kept $$ kept ||| tag $$ tag %% tag $$ tag ||| kept` -> a line.
+    """A caption in the grammar of HDM's data -> the line that the text encoder reads.
 
-    Before the first `|||` and after the second everything stays, in order. Between them groups are split at
-    `%%` and tags at the separator: with rng (a random.Random) the groups are shuffled, the tags inside each
-    too, and a tag is dropped with probability tag_dropout, a group with group_dropout; rng None: all is kept,
-    in order. A plain sentence comes back as it is, but for runs of spaces and the backslashes of `\\(` and
-    `\\)`; with another separator beside `$$` a text without `|||` is a list of tags. spaces turns underscores
-    into them, but in words without two letters in a row: ^_^.
+    A line that was made here stays as it is (with rng None), and a sentence is such a line. Captions, prompts
+    and negative prompts all pass here, so that the same text always makes the same tokens.
 
-    Captions, prompts and negative prompts all pass here, so that the same text makes the same tokens. With
-    rng None it is idempotent: a line that was made here stays as it is.
+        a cat $$ indoors ||| red $$ fur %% tail ||| photo       the grammar: kept ||| tags, in groups ||| kept
+        a cat, indoors, red, fur, tail, photo                   with rng None: all, in order
+        a cat, indoors, tail, fur, photo                        with rng, for example
+
+    Before the first `|||` and after the second everything is kept, in order. Between them groups are split at
+    `%%` and tags at the separator; with rng (a random.Random) a group is dropped with probability
+    group_dropout, a tag with tag_dropout, and the groups are shuffled, and the tags inside each.
+    With another separator than `$$`, which separates as well, a text without `|||` is a list of tags. Runs of
+    spaces become one, `\\(` and `\\)` lose their backslashes. spaces: underscores become spaces, but not in
+    words without two letters in a row: ^_^.
     """
     text = " ".join(re.sub(r"\\+([()])", r"\1", text).split())
     separator = separator.strip() or "$$"
-    between, kept = rf"\$\$|{re.escape(separator)}", r"\$\$"
+    between_tags = between_kept = r"\$\$"
     if separator != "$$":
-        kept = between + "|%%"                               # else a line made here would not stay as it is
+        between_tags += "|" + re.escape(separator)
+        between_kept = between_tags + "|%%"                  # else a line made here would not stay as it is
         if "|||" not in text:                                # a list of tags has no groups to drop
-            text, group_dropout = "|||" + text, 0.0
-    head, middle, *tail = text.split("|||") + [""]
-    groups = [re.split(between, group) for group in middle.split("%%")]
+            text = "|||" + text
+            group_dropout = 0.0
+    head, _, rest = text.partition("|||")
+    middle, _, tail = rest.partition("|||")
+    groups = [re.split(between_tags, group) for group in middle.split("%%")]
     if rng is not None:
-        groups = [group for group in groups if rng.random() >= group_dropout]
-        groups = [[tag for tag in group if rng.random() >= tag_dropout] for group in groups]
-        for part in (groups, *groups):
-            rng.shuffle(part)
-    tags = re.split(kept, head) + [tag for group in groups for tag in group] + re.split(kept, "$$".join(tail))
+        groups = drop_and_shuffle(groups, rng, tag_dropout, group_dropout)
+    tags = re.split(between_kept, head)
+    for group in groups:
+        tags += group
+    tags += re.split(between_kept, tail.replace("|||", "$$"))
     if spaces:
-        tags = [re.sub(r"\S*[^\W\d_]{2}\S*", lambda word: word[0].replace("_", " "), tag) for tag in tags]
+        tags = [underscores_to_spaces(tag) for tag in tags]
     return ", ".join(" ".join(tag.split()) for tag in tags if tag.strip())
+
+
+def drop_and_shuffle(groups, rng, tag_dropout, group_dropout):
+    """A list of groups, each a list of tags -> what is kept of it, the groups and the tags in each shuffled."""
+    kept = [group for group in groups if rng.random() >= group_dropout]
+    kept = [[tag for tag in group if rng.random() >= tag_dropout] for group in kept]
+    shuffled = list(kept)
+    rng.shuffle(shuffled)
+    for group in kept:                                       # in their first order, as seeds have it
+        rng.shuffle(group)
+    return shuffled
+
+
+def underscores_to_spaces(tag):
+    """... in words that have two letters in a row."""
+    return re.sub(r"\S*[^\W\d_]{2}\S*", lambda word: word[0].replace("_", " "), tag)
 
 
 # ---- Weights in and out ----------------------------------------------------------------------------------
 
 TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
 EQ_VAE = "KBlueLeaf/EQ-SDXL-VAE"                             # its VAE, for files that hold none
+
+
+def fetch(name, filename, what):
+    """Path of a file in the folder `name`, or of one from the hub repository `name` (or its local cache)."""
+    if looks_local(name):
+        if not (Path(name) / filename).is_file():
+            raise UserError(f"{what} {name}: no {filename} there")
+        return Path(name) / filename
+    import huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()            # it would report each of its tries
+    with naming(name, f"no such {what} here, and as a hub id its {filename} is neither cached nor to be had"):
+        return Path(huggingface_hub.hf_hub_download(name, filename))
+
+
+class Inert:
+    """What a pickled file's classes become: anything may be done to one, and nothing happens."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(Inert)                         # cls may be an Inert: a class within a class
+
+    def nothing(self, *args, **kwargs):
+        return self
+    __call__ = __getattr__ = __setitem__ = nothing
+
+
+class InertUnpickler(pickle._Unpickler):
+    """Unpickles tensors in plain containers; nothing else that the file names is imported, or can run.
+
+    It is a subclass of Python's own unpickler in Python: pickle.Unpickler, in C, has no table of opcodes.
+    """
+    KNOWN = {("collections", "OrderedDict"): OrderedDict,
+             ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+             ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter}
+
+    def find_class(self, module, name):
+        return self.KNOWN.get((module, name), Inert)
+
+    def load_build(self):
+        """The opcode that sets an object's attributes: here it sets none."""
+        self.stack.pop()
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+
+
+class InertPickle:
+    """In torch.load the place of the module pickle, of which it uses two names."""
+    Unpickler = InertUnpickler
+
+    @staticmethod
+    def load(file, **settings):
+        return InertUnpickler(file, **settings).load()
+
+
+def read_pickle(path, zipped):
+    """What torch.save wrote, with Inerts in place of unknown objects.
+
+    torch.load does more with two kinds of files than to unpickle them: it unpacks a tar, and hands a zip that
+    holds constants.pkl to TorchScript, which runs what is in it. Both are refused before, each by the reader
+    that torch.load asks: to another, a file made for it could look different.
+    """
+    if tarfile.is_tarfile(path):
+        raise ValueError("a tar")
+    if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise ValueError("TorchScript")
+    # A name in .safetensors would make torch.load read it as such. weights_only would refuse unknown classes.
+    mapped = zipped and path.suffix != ".safetensors"
+    with open(path, "rb") as file:
+        return torch.load(path if mapped else file, map_location="cpu", weights_only=False, mmap=mapped,
+                          pickle_module=InertPickle)
+
+
+def read_tensors(path):
+    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, a pickle.
+
+    All but old pickles are mapped, not read: they take no memory of the process's own.
+    """
+    path = Path(path)
+    with naming(path, "not a complete file of weights"):
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if re.search(r"\.index(\.\w+)?\.json$", path.name):
+            return read_shards(path), {}
+        zipped, pickled = head[:2] == b"PK", head[:1] == b"\x80"
+        if head[8:] == b"{" or not (zipped or pickled):      # a safetensors file's first 8 bytes are a length
+            return read_safetensors(path)
+        return named_tensors(read_pickle(path, zipped)), {}
+
+
+def read_shards(index):
+    tensors = {}
+    for name in sorted(set(json.loads(read_text(index))["weight_map"].values())):
+        tensors |= read_tensors(index.with_name(name))[0]
+    return tensors
+
+
+def read_safetensors(path):
+    import safetensors
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def tensors_of(content):
+    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def named_tensors(content):
+    """{name: tensor} of a pickle's dict: its own, and those of state dicts in it, such as an EMA copy. Where
+    there are several their names go in front of their tensors' names, but for Lightning's state_dict."""
+    tensors = tensors_of(content)
+    dicts = [name for name, value in content.items() if isinstance(value, dict) and tensors_of(value)]
+    for name in dicts:
+        prefix = "" if name == "state_dict" or len(dicts) == 1 else f"{name}."
+        for key, tensor in tensors_of(content[name]).items():
+            tensors[prefix + key] = tensor
+    if not tensors:
+        raise ValueError("no tensors by name, neither under state_dict nor directly")
+    return tensors
+
+
+def part_of(tensors, prefix):
+    return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def is_finite(value):
+    """True of finite floats; isfinite would make copies, and loading has no memory for them."""
+    return value.is_floating_point() and (not value.numel() or all(map(math.isfinite, value.aminmax())))
+
+
+def misfits(module, tensors):
+    """What keeps these tensors from being the module's weights: a list of texts, one for each kind."""
+    want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    have = {name: tuple(value.shape) for name, value in tensors.items()}
+    both = [name for name in want if name in have]
+    kinds = {"missing": [name for name in want if name not in have],
+             "unexpected": [name for name in have if name not in want],
+             "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in both
+                                  if have[name] != want[name]],
+             "not of finite floats": [name for name, value in tensors.items() if not is_finite(value)]}
+    texts = []
+    for kind, names in kinds.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            texts.append(f"{len(names)} {kind}: {', '.join(names[:3])}{more}")
+    return texts
+
+
+def load_strict(build, tensors, path, device, dtype):
+    """build() filled with exactly these tensors; a file that does not fit is refused, naming why."""
+    with torch.device("meta"):                               # no memory: the weights will come
+        module = build()
+    wrong = misfits(module, tensors)
+    if wrong:
+        raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong)}")
+    weights = {}
+    for name, value in tensors.items():
+        if name == "time_emb.freqs":                         # by formula: the file's may be rounded to fp16
+            weights[name] = time_frequencies(2 * value.shape[1]).to(device)
+        elif name.endswith("rope.freqs"):                    # in bf16 they alone turn far tokens by 0.2 rad
+            weights[name] = value.to(device, torch.float32)
+        else:
+            weights[name] = value.to(device, dtype)
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module.eval()
+
+
+def old_vae_names(tensors):
+    """The attention's names and shapes in older VAE files, 1x1 convolutions -> today's, linear layers."""
+    names = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
+    renamed = {}
+    for name, value in tensors.items():
+        if old := re.search(r"attentions\.0\.(query|key|value|proj_attn)\.", name):
+            name = name.replace(f".{old[1]}.", f".{names[old[1]]}.")
+            if name.endswith(".weight"):
+                value = value.squeeze()
+        renamed[name] = value
+    return renamed
+
+
+def vae_from_tensors(tensors, path, device, dtype, **statistics):
+    """A VAE, its architecture read from names and shapes; statistics: VAE's normalization arguments."""
+    inner = part_of(tensors, "vae.")
+    if inner:
+        for name, key in dict(latents_mean="vae_mean", latents_std="vae_std").items():
+            if key in tensors:
+                statistics[name] = tensors[key].flatten().tolist()                    # of (1, C, 1, 1)
+        tensors = inner
+    tensors = old_vae_names(tensors)
+    bias, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.bias", [], 0
+    while bias.format(len(widths), 0) in tensors:
+        widths.append(tensors[bias.format(len(widths), 0)].numel())
+    while bias.format(0, layers) in tensors:
+        layers += 1
+    if not widths or "decoder.conv_in.weight" not in tensors:
+        raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, decoder.conv_in)")
+    if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
+        dtype = torch.float32
+        if pick_dtype("auto", device) == torch.bfloat16:
+            dtype = torch.bfloat16
+
+    def build():
+        return VAE(widths, layers, tensors["decoder.conv_in.weight"].shape[1], **statistics,
+                   use_quant_conv="quant_conv.bias" in tensors,
+                   use_post_quant_conv="post_quant_conv.bias" in tensors,
+                   mid_block_add_attention="decoder.mid_block.attentions.0.to_q.weight" in tensors)
+    with naming(path, "not a VAE"):
+        vae = load_strict(build, tensors, path, device, dtype)
+    if statistics.keys() <= {"norm_num_groups"}:
+        print(f"vae {path}: no latents_mean, latents_std or scaling_factor: its latents are used as they are")
+    return vae.to(memory_format=torch.channels_last)         # what 16-bit convolutions are fast in
+
+
+def vae_config(file):
+    """A VAE's config.json -> VAE's arguments in it; a VAE of another class or other blocks is refused."""
+    supported = dict(_class_name="AutoencoderKL", down_block_types="DownEncoderBlock2D",
+                     up_block_types="UpDecoderBlock2D", act_fn="silu")
+    names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
+    with naming(file, "not a json file of settings"):
+        config = json.loads(read_text(file))
+        for name, value in supported.items():
+            values = config.get(name, value)                 # of blocks: a list
+            if not isinstance(values, list):
+                values = [values]
+            others = ", ".join(sorted({str(other) for other in values if other != value}))
+            if others:
+                raise UserError(f"{file}: a VAE with {name} {others}: only {value} is read")
+        return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
+    """A VAE in the diffusers layout: a folder or hub repository with config.json and safetensors, a folder
+    that holds one as vae/, or a file (with a config.json beside it, where its latents are normalized)."""
+    path, stem = Path(path_or_hub_id), "diffusion_pytorch_model"
+    if path.is_file():
+        if tensors is None:
+            tensors, _ = read_tensors(path)
+        config_file, statistics = path.with_name("config.json"), {}
+        if config_file.is_file() and not part_of(tensors, "vae."):                    # else it is a model's
+            statistics = vae_config(config_file)
+        return vae_from_tensors(tensors, path, device, dtype, **statistics)
+    name = path_or_hub_id
+    if (path / "vae").is_dir():
+        name = str(path / "vae")
+    config_file = fetch(name, "config.json", "vae")
+    statistics = vae_config(config_file)
+    weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
+    return vae_from_tensors(read_tensors(weights)[0], weights, device, dtype, **statistics)
+
+
+def list_checkpoints(out_dir):
+    """The complete checkpoints of a run, oldest first (a checkpoint gets its name when it is complete)."""
+    return sorted(path for path in Path(out_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d{8}", path.name))
+
+
+def weights_in(folder, stem):
+    """folder/stem.safetensors, or the index of its shards, or .bin, or a variant in 16 bits, or None."""
+    for variant in ("", ".fp16", ".bf16"):
+        for kind in (".safetensors", ".bin"):
+            for end in (variant + kind, f"{kind}.index{variant}.json", f"{variant}{kind}.index.json"):
+                if Path(folder, stem + end).is_file():
+                    return Path(folder, stem + end)
+    return None
+
+
+def open_modes(path):
+    """Give path, and all in it, the modes of the umask: safetensors writes for a file's owner alone."""
+    mask = os.umask(0)                                       # it can only be read by setting it
+    os.umask(mask)
+    for one in (Path(path), *Path(path).rglob("*")):
+        mode = 0o777 if one.is_dir() else 0o666
+        with contextlib.suppress(OSError):                   # a disk without modes
+            special = one.stat().st_mode & 0o7000            # such as setgid, of a group's folders
+            one.chmod(special | mode & ~mask)
+
+
+def save_model(path, tensors, settings):
+    """Write tensors with the settings (as from load_model) in the safetensors header."""
+    from safetensors.torch import save_file
+    settings = dict(settings, config=dataclasses.asdict(settings["config"]))
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
+              metadata={"format": "pt", "hdm": json.dumps(settings)})
+    open_modes(path)
+
+
+def check_size(height, width, config, vae):
+    """Refuse an image that the model cannot do, naming the nearest that it can."""
+    step = config.patch_size * (vae.factor if vae is not None else 1)
+    if height < step or width < step or height % step or width % step:
+        near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
+        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
+                        f"factor), such as {near_w}x{near_h}")
+
+
+# ---- Plumbing: images, devices, settings ---------------------------------------------------------------
+
+def to_device(x, device):
+    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
+    return x.to(device, non_blocking="cuda" in str(device))
 
 
 def first_line(error):
@@ -1523,216 +1892,6 @@ def read_text(path):
     """A person's text file: UTF-8, with a byte order mark or without. Its lines end at \\n and \\r\\n alone:
     split("\\n") and strip them; splitlines would end them at eight other characters, too."""
     return Path(path).read_bytes().decode("utf-8-sig")
-
-
-def fetch(name, filename, what):
-    """Path of a file in the folder `name`, or of one from the hub repository `name` (or its local cache)."""
-    if looks_local(name):
-        if not (Path(name) / filename).is_file():
-            raise UserError(f"{what} {name}: no {filename} there")
-        return Path(name) / filename
-    import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()            # it would report each of its tries
-    with naming(name, f"no such {what} here, and as a hub id its {filename} is neither cached nor to be had"):
-        return Path(huggingface_hub.hf_hub_download(name, filename))
-
-
-class Inert:
-    """What a pickled file's classes become: anything may be done to one, and nothing happens."""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(Inert)                         # cls may be an Inert: a class within a class
-
-    def nothing(self, *args, **kwargs):
-        return self
-    __call__ = __getattr__ = __setitem__ = nothing
-
-
-class InertUnpickler(pickle._Unpickler):
-    """Unpickles tensors in plain containers; nothing else that the file names is imported, or can run."""
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: lambda self: self.stack.pop()}   # sets nothing
-
-    def find_class(self, module, name):
-        known = {"OrderedDict": OrderedDict, "_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-                 "_rebuild_parameter": torch._utils._rebuild_parameter}
-        return known.get(name, Inert) if module in ("collections", "torch._utils") else Inert
-
-
-def read_tensors(path):
-    """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, a pickle.
-
-    Where a pickle holds several state dicts, such as an EMA copy, their names go in front of their tensors'
-    names, but for state_dict's.
-
-    All but old pickles are mapped, not read: they take no memory of the process's own.
-    """
-    import safetensors
-    path = Path(path)
-    with naming(path, "not a complete file of weights"):
-        with open(path, "rb") as file:
-            head = file.read(9)
-        if re.search(r"\.index(\.\w+)?\.json$", path.name):
-            names = json.loads(read_text(path))["weight_map"].values()
-            parts = [read_tensors(path.with_name(name))[0] for name in sorted(set(names))]
-            return {name: value for part in parts for name, value in part.items()}, {}
-        if head[:2] != b"PK" and head[:1] != b"\x80" or head[8:] == b"{":
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        # weights_only alone would refuse unknown classes; with it torch runs no TorchScript, unpacks no tar
-        mapped = head[:2] == b"PK" and path.suffix != ".safetensors"                  # torch would go by it
-        with open(path, "rb") as file, mock.patch("torch._weights_only_unpickler.Unpickler", InertUnpickler):
-            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-        parts = {f"{name}.": tensors_of(value) for name, value in content.items() if isinstance(value, dict)}
-        parts = {name: part for name, part in parts.items() if part}
-        tensors = tensors_of(content)
-        for name, part in parts.items():                     # state_dict is Lightning's
-            start = "" if name == "state_dict." or len(parts) == 1 else name
-            tensors |= {start + key: value for key, value in part.items()}
-        assert tensors, "no tensors by name, neither under state_dict nor directly"
-        return tensors, {}
-
-
-def tensors_of(content):
-    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-
-
-def part_of(tensors, prefix):
-    return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def is_finite(value):
-    """True of finite floats; isfinite would make copies, and loading has no memory for them."""
-    return value.is_floating_point() and (not value.numel() or all(map(math.isfinite, value.aminmax())))
-
-
-def load_strict(build, tensors, path, device, dtype):
-    """build() filled with exactly these tensors; a file that does not fit is refused, naming why."""
-    with torch.device("meta"):                               # no memory: the weights will come
-        module = build()
-    want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    have = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = {"missing": [name for name in want if name not in have],
-             "unexpected": [name for name in have if name not in want],
-             "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in want
-                                  if name in have and have[name] != want[name]],
-             "not of finite floats": [name for name, value in tensors.items() if not is_finite(value)]}
-    if any(wrong.values()):
-        raise UserError(f"{path} does not fit {type(module).__name__}: " + "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for kind, names in wrong.items() if names))
-    # RoPE's log frequencies stay float32: rounded to bf16 they alone turn far tokens by 0.2 rad.
-    tensors = {name: value.to(device, torch.float32 if name.endswith("rope.freqs") else dtype)
-               for name, value in tensors.items()}
-    if "time_emb.freqs" in tensors:                          # by formula: the file's may be rounded to fp16
-        tensors["time_emb.freqs"] = time_frequencies(2 * want["time_emb.freqs"][1]).to(device)
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.eval()
-
-
-def vae_from_tensors(tensors, path, device, dtype, **statistics):
-    """A VAE, its architecture read from names and shapes; statistics: VAE's normalization arguments."""
-    if inner := part_of(tensors, "vae."):
-        keys = dict(latents_mean="vae_mean", latents_std="vae_std")                   # (1, C, 1, 1) each
-        statistics |= {name: tensors[key].flatten().tolist() for name, key in keys.items() if key in tensors}
-        tensors = inner
-    for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
-        tensors = {name.replace(f"attentions.0.{old}.", f"attentions.0.{new}."):      # older files: 1x1 convs
-                   value.squeeze() if f"attentions.0.{old}.w" in name else value
-                   for name, value in tensors.items()}
-    name, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.bias", [], 0
-    while name.format(len(widths), 0) in tensors:
-        widths.append(tensors[name.format(len(widths), 0)].numel())
-    while name.format(0, layers) in tensors:
-        layers += 1
-    if not widths or "decoder.conv_in.weight" not in tensors:
-        raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, decoder.conv_in)")
-    parts = dict(use_quant_conv="quant_conv.bias", use_post_quant_conv="post_quant_conv.bias",
-                 mid_block_add_attention="decoder.mid_block.attentions.0.to_q.weight")
-    parts = {name: key in tensors for name, key in parts.items()}
-    if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
-        dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
-    with naming(path, "not a VAE"):
-        channels = tensors["decoder.conv_in.weight"].shape[1]
-        vae = load_strict(lambda: VAE(widths, layers, channels, **statistics, **parts), tensors, path, device,
-                          dtype)
-    if statistics.keys() <= {"norm_num_groups"}:
-        print(f"vae {path}: no latents_mean, latents_std or scaling_factor: its latents are used as they are")
-    return vae.to(memory_format=torch.channels_last)         # what 16-bit convolutions are fast in
-
-
-def vae_config(file):
-    """A VAE's config.json -> VAE's arguments in it; a VAE of another class or other blocks is refused."""
-    with naming(file, "not a json file of settings"):
-        config = json.loads(read_text(file))
-        for name, value in dict(_class_name="AutoencoderKL", down_block_types="DownEncoderBlock2D",
-                                up_block_types="UpDecoderBlock2D", act_fn="silu").items():
-            its = config.get(name, value)
-            if others := set(its if isinstance(its, list) else [its]) - {value}:
-                others = ", ".join(map(str, others))
-                raise UserError(f"{file}: a VAE with {name} {others}: only {value} is read")
-        names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
-        return {name: config[name] for name in names if config.get(name) is not None}
-
-
-def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
-    """A VAE in the diffusers layout: a folder or hub repository with config.json and safetensors, a folder
-    that holds one as vae/, or a file (with a config.json beside it, where its latents are normalized)."""
-    path, stem = Path(path_or_hub_id), "diffusion_pytorch_model"
-    if path.is_file():
-        tensors, beside = tensors or read_tensors(path)[0], path.with_name("config.json")
-        its = beside.is_file() and not part_of(tensors, "vae.")                       # else it is a model's
-        return vae_from_tensors(tensors, path, device, dtype, **vae_config(beside) if its else {})
-    name = str(path / "vae") if (path / "vae").is_dir() else path_or_hub_id
-    config_file = fetch(name, "config.json", "vae")
-    statistics = vae_config(config_file)
-    weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
-    return vae_from_tensors(read_tensors(weights)[0], weights, device, dtype, **statistics)
-
-
-def list_checkpoints(out_dir):
-    """The complete checkpoints of a run, oldest first (a checkpoint gets its name when it is complete)."""
-    return sorted(path for path in Path(out_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d{8}", path.name))
-
-
-def weights_in(folder, stem):
-    """folder/stem.safetensors, or the index of its shards, or .bin, or a variant in 16 bits, or None."""
-    ends = [end for variant in ("", ".fp16", ".bf16") for kind in (".safetensors", ".bin")
-            for end in (variant + kind, f"{kind}.index{variant}.json", f"{variant}{kind}.index.json")]
-    return next(filter(Path.is_file, (Path(folder, stem + end) for end in ends)), None)
-
-
-def open_modes(path):
-    """Give path, and all in it, the modes of the umask: safetensors writes for a file's owner alone."""
-    os.umask(mask := os.umask(0))                            # it can only be read by setting it
-    for one in (Path(path), *Path(path).rglob("*")):
-        with contextlib.suppress(OSError):                   # a disk without modes
-            special = one.stat().st_mode & 0o7000            # such as setgid, of a group's folders
-            one.chmod(special | (0o777 if one.is_dir() else 0o666) & ~mask)
-
-
-def save_model(path, tensors, settings):
-    """Write tensors with the settings (as from load_model) in the safetensors header."""
-    from safetensors.torch import save_file
-    settings = dict(settings, config=dataclasses.asdict(settings["config"]))
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
-              metadata={"format": "pt", "hdm": json.dumps(settings)})
-    open_modes(path)
-
-
-def check_size(height, width, config, vae):
-    """Refuse an image that the model cannot do, naming the nearest that it can."""
-    step = config.patch_size * (vae.factor if vae is not None else 1)
-    if height < step or width < step or height % step or width % step:
-        near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
-        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
-                        f"factor), such as {near_w}x{near_h}")
-
-
-# ---- Plumbing: images, devices, settings ---------------------------------------------------------------
-
-def to_device(x, device):
-    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
-    return x.to(device, non_blocking="cuda" in str(device))
 
 # What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
