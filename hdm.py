@@ -1851,20 +1851,14 @@ def save_model(path, tensors, settings):
     open_modes(path)
 
 
-def check_size(height, width, config, vae):
-    """Refuse an image that the model cannot do, naming the nearest that it can."""
-    step = config.patch_size * (vae.factor if vae is not None else 1)
-    if height < step or width < step or height % step or width % step:
-        near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
-        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
-                        f"factor), such as {near_w}x{near_h}")
+# ==== Not the method: errors, settings, devices, ranks, images, files =====================================
 
+# ---- Errors and warnings ---------------------------------------------------------------------------------
 
-# ---- Plumbing: images, devices, settings ---------------------------------------------------------------
-
-def to_device(x, device):
-    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
-    return x.to(device, non_blocking="cuda" in str(device))
+def warn(line):
+    """A warning of any process: of all but the first stdout is closed (start_ranks)."""
+    stream = sys.stdout if os.environ.get("RANK", "0") == "0" else sys.stderr
+    print(f"warning: {line}", file=stream, flush=True)
 
 
 def first_line(error):
@@ -1882,102 +1876,287 @@ def naming(path, what):
         raise UserError(f"{path}: {what} ({first_line(error)})") from error
 
 
-def looks_local(name):
-    """True for a path, even of something missing; False for what looks like a hub id (Qwen/Qwen3-0.6B)."""
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
-    return os.path.exists(name) or os.path.isdir(os.path.dirname(name)) or not hub_id
-
-
-def read_text(path):
-    """A person's text file: UTF-8, with a byte order mark or without. Its lines end at \\n and \\r\\n alone:
-    split("\\n") and strip them; splitlines would end them at eight other characters, too."""
-    return Path(path).read_bytes().decode("utf-8-sig")
-
-# What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
-PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
-
-
-@functools.lru_cache(maxsize=64)
-def profile_transform(profile, mode):
-    """An embedded colour profile (bytes), the image's mode -> ImageCms's transform to sRGB; None where that
-    changes no colour by more than 2 of 255; False where the profile is broken or of other channels."""
+def run(main):
+    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        own = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
-        channels = "CMYK" if mode == "CMYK" else "L" if mode[0] in "1LI" else "RGB"
-        assert own == channels or (own, channels) == ("RGB", "L")
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), own, "RGB")
-    except (ImageCms.PyCMSError, OSError, KeyError, AssertionError, TypeError, ValueError):
-        return False
-    cube = bytes(itertools.chain.from_iterable(itertools.product(range(0, 256, 51), repeat=3)))
-    probe = Image.frombytes("RGB", (216, 1), cube).convert(own)
-    changes = ImageChops.difference(transform.apply(probe), probe.convert("RGB")).getextrema()
-    return transform if max(most for _, most in changes) > 2 else None
+        main(sys.argv[1:])
+        if is_distributed():
+            torch.distributed.destroy_process_group()
+            atexit._run_exitfuncs()                          # such as wandb's
+            sys.stdout.flush()
+            os._exit(0)                                      # gloo's threads abort a usual exit now and then
+    except (Exception, KeyboardInterrupt) as error:
+        exit_after(error)
 
 
-def colours_of(image):
-    """profile_transform of an open image; None where it has no profile."""
-    return profile_transform(image.info["icc_profile"], image.mode) if "icc_profile" in image.info else None
+def exit_after(error):
+    """Prints the error that is being handled, and ends the process."""
+    code, text = 1, traceback.format_exc()
+    if isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    elif type(error) is ModuleNotFoundError:                 # an optional one, imported where it is asked for
+        code, text = 2, f"error: {missing_module(error)}"
+    elif isinstance(error, UserError):                       # of a loader process: at the end of a traceback
+        code, text = 2, f"error: {str(error).rpartition('UserError: ')[2].strip()}"
+    elif isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
+        code, text = 2, "error: out of memory: a lower --batch_size, a smaller image or --dtype=bfloat16"
+    if is_first_to_fail():
+        print(text, file=sys.stderr, flush=True)
+    if hasattr(signal, "SIGCHLD"):                           # torch's handler would raise as loaders die
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()                                        # they do not listen to a gentle end
+    if is_distributed():
+        os._exit(code)                                       # a usual exit would wait for the others
+    sys.exit(code)
 
 
-def load_image(source, side=None):
-    """An upright RGB image from a path or a stream, in sRGB by its colour profile; a broken profile, or EXIF,
-    is ignored; what is transparent becomes white.
+def is_first_to_fail():
+    """Of several ranks the first to fail prints its error: the others then fail because it is gone."""
+    if not is_distributed():
+        return True
+    key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1
 
-    side: its short side is scaled to this length. A JPEG is then decoded in a half, a quarter or an eighth of
-    its size, several times as fast, as long as that leaves the short side twice as long as asked for.
+
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python", "sklearn": "scikit-learn",
+            "skimage": "scikit-image", "google.protobuf": "protobuf", "dateutil": "python-dateutil",
+            "attr": "attrs", "bs4": "beautifulsoup4", "dotenv": "python-dotenv"}    # module: its package
+
+
+def missing_module(error):
+    """-> the line of a ModuleNotFoundError; it names a package only where installing one is the mend."""
+    name = error.name or ""
+    top = name.partition(".")[0]
+    ours = top in ("hdm", "prepare", "sample", "train")
+    if not name or ours or top in sys.stdlib_module_names:   # the last: Python was built without it
+        return str(error)
+    if sys.modules.get(top) is not None and name not in PACKAGES:
+        return f"{error}; {top} is installed, but has no such part: another version may have it"
+    return f"{error}: pip install {PACKAGES.get(name) or PACKAGES.get(top, top)}"
+
+
+class Output:
+    """A stream whose errors end no run: what its encoding cannot hold is escaped, a failed write is dropped.
+
+    The encoding may be ASCII or cp1252, the reader of a pipe gone, a terminal closed, a disk full, or there
+    is no stream (None), as under pythonw.
     """
-    with Image.open(source) as file:
-        (width, height), box, transform = file.size, None, colours_of(file)
-        if side is not None and (draft := file.draft(None, (2 * side, 2 * side))):
-            box = draft[1]                                   # what the image fills: 187.5 of 188 pixels
-        image, mode = file, transform.input_mode if transform else "RGB"
-        if image.mode.startswith("I"):                       # 16-bit grey: convert would clip it to white
-            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-        if image.mode not in (mode, "RGB") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        if image.mode != mode:
-            image = image.convert(mode)
-        if side is not None:
-            image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
-        if transform:                                        # of few pixels: it costs as much as decoding
-            image = transform.apply(image)
-        image.load()
-        image.info = file.info                               # with its EXIF rotation
-        image.info.pop("icc_profile", None)
-        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
-            image = ImageOps.exif_transpose(image)
-        return image
+
+    def __init__(self, stream):
+        self.stream = open(os.devnull, "w") if stream is None else stream
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
-@contextlib.contextmanager
-def scratch_folder(parent, prefix):
-    """A temporary folder in parent; first, those that killed processes left there are deleted."""
-    from filelock import FileLock, Timeout
-    for old in Path(parent).iterdir():
-        if old.name.startswith(prefix) and (old / "lock").is_file():
-            with contextlib.suppress(Timeout, OSError, NotImplementedError):
-                with FileLock(old / "lock", timeout=0):      # free when its process ends, however it ends
-                    shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, NotImplementedError):       # a disk without locks: none is deleted
-            stack.enter_context(FileLock(Path(folder, "lock"), timeout=0))
-        yield Path(folder)
+# ---- Settings: command line and config files -------------------------------------------------------------
+
+def setting_types(classes):
+    """{name: type} over all fields of some dataclasses: settings are flat, a name means one thing."""
+    types = {}
+    for cls in classes:
+        for name, kind in typing.get_type_hints(cls).items():
+            assert name not in types, f"setting {name} stands in two dataclasses"
+            options = typing.get_args(kind)
+            types[name] = options[0] if type(None) in options else kind          # int | None: set by an int
+    return types
 
 
-def make_folder(path, flag):
+def setting_value(where, value, kind):
+    """value (a flag's text, or a config file's object) in its setting's type; an error quotes where."""
+    text = isinstance(value, str)
+    if kind in (bool, bool | str) and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (str, bool | str) and text:
+        return value
+    if kind == list[str]:
+        return [value] if text else list(value)
+    if kind in (int, float) and not isinstance(value, bool):
+        for parse in (int, float):                           # int first: exact, however long
+            with contextlib.suppress(ValueError):
+                number = parse(str(value))
+                if abs(number) < 2 ** 63 and number == kind(number):                  # nan and inf are not
+                    return kind(number)
+    expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
+    raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
+
+
+def parse_args(argv, classes, positionals=(), doc="", aliases=MappingProxyType({})):
+    """Command line -> (positional words, {name: typed value} of the settings that were given).
+
+    The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
+    A `list[str]` may be given several times, a `bool | str` is True when bare. A last positional that ends in
+    `...` takes one word or more. aliases: {other flag: setting}. --help prints the settings' source.
+    """
+    if "--help" in argv or "-h" in argv:
+        print_help(doc, classes)
+        sys.exit(0)
+    types = setting_types(classes)
+    words, values, rest = [], {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") and flag not in aliases:
+            words.append(word)
+            continue
+        name = aliases.get(flag, flag[2:])
+        check_name(word, name, types)
+        kind = types[name]
+        if not equals:
+            value = next_value(word, kind, rest)
+        value = setting_value(f"--{name}={value}", value, kind)
+        if kind == list[str]:
+            value = values.get(name, []) + value
+        values[name] = value
+    one_or_more = len(words) > 0 and bool(positionals) and positionals[-1].endswith("...")
+    if len(words) != len(positionals) and not one_or_more:
+        raise UserError(f"{' '.join(positionals) or 'nothing'} expected beside the --settings, got "
+                        f"{' '.join(words) or 'nothing'} (quotes make one text of several words); see --help")
+    return words, values
+
+
+def next_value(word, kind, rest):
+    """The value of a flag without `=`: True where it is bare, else the next word, which is taken off rest."""
+    following = rest[0] if rest else "--"
+    is_flag = re.match(r"--(\w+(=|$)|$)", following)         # not any text with dashes
+    if kind is bool and following.lower() not in ("true", "false"):
+        return True
+    if kind == bool | str and (is_flag or following.endswith(".py")):
+        return True
+    if is_flag:
+        raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
+    return rest.pop(0)
+
+
+def print_help(doc, classes):
+    """The program's docstring and the source of its settings."""
+    print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
+          "Positive above 0, Share from 0 and below 1, Part above 0 and up to 1.\n")
+    for cls in classes:
+        fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
+        print("\n".join(line for line in fields if line.strip()), end="\n\n")
+
+
+def read_config(path, classes):
+    """A config file, plain Python `name = value` lines -> {name: typed value}; _names are its own."""
+    if not os.path.isfile(path):
+        raise UserError(f"config {path}: no such file")
+    names, types = {}, setting_types(classes)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be a folder to write in ({error.strerror})") from error
+        exec(compile(read_text(path), path, "exec"), names)
+    except Exception as error:                               # whatever the file's own lines raise
+        raise UserError(f"config {path}: {type(error).__name__}: {first_line(error)}") from error
+    values = {}
+    for name, value in names.items():
+        if not name.startswith("_") and not inspect.ismodule(value):
+            where = f"{path}: {name} = {value!r}"
+            check_name(where, name, types)
+            values[name] = setting_value(where, value, types[name])
+    return values
+
+
+def check_name(where, name, known, what="option"):
+    """Refuses a name that is not known, and suggests a near one, or ours for what other programs call so."""
+    if name in known:
+        return
+
+    def letters(word):
+        return re.sub("[-_]", "", word).lower()
+
+    hint = f"Known: {', '.join(known)}."
+    alike = {letters(one): one for one in known if abs(len(letters(one)) - len(letters(name))) <= 2}
+    near = difflib.get_close_matches(letters(name), alike, n=1, cutoff=0.75)          # 0.75: siez for size
+    if near:
+        hint = f"Did you mean {alike[near[0]]!r}?"
+    for ours, text in NEIGHBORS.items():
+        words, _, note = text.partition(":")
+        if ours in known and letters(name) in [letters(word) for word in words.split()]:
+            hint = f"Did you mean {ours!r}?"
+            if note:
+                hint += f" ({note.strip()})"
+    raise UserError(f"{where}: no {what} named {name!r}. {hint}")
+
+
+# What settings are called by diffusers' scripts, kohya's, AUTOMATIC1111 and their like; after a colon, how
+# ours differ. Each program suggests its own settings alone.
+NEIGHBORS = dict(
+    lr="learning_rate learn_rate unet_lr base_lr", schedule="lr_scheduler lr_schedule",
+    warmup="lr_warmup_steps warmup_steps learning_rate_warmup_steps warmup_iters",
+    clip="max_grad_norm gradient_clip gradient_clip_val gradient_clipping grad_clip",
+    weight_decay="adam_weight_decay wd", beta1="adam_beta1", beta2="adam_beta2",
+    ema="use_ema ema_decay: the decay, a number",
+    epochs="num_train_epochs max_train_epochs train_epochs max_epochs num_epochs",
+    images="max_train_steps num_train_steps train_steps total_steps: steps x global_batch, the length of run "
+           "and schedule; max_steps stops early and leaves the schedule as it is",
+    batch_size="train_batch_size", checkpointing="gradient_checkpointing",
+    global_batch="gradient_accumulation_steps accumulate_grad_batches grad_accum total_batch_size: images of "
+                 "one optimizer step, batch_size x processes x accumulation",
+    dtype="mixed_precision precision fp16 bf16 train_dtype torch_dtype: float32, bfloat16 or float16",
+    compile="torch_compile", log="report_to log_with", vae_chunk="vae_batch_size",
+    workers="num_workers dataloader_num_workers max_data_loader_n_workers",
+    data="train_data_dir instance_data_dir data_dir dataset_name dataset", image_size="resolution",
+    text_length="max_token_length max_sequence_length", latents="cache_latents cache_latents_to_disk",
+    vae="vae_path pretrained_vae_model_name_or_path",
+    out_dir="output_dir save_dir logging_dir workspace_dir output_model_destination",
+    out="output_dir outdir output save_dir", resume="resume_from_checkpoint",
+    init_from="pretrained_model_name_or_path pretrained_model pretrained_model_path model_path "
+              "base_model_name",
+    ckpt="pretrained_model_name_or_path model model_path model_id ckpt_path checkpoint",
+    log_every="logging_steps log_interval",
+    save_every="checkpointing_steps checkpoint_step_interval save_every_n_steps save_steps save_interval: in "
+               "steps",
+    keep_ckpts="checkpoints_total_limit checkpoints_rolling_limit save_total_limit",
+    eval_every="eval_steps eval_interval: in steps",
+    sample_every="validation_steps validation_epochs sample_every_n_steps: in steps",
+    preview_prompts="validation_prompt validation_prompts sample_prompts num_validation_images: a file",
+    caption_dropout="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
+    tag_dropout="caption_tag_dropout_rate", tag_separator="caption_separator",
+    t_shift="flow_shift discrete_flow_shift flow_schedule_shift timestep_shift",
+    caption="caption_column text_column", negative_prompt="negative neg_prompt n_prompt",
+    num_images="num_images_per_prompt n_samples batch_count n_iter num_samples", height="H",
+    width="resolution W", steps="num_inference_steps sampling_steps ddim_steps num_steps",
+    shift="flow_shift timestep_shift", cfg="guidance_scale cfg_scale guidance scale",
+    cfg_rescale="guidance_rescale", sampler="sampler_name scheduler",
+    strength="denoising_strength denoise", init_image="init_img init_images image input_image",
+    mask="mask_image",
+    prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen port")
+
+
+def warn_idle(given, calls, rules):
+    """Warns of each setting that was given, {name: value}, and has no effect in any of calls, objects of all
+    settings; rules: [(names, whether they have none in a call, why)]."""
+    for names, is_idle, why in rules:
+        for name in names.split():
+            is_given = given.get(name, "") != "" and given[name] is not False
+            if is_given and all(is_idle(call) for call in calls):
+                print(f"warning: --{name}={given[name]} has no effect {why}")
+
+
+# ---- Devices ---------------------------------------------------------------------------------------------
+
+def to_device(x, device):
+    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
+    return x.to(device, non_blocking="cuda" in str(device))
 
 
 def pick_device(name):
     """"auto": CUDA, else MPS, else the CPU; any other name must be there."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        return next(kind for kind, is_there in there.items() if is_there)
+        return next(kind for kind in there if there[kind])
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name}: one of auto, cpu, mps, cuda, cuda:N")
     if not there[name.split(":")[0]]:
@@ -1996,24 +2175,6 @@ def pick_dtype(name, device):
     if "cuda" not in str(device):
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
-    """Images (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
-    of the columns above and of the rows to the left, where they are given."""
-    height = max(image.shape[0] for image in images) * scale + gap
-    width = max([image.shape[1] * scale + gap for image in images] + [7 * len(label) for label in tops])
-    left, top = 7 * max(map(len, sides), default=0) + gap, 14 * bool(tops) + gap      # pixels of a letter
-    size = left + columns * width, top + -(-len(images) // columns) * height
-    sheet = Image.new("RGB", size, "white")
-    for i, image in enumerate(images):
-        tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
-        sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
-    for i, label in enumerate(tops):
-        ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
-    for i, label in enumerate(sides):
-        ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
-    return sheet
 
 
 class SharedCPU:
@@ -2067,191 +2228,7 @@ class SharedCPU:
 SHARED_CPU = SharedCPU()       # one, as the number of threads is one for the process
 
 
-def setting_types(classes):
-    """{name: type} over all fields of some dataclasses: settings are flat, a name means one thing."""
-    types = {}
-    for cls in classes:
-        for name, kind in typing.get_type_hints(cls).items():
-            assert name not in types, f"setting {name} stands in two dataclasses"
-            options = typing.get_args(kind)
-            types[name] = options[0] if type(None) in options else kind          # int | None: set by an int
-    return types
-
-
-def setting_value(where, value, kind):
-    """value (a flag's text, or a config file's object) in its setting's type; an error quotes where."""
-    text = isinstance(value, str)
-    if kind in (bool, bool | str) and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in (str, bool | str) and text:
-        return value
-    if kind == list[str]:
-        return [value] if text else list(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        for parse in (int, float):                           # int first: exact, however long
-            with contextlib.suppress(ValueError):
-                number = parse(str(value))
-                if abs(number) < 2 ** 63 and number == kind(number):                  # nan and inf are not
-                    return kind(number)
-    expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
-    raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
-
-
-# What settings are called by diffusers' scripts, kohya's, AUTOMATIC1111 and their like; after a colon, how
-# ours differ. Each program suggests its own settings alone.
-NEIGHBOURS = dict(
-    lr="learning_rate learn_rate unet_lr base_lr", schedule="lr_scheduler lr_schedule",
-    warmup="lr_warmup_steps warmup_steps learning_rate_warmup_steps warmup_iters",
-    clip="max_grad_norm gradient_clip gradient_clip_val gradient_clipping grad_clip",
-    weight_decay="adam_weight_decay wd", beta1="adam_beta1", beta2="adam_beta2",
-    ema="use_ema ema_decay: the decay, a number",
-    epochs="num_train_epochs max_train_epochs train_epochs max_epochs num_epochs",
-    images="max_train_steps num_train_steps train_steps total_steps: steps x global_batch, the length of run "
-           "and schedule; max_steps stops early and leaves the schedule as it is",
-    batch_size="train_batch_size", checkpointing="gradient_checkpointing",
-    global_batch="gradient_accumulation_steps accumulate_grad_batches grad_accum total_batch_size: images of "
-                 "one optimizer step, batch_size x processes x accumulation",
-    dtype="mixed_precision precision fp16 bf16 train_dtype torch_dtype: float32, bfloat16 or float16",
-    compile="torch_compile", log="report_to log_with", vae_chunk="vae_batch_size",
-    workers="num_workers dataloader_num_workers max_data_loader_n_workers",
-    data="train_data_dir instance_data_dir data_dir dataset_name dataset", image_size="resolution",
-    text_length="max_token_length max_sequence_length", latents="cache_latents cache_latents_to_disk",
-    vae="vae_path pretrained_vae_model_name_or_path",
-    out_dir="output_dir save_dir logging_dir workspace_dir output_model_destination",
-    out="output_dir outdir output save_dir", resume="resume_from_checkpoint",
-    init_from="pretrained_model_name_or_path pretrained_model pretrained_model_path model_path "
-              "base_model_name",
-    ckpt="pretrained_model_name_or_path model model_path model_id ckpt_path checkpoint",
-    log_every="logging_steps log_interval",
-    save_every="checkpointing_steps checkpoint_step_interval save_every_n_steps save_steps save_interval: in "
-               "steps",
-    keep_ckpts="checkpoints_total_limit checkpoints_rolling_limit save_total_limit",
-    eval_every="eval_steps eval_interval: in steps",
-    sample_every="validation_steps validation_epochs sample_every_n_steps: in steps",
-    preview_prompts="validation_prompt validation_prompts sample_prompts num_validation_images: a file",
-    caption_dropout="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
-    tag_dropout="caption_tag_dropout_rate", tag_separator="caption_separator",
-    t_shift="flow_shift discrete_flow_shift flow_schedule_shift timestep_shift",
-    caption="caption_column text_column", negative_prompt="negative neg_prompt n_prompt",
-    num_images="num_images_per_prompt n_samples batch_count n_iter num_samples", height="H",
-    width="resolution W", steps="num_inference_steps sampling_steps ddim_steps num_steps",
-    shift="flow_shift timestep_shift", cfg="guidance_scale cfg_scale guidance scale",
-    cfg_rescale="guidance_rescale", sampler="sampler_name scheduler",
-    strength="denoising_strength denoise", init_image="init_img init_images image input_image",
-    mask="mask_image",
-    prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen port")
-
-
-def check_name(where, name, known, what="option"):
-    """Refuses a name that is not known, and suggests a near one, or ours for what other programs call so."""
-    if name in known:
-        return
-    def letters(word):
-        return re.sub("[-_]", "", word).lower()
-    alike = {letters(one): one for one in known if abs(len(letters(one)) - len(letters(name))) <= 2}
-    near = difflib.get_close_matches(letters(name), alike, n=1, cutoff=0.75)          # 0.75: siez for size
-    hint = f"Did you mean {alike[near[0]]!r}?" if near else f"Known: {', '.join(known)}."
-    for ours, text in NEIGHBOURS.items():
-        words, _, note = text.partition(":")
-        if ours in known and letters(name) in map(letters, words.split()):
-            hint = f"Did you mean {ours!r}?" + (f" ({note.strip()})" if note else "")
-    raise UserError(f"{where}: no {what} named {name!r}. {hint}")
-
-
-def warn_idle(given, calls, rules):
-    """Warns of each setting that was given, {name: value}, and has no effect in any of calls, objects of all
-    settings; rules: [(names, whether they have none in a call, why)]."""
-    for names, idle, why in rules:
-        for name in names.split():
-            if given.get(name, "") != "" and given[name] is not False and all(map(idle, calls)):
-                print(f"warning: --{name}={given[name]} has no effect {why}")
-
-
-def parse_args(argv, classes, positionals=(), doc="", aliases=MappingProxyType({})):
-    """Command line -> (positional words, {name: typed value} of the settings that were given).
-
-    The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
-    A `list[str]` may be given several times, a `bool | str` is True when bare. A last positional that ends in
-    `...` takes one word or more. aliases: {other flag: setting}. --help prints the settings' source.
-    """
-    types = setting_types(classes)
-    if "--help" in argv or "-h" in argv:
-        print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
-              "Positive above 0, Share from 0 and below 1, Part above 0 and up to 1.\n")
-        for cls in classes:
-            fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
-            print("\n".join(line for line in fields if line.strip()), end="\n\n")
-        sys.exit(0)
-    words, values, rest = [], {}, list(argv)
-    while rest:
-        word = rest.pop(0)
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--") and flag not in aliases:
-            words.append(word)
-            continue
-        name = aliases.get(flag, flag[2:])
-        check_name(word, name, types)
-        kind, following = types[name], rest[0] if rest else "--"
-        if not equals and kind is bool and following.lower() not in ("true", "false"):
-            value = True
-        elif not equals and (re.match(r"--(\w+(=|$)|$)", following)        # a flag: not any text with dashes
-                             or kind == bool | str and following.endswith(".py")):
-            if kind != bool | str:
-                raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
-            value = True
-        elif not equals:
-            value = rest.pop(0)
-        value = setting_value(f"--{name}={value}", value, kind)
-        values[name] = values.get(name, []) + value if kind == list[str] else value
-    some = len(words) > 0 and bool(positionals) and positionals[-1].endswith("...")
-    if len(words) != len(positionals) and not some:
-        raise UserError(f"{' '.join(positionals) or 'nothing'} expected beside the --settings, got "
-                        f"{' '.join(words) or 'nothing'} (quotes make one text of several words); see --help")
-    return words, values
-
-
-def read_config(path, classes):
-    """A config file, plain Python `name = value` lines -> {name: typed value}; _names are its own."""
-    if not os.path.isfile(path):
-        raise UserError(f"config {path}: no such file")
-    names, types = {}, setting_types(classes)
-    try:
-        exec(compile(read_text(path), path, "exec"), names)
-    except Exception as error:                               # whatever the file's own lines raise
-        raise UserError(f"config {path}: {type(error).__name__}: {first_line(error)}") from error
-    values = {}
-    for name, value in names.items():
-        if not name.startswith("_") and not inspect.ismodule(value):
-            where = f"{path}: {name} = {value!r}"
-            check_name(where, name, types)
-            values[name] = setting_value(where, value, types[name])
-    return values
-
-
-class Output:
-    """A stream whose errors end no run: what its encoding cannot hold is escaped, a failed write is dropped.
-
-    The encoding may be ASCII or cp1252, the reader of a pipe gone, a terminal closed, a disk full, or there
-    is no stream (None), as under pythonw.
-    """
-
-    def __init__(self, stream):
-        self.stream = open(os.devnull, "w") if stream is None else stream
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
+# ---- Ranks: the processes of torchrun --------------------------------------------------------------------
 
 def start_ranks():
     """-> rank, ranks. Under torchrun joins its processes, each on its own GPU; else 0, 1."""
@@ -2266,10 +2243,14 @@ def start_ranks():
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def is_distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def gather(thing):
     """What all processes of torchrun bring, in their order; each waits here for the others."""
     things = [thing]
-    if torch.distributed.is_initialized():
+    if is_distributed():
         things *= torch.distributed.get_world_size()
         torch.distributed.all_gather_object(things, thing)
     return things
@@ -2277,61 +2258,142 @@ def gather(thing):
 
 def share(things):
     """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
-    if not torch.distributed.is_initialized():
+    if not is_distributed():
         return things
     return things[torch.distributed.get_rank()::torch.distributed.get_world_size()]
 
 
-PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python", "sklearn": "scikit-learn",
-            "skimage": "scikit-image", "google.protobuf": "protobuf", "dateutil": "python-dateutil",
-            "attr": "attrs", "bs4": "beautifulsoup4", "dotenv": "python-dotenv"}    # module: its package
+# ---- Images ----------------------------------------------------------------------------------------------
+
+# What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
 
 
-def missing_module(error):
-    """-> the line of a ModuleNotFoundError; it names a package only where installing one is the mend."""
-    name = error.name or ""
-    top = name.partition(".")[0]
-    ours = top in ("hdm", "prepare", "sample", "train")
-    if not name or ours or top in sys.stdlib_module_names:   # the last: Python was built without it
-        return str(error)
-    if sys.modules.get(top) is not None and name not in PACKAGES:
-        return f"{error}; {top} is installed, but has no such part: another version may have it"
-    return f"{error}: pip install {PACKAGES.get(name) or PACKAGES.get(top, top)}"
+def load_image(source, side=None):
+    """An upright RGB image from a path or a stream, in sRGB by its color profile; a broken profile, or EXIF,
+    is ignored; what is transparent becomes white.
+
+    side: its short side is scaled to this length. A JPEG is then decoded in a half, a quarter or an eighth of
+    its size, several times as fast, as long as that leaves the short side twice as long as asked for.
+    """
+    with Image.open(source) as file:
+        (width, height), box, transform = file.size, None, colours_of(file)
+        if side is not None:
+            draft = file.draft(None, (2 * side, 2 * side))
+            if draft:
+                box = draft[1]                               # what the image fills: 187.5 of 188 pixels
+        image, mode = file, transform.input_mode if transform else "RGB"
+        if image.mode.startswith("I"):                       # 16-bit gray: convert would clip it to white
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        if image.mode not in (mode, "RGB") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if image.mode != mode:
+            image = image.convert(mode)
+        if side is not None:
+            image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
+        if transform:                                        # of few pixels: it costs as much as decoding
+            image = transform.apply(image)
+        image.load()
+        image.info = file.info                               # with its EXIF rotation
+        image.info.pop("icc_profile", None)
+        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
+            image = ImageOps.exif_transpose(image)
+        return image
 
 
-def warn(line):
-    """A warning of any process: of all but the first stdout is closed (start_ranks)."""
-    stream = sys.stdout if os.environ.get("RANK", "0") == "0" else sys.stderr
-    print(f"warning: {line}", file=stream, flush=True)
+def colours_of(image):
+    """profile_transform of an open image; None where it has no profile."""
+    if "icc_profile" in image.info:
+        return profile_transform(image.info["icc_profile"], image.mode)
+    return None
 
 
-def run(main):
-    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+@functools.lru_cache(maxsize=64)
+def profile_transform(profile, mode):
+    """An embedded color profile (bytes), the image's mode -> ImageCms's transform to sRGB; None where that
+    changes no color by more than 2 of 255; False where the profile is broken or of other channels."""
+    channels = "RGB"
+    if mode == "CMYK":
+        channels = "CMYK"
+    elif mode[0] in "1LI":
+        channels = "L"
     try:
-        main(sys.argv[1:])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            atexit._run_exitfuncs()                          # such as wandb's
-            sys.stdout.flush()
-            os._exit(0)                                      # gloo's threads abort a usual exit now and then
-    except (Exception, KeyboardInterrupt) as error:
-        if re.search("out of memory|can't allocate memory", str(error)) and isinstance(error, RuntimeError):
-            error = UserError("out of memory: a lower --batch_size, a smaller image or --dtype=bfloat16")
-        code = {KeyboardInterrupt: 130, UserError: 2, ModuleNotFoundError: 2}.get(type(error), 1)
-        if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
-            error = missing_module(error)
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # Of several ranks the first to fail prints its error: the others then fail because it is gone.
-        key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-        if not together or torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1:
-            line = str(error).rpartition("UserError: ")[2].strip()                    # of a loader process
-            text = {1: traceback.format_exc(), 2: f"error: {line}", 130: "interrupted"}[code]
-            print(text, file=sys.stderr, flush=True)
-        if hasattr(signal, "SIGCHLD"):                       # torch's handler would raise as loaders die
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():
-            worker.kill()                                    # they do not listen to a gentle end
-        if together:
-            os._exit(code)                                   # a usual exit would wait for the others
-        sys.exit(code)
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        own = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        if (own, channels) != ("RGB", "L") and own != channels:
+            return False
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), own, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError, TypeError, ValueError):
+        return False
+    cube = bytes(itertools.chain.from_iterable(itertools.product(range(0, 256, 51), repeat=3)))
+    probe = Image.frombytes("RGB", (216, 1), cube).convert(own)
+    changes = ImageChops.difference(transform.apply(probe), probe.convert("RGB")).getextrema()
+    return transform if max(most for _, most in changes) > 2 else None
+
+
+def check_size(height, width, config, vae):
+    """Refuse an image that the model cannot do, naming the nearest that it can."""
+    step = config.patch_size * (vae.factor if vae is not None else 1)
+    if height < step or width < step or height % step or width % step:
+        near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
+        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
+                        f"factor), such as {near_w}x{near_h}")
+
+
+def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
+    """Images (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
+    of the columns above and of the rows to the left, where they are given."""
+    letter = 7                                               # pixels
+    height = max(image.shape[0] for image in images) * scale + gap
+    width = max([image.shape[1] * scale + gap for image in images] + [letter * len(label) for label in tops])
+    left = letter * max([len(label) for label in sides], default=0) + gap
+    top = gap
+    if tops:
+        top += 2 * letter
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (left + columns * width, top + rows * height), "white")
+    for i, image in enumerate(images):
+        tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
+        sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
+    for i, label in enumerate(tops):
+        ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
+    for i, label in enumerate(sides):
+        ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
+    return sheet
+
+
+# ---- Files -----------------------------------------------------------------------------------------------
+
+def looks_local(name):
+    """True for a path, even of something missing; False for what looks like a hub id (Qwen/Qwen3-0.6B)."""
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    return os.path.exists(name) or os.path.isdir(os.path.dirname(name)) or not hub_id
+
+
+def read_text(path):
+    """A person's text file: UTF-8, with a byte order mark or without. Its lines end at \\n and \\r\\n alone:
+    split("\\n") and strip them; splitlines would end them at eight other characters, too."""
+    return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def make_folder(path, flag):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be a folder to write in ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(parent, prefix):
+    """A temporary folder in parent; first, those that killed processes left there are deleted."""
+    from filelock import FileLock, Timeout
+    for old in Path(parent).iterdir():
+        if old.name.startswith(prefix) and (old / "lock").is_file():
+            with contextlib.suppress(Timeout, OSError, NotImplementedError):
+                with FileLock(old / "lock", timeout=0):      # free when its process ends, however it ends
+                    shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):       # a disk without locks: none is deleted
+            stack.enter_context(FileLock(Path(folder, "lock"), timeout=0))
+        yield Path(folder)
