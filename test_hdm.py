@@ -1256,9 +1256,9 @@ def test_names_of_other_programs_lead_to_ours_and_far_words_to_none(program, nam
 
 def test_each_name_of_other_programs_means_one_setting_of_a_program():
     settings = {program: hdm.setting_types(classes) for program, classes in PROGRAMS.items()}
-    assert all(any(ours in known for known in settings.values()) for ours in hdm.NEIGHBOURS)
+    assert all(any(ours in known for known in settings.values()) for ours in hdm.NEIGHBORS)
     for known in settings.values():
-        words = [word for ours, text in hdm.NEIGHBOURS.items() if ours in known
+        words = [word for ours, text in hdm.NEIGHBORS.items() if ours in known
                  for word in text.partition(":")[0].split()]
         assert len(set(words)) == len(words) and not set(words) & set(known)
     assert "max_steps stops early" in hint("train", "max_train_steps")
