@@ -6,7 +6,7 @@
 train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
 in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
 matching; the training example, and the way to its loss; the optimizer step; samplers; VAE; text encoder and
-captions; weights in and out; plumbing.
+captions; weights in and out; and, not the method, errors, settings, devices, ranks, images and files.
 
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
@@ -61,7 +61,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch.utils.checkpoint import checkpoint
 
-
 # ---- Configuration ---------------------------------------------------------------------------------------
 
 # Types of settings, each with its least and its largest value. The least above 0 is a normal number: training
@@ -89,14 +88,9 @@ def check_bounds(settings, prefix="--"):
         least, most = kind.__metadata__
         if least <= value <= most:
             continue
-        bounds = f"{least} or more"
-        if 0 < least < 1:
-            bounds = "above 0"
-        if most == math.nextafter(1, 0):
-            bounds += ", below 1"
-        elif most < math.inf:
-            bounds += f", at most {most}"
-        raise UserError(f"{prefix}{name}={value}: must be {bounds}")
+        low = "above 0" if 0 < least < 1 else f"{least} or more"
+        high = {math.inf: "", math.nextafter(1, 0): ", below 1"}.get(most, f", at most {most}")
+        raise UserError(f"{prefix}{name}={value}: must be {low}{high}")
 
 
 @dataclass(frozen=True)
@@ -179,10 +173,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         # In the published files, so in ours, but not read below: half precision rounds it, and 1000 t times
         # that error turns the angles by up to 0.24 rad.
-        freqs = torch.empty(1, dim // 2)
-        if init:
-            freqs = time_frequencies(dim)
-        self.register_buffer("freqs", freqs)
+        self.register_buffer("freqs", time_frequencies(dim) if init else torch.empty(1, dim // 2))
         self.proj = nn.Sequential(nn.Linear(dim, dim), nn.Mish())
 
     def forward(self, t):
@@ -768,9 +759,7 @@ def parameter_groups(model):
     """
     groups = {}
     for weight in model.parameters():
-        fan_in = len(weight)
-        if weight.dim() > 1:
-            fan_in = math.prod(weight.shape[1:])
+        fan_in = len(weight) if weight.dim() == 1 else math.prod(weight.shape[1:])
         group = groups.setdefault(fan_in, dict(params=[], fan_in=fan_in))
         group["params"].append(weight)
     return list(groups.values())
@@ -841,10 +830,9 @@ class OptimizerStep:
 
     def checkpoint_gb(self):
         """Of weights, average and state, on a disk."""
-        each = 4 + self.state_bytes                          # bytes
-        if self.s.ema:
-            each += 4
-        return 1e-9 * each * sum(weight.numel() for weight in self.model.parameters())
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        copies = 2 if self.s.ema else 1
+        return 1e-9 * weights * (4 * copies + self.state_bytes)
 
     def state_dict(self):
         return dict(optimizer=self.inner.state_dict(), scaler=self.scaler.state_dict(), bad=self.skipped)
@@ -1048,9 +1036,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.conv_shortcut = nn.Identity()
-        if width_in != width_out:
-            self.conv_shortcut = nn.Conv2d(width_in, width_out, 1)
+        self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x):
         y = norm_silu_conv(self.norm1, self.conv1, x)
@@ -1455,8 +1441,8 @@ class TextEncoder:
         return states.last_hidden_state, mask
 
     def causal_mask(self, mask):
-        """(B, T) bool -> (B, 1, T, T), added to the scores. Of a (B, T) mask transformers would ask on the host
-        whether it pads, and wait for the answer."""
+        """(B, T) bool -> (B, 1, T, T), added to the scores. Of a (B, T) mask transformers would ask on the
+        host whether it pads, and wait for the answer."""
         B, T = mask.shape
         causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
         scores = torch.zeros(B, 1, T, T, dtype=self.model.dtype, device=mask.device)
@@ -1494,13 +1480,9 @@ OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, wher
 def draw_caption(text, rng, s):
     """One of a record's captions by the grammar (parse_caption), with the run's settings s; rng None: the
     first one, with all its tags."""
-    before, captions, after = "", text, ""
-    if BESIDE in text:
-        before, captions, after = text.split(BESIDE)
+    before, captions, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
     captions = captions.split(OR)
-    caption = captions[0]
-    if rng is not None:
-        caption = rng.choice(captions)
+    caption = captions[0] if rng is None else rng.choice(captions)
     caption = parse_caption(caption, rng, tag_dropout=s.tag_dropout, group_dropout=s.group_dropout,
                             separator=s.tag_separator, spaces=s.spaces)
     if not before and not after:
@@ -1550,18 +1532,19 @@ def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separa
 
 
 def drop_and_shuffle(groups, rng, tag_dropout, group_dropout):
-    """A list of groups, each a list of tags -> what is kept of it, the groups and the tags in each shuffled."""
-    kept = [group for group in groups if rng.random() >= group_dropout]
-    kept = [[tag for tag in group if rng.random() >= tag_dropout] for group in kept]
+    """Groups, each a list of tags, without what is dropped: the groups shuffled, and the tags in each."""
+    kept = []
+    for group in [group for group in groups if rng.random() >= group_dropout]:
+        kept.append([tag for tag in group if rng.random() >= tag_dropout])
     shuffled = list(kept)
     rng.shuffle(shuffled)
-    for group in kept:                                       # in their first order, as seeds have it
+    for group in kept:                                       # in their first order: seeds depend on it
         rng.shuffle(group)
     return shuffled
 
 
 def underscores_to_spaces(tag):
-    """... in words that have two letters in a row."""
+    """Only in words that have two letters in a row: not in ^_^."""
     return re.sub(r"\S*[^\W\d_]{2}\S*", lambda word: word[0].replace("_", " "), tag)
 
 
@@ -1595,9 +1578,10 @@ class Inert:
 
 
 class InertUnpickler(pickle._Unpickler):
-    """Unpickles tensors in plain containers; nothing else that the file names is imported, or can run.
+    """Unpickles tensors in simple containers; nothing else that the file names is imported, or can run.
 
-    It is a subclass of Python's own unpickler in Python: pickle.Unpickler, in C, has no table of opcodes.
+    pickle._Unpickler is private: it is the module's unpickler in Python, with a table of opcodes, in which
+    BUILD is replaced. The public one, in C, has no such table. A Python without it cannot import this file.
     """
     KNOWN = {("collections", "OrderedDict"): OrderedDict,
              ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -1624,16 +1608,16 @@ class InertPickle:
 def read_pickle(path, zipped):
     """What torch.save wrote, with Inerts in place of unknown objects.
 
-    torch.load does more with two kinds of files than to unpickle them: it unpacks a tar, and hands a zip that
-    holds constants.pkl to TorchScript, which runs what is in it. Both are refused before, each by the reader
-    that torch.load asks: to another, a file made for it could look different.
+    weights_only=True would refuse unknown classes. Without it torch.load unpickles by InertUnpickler alone,
+    except for two kinds of files: it unpacks a tar, and TorchScript runs a zip that holds constants.pkl. Both
+    are refused first, by the readers that torch.load itself uses (torch's is private): to any other reader a
+    hostile file could look harmless.
     """
     if tarfile.is_tarfile(path):
-        raise ValueError("a tar")
+        raise ValueError("a tar archive, which is not read")
     if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-        raise ValueError("TorchScript")
-    # A name in .safetensors would make torch.load read it as such. weights_only would refuse unknown classes.
-    mapped = zipped and path.suffix != ".safetensors"
+        raise ValueError("TorchScript, a program, which is not run")
+    mapped = zipped and path.suffix != ".safetensors"        # torch.load would go by such a name
     with open(path, "rb") as file:
         return torch.load(path if mapped else file, map_location="cpu", weights_only=False, mmap=mapped,
                           pickle_module=InertPickle)
@@ -1700,11 +1684,10 @@ def misfits(module, tensors):
     """What keeps these tensors from being the module's weights: a list of texts, one for each kind."""
     want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     have = {name: tuple(value.shape) for name, value in tensors.items()}
-    both = [name for name in want if name in have]
+    other_shapes = [name for name in want if name in have and have[name] != want[name]]
     kinds = {"missing": [name for name in want if name not in have],
              "unexpected": [name for name in have if name not in want],
-             "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in both
-                                  if have[name] != want[name]],
+             "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in other_shapes],
              "not of finite floats": [name for name, value in tensors.items() if not is_finite(value)]}
     texts = []
     for kind, names in kinds.items():
@@ -1735,14 +1718,12 @@ def load_strict(build, tensors, path, device, dtype):
 
 def old_vae_names(tensors):
     """The attention's names and shapes in older VAE files, 1x1 convolutions -> today's, linear layers."""
-    names = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-    renamed = {}
-    for name, value in tensors.items():
-        if old := re.search(r"attentions\.0\.(query|key|value|proj_attn)\.", name):
-            name = name.replace(f".{old[1]}.", f".{names[old[1]]}.")
-            if name.endswith(".weight"):
-                value = value.squeeze()
-        renamed[name] = value
+    renamed = dict(tensors)
+    for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
+        for name in tensors:
+            if f"attentions.0.{old}." in name:
+                value = renamed.pop(name)
+                renamed[name.replace(f".{old}.", f".{new}.")] = value.squeeze() if value.dim() > 1 else value
     return renamed
 
 
@@ -1763,9 +1744,7 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
     if not widths or "decoder.conv_in.weight" not in tensors:
         raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, decoder.conv_in)")
     if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
-        dtype = torch.float32
-        if pick_dtype("auto", device) == torch.bfloat16:
-            dtype = torch.bfloat16
+        dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
 
     def build():
         return VAE(widths, layers, tensors["decoder.conv_in.weight"].shape[1], **statistics,
@@ -1807,9 +1786,7 @@ def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
         if config_file.is_file() and not part_of(tensors, "vae."):                    # else it is a model's
             statistics = vae_config(config_file)
         return vae_from_tensors(tensors, path, device, dtype, **statistics)
-    name = path_or_hub_id
-    if (path / "vae").is_dir():
-        name = str(path / "vae")
+    name = str(path / "vae") if (path / "vae").is_dir() else path_or_hub_id
     config_file = fetch(name, "config.json", "vae")
     statistics = vae_config(config_file)
     weights = weights_in(config_file.parent, stem) or fetch(name, stem + ".safetensors", "vae")
@@ -2304,9 +2281,7 @@ def load_image(source, side=None):
 
 def colours_of(image):
     """profile_transform of an open image; None where it has no profile."""
-    if "icc_profile" in image.info:
-        return profile_transform(image.info["icc_profile"], image.mode)
-    return None
+    return profile_transform(image.info["icc_profile"], image.mode) if "icc_profile" in image.info else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -2336,7 +2311,7 @@ def check_size(height, width, config, vae):
     """Refuse an image that the model cannot do, naming the nearest that it can."""
     step = config.patch_size * (vae.factor if vae is not None else 1)
     if height < step or width < step or height % step or width % step:
-        near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
+        near_w, near_h = (max(step, round(side / step) * step) for side in (width, height))
         raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
                         f"factor), such as {near_w}x{near_h}")
 
