@@ -9,8 +9,8 @@
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In order: the settings; prompts; the text in an image's file; drawing; the weights of other programs, in and
-out; commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge.
+In order: the settings; prompts; the text in an image's file; drawing; weights of and for other programs;
+commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge.
 """
 import contextlib
 import hashlib
@@ -50,7 +50,7 @@ import prepare
 # `options` the program's (Sampling), `settings` the checkpoint's (the dict of load_model).
 RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
 RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
-PUBLISHED = dict(              # the published model's settings; the headers of our own checkpoints hold theirs
+PUBLISHED = dict(              # the published model's settings; our own checkpoints hold theirs
     image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0, tag_separator="$$", spaces=False)
 
 
@@ -58,27 +58,24 @@ PUBLISHED = dict(              # the published model's settings; the headers of 
 class ImageSettings:           # of one image; a line of --prompts may end in any of these, such as --cfg=2
     ckpt: str = RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
     negative_prompt: str = ""  # what guidance moves away from
-    num_images: Annotated[int, 1, 10_000] = 1            # -n: images for each prompt
-    seed: Annotated[int, -1, 2 ** 62] = 0                # of a prompt's first image, then one more each; -1: any
-    width: Annotated[int, 1, 16384] | None = None        # pixels; None: init_image's, else the training size
-    height: Annotated[int, 1, 16384] | None = None       # likewise
+    num_images: Annotated[int, 1, 10_000] = 1           # -n: images for each prompt
+    seed: Annotated[int, -1, 2 ** 62] = 0               # of a prompt's first image, then one more; -1: any
+    width: Annotated[int, 1, 16384] | None = None       # pixels; None: init_image's, else the training size
+    height: Annotated[int, 1, 16384] | None = None      # likewise
     sampler: str = "euler"     # a name in hdm.SAMPLERS; heun takes two evaluations a step, the others one
-    steps: Annotated[int, 1, 1000] | None = None         # None: the checkpoint's own (published: 24)
-    shift: Annotated[float, 0.001, 1000] | None = None   # of time (train.py's t_shift); None: the checkpoint's
-                                                         # own (published: 1)
-    cfg: Annotated[float, -100, 100] | None = None       # guidance, 1 is none; None: the checkpoint's own
-                                                         # (published: 3)
-    cfg_low: Annotated[float, 0, 1] | None = None        # guidance acts at times t, 1 noise to 0 image, from
-                                                         # cfg_low (None: the checkpoint's own; published: 0) ...
-    cfg_high: Annotated[float, 0, 1] = 1.0               # ... to cfg_high
-    cfg_rescale: Annotated[float, 0, 1] = 0.0            # how far guided contrast goes back to the unguided
-    zoom: Annotated[float, 0.001, 1000] = 1.0            # camera: above 1 nearer
-    x_shift: Annotated[float, -100, 100] = 0.0           # camera to the right; 1 is half of the longer side
-    y_shift: Annotated[float, -100, 100] = 0.0           # camera down, likewise
+    steps: Annotated[int, 1, 1000] | None = None        # None: the checkpoint's own (published: 24)
+    shift: Annotated[float, 0.001, 1000] | None = None  # of time, train.py's t_shift; likewise (1)
+    cfg: Annotated[float, -100, 100] | None = None      # guidance, 1 is none; likewise (3)
+    cfg_low: Annotated[float, 0, 1] | None = None       # it acts at times t, 1 noise to 0 image, from here
+    cfg_high: Annotated[float, 0, 1] = 1.0              # (likewise: 0) to here
+    cfg_rescale: Annotated[float, 0, 1] = 0.0           # how far guided contrast goes back to the unguided
+    zoom: Annotated[float, 0.001, 1000] = 1.0           # camera: above 1 nearer
+    x_shift: Annotated[float, -100, 100] = 0.0          # camera to the right; 1 is half of the longer side
+    y_shift: Annotated[float, -100, 100] = 0.0          # camera down, likewise
     tread_cond: hdm.Share = 0.0    # share of the tokens that skip the U, with the prompt
     tread_uncond: hdm.Share = 0.0  # with the negative one: a weaker self to move away from (0.25 to 0.5)
     init_image: str = ""           # image to start from
-    strength: Annotated[float, 0, 1] = 0.6               # share of the steps that are done on it
+    strength: Annotated[float, 0, 1] = 0.6              # share of the steps that are done on it
     mask: str = ""                 # image of the same size: white is drawn anew, black stays
 
     def __post_init__(self):
@@ -175,24 +172,13 @@ def prompt_lines(text):
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def read_prompts(source):
-    """The text of --prompts: a file, or - for standard input."""
-    with hdm.naming(f"--prompts={source}", "no readable file of one prompt a line"):
-        if source == "-":
-            return sys.stdin.read()
-        return hdm.read_text(source)
-
-
 def read_slots(source):
     """The text of --slots, json or the path of a json file -> {slot: its text}."""
     with hdm.naming(f"--slots={source}", 'neither a json file nor json such as {"artist": "..."}'):
-        if source.lstrip().startswith("{"):
-            slots = json.loads(source)
-        else:
-            slots = json.loads(hdm.read_text(source))
-        for text in slots.values():
-            if not isinstance(text, str):
-                raise ValueError("each part must be a text")
+        is_json = source.lstrip().startswith("{")
+        slots = json.loads(source if is_json else hdm.read_text(source))
+        if not all(isinstance(text, str) for text in slots.values()):
+            raise ValueError("each part must be a text")
     return slots
 
 
@@ -239,7 +225,9 @@ def read_jobs(options, defaults, load_tipo):
     """-> a Job for each image, in order, each with its own seed."""
     lines = [Job(**vars(defaults), prompt=prompt) for prompt in options.prompt]
     if options.prompts:
-        lines += [prompt_line(line, defaults) for line in prompt_lines(read_prompts(options.prompts))]
+        with hdm.naming(f"--prompts={options.prompts}", "no readable file of one prompt a line"):
+            text = sys.stdin.read() if options.prompts == "-" else hdm.read_text(options.prompts)
+        lines += [prompt_line(line, defaults) for line in prompt_lines(text)]
     slots = {}
     if options.slots:
         slots = read_slots(options.slots)
@@ -248,9 +236,7 @@ def read_jobs(options, defaults, load_tipo):
     if not lines:
         raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
     report_foreign_syntax(lines)
-    jobs = []
-    for line in lines:
-        jobs += jobs_of(line)
+    jobs = [job for line in lines for job in jobs_of(line)]
     if options.tipo:
         expand = load_tipo(options.tipo)
         for job in jobs:
@@ -295,9 +281,7 @@ def exif_block(description, comment):
 
 def encode_file(image, file_type, text="", record=""):
     """(height, width, 3) uint8 -> a file's bytes; with text in it: `parameters`, and record, our own json."""
-    options = {}
-    if file_type != "png":
-        options["quality"] = 95
+    options = {} if file_type == "png" else dict(quality=95)
     if text and file_type == "png":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("parameters", text)      # as iTXt where Latin-1 does not do
@@ -339,7 +323,7 @@ def write_new(path, content):
             except FileExistsError:
                 new = path.with_stem(f"{path.stem}-{i}")
         try:
-            with file:                                       # some disks say only as it closes that they are full
+            with file:                                       # some disks say as it closes that they are full
                 file.write(content)
         except BaseException:                                # Ctrl-C, too
             new.unlink()
@@ -356,9 +340,7 @@ def to_uint8(images):
 def file_number(path):
     """41 of 00041-7.png; -1 of other names."""
     match = re.match(r"(\d+)-", path.name)
-    if match is None:
-        return -1
-    return int(match[1])
+    return int(match[1]) if match else -1
 
 
 def number_files(jobs, folder):
@@ -369,9 +351,7 @@ def number_files(jobs, folder):
 
 def vae_factor(vae):
     """Pixels on the side of a latent cell; 1 where the model draws pixels."""
-    if vae is None:
-        return 1
-    return vae.factor
+    return 1 if vae is None else vae.factor
 
 
 @lru_cache(maxsize=1)              # images of one call share it: draw_files forgets it
@@ -434,12 +414,8 @@ def as_trained(text, settings):
 
 def encode_texts(te, jobs, settings):
     """-> {text: states (1, T, ctx_dim) on the CPU} of all prompts and negative prompts."""
-    states = {}
-    for job in jobs:
-        for text in (job.prompt, job.negative_prompt):
-            if text not in states:
-                states[text] = te([as_trained(text, settings)])[0].cpu()
-    return states
+    texts = {text: None for job in jobs for text in (job.prompt, job.negative_prompt)}
+    return {text: te([as_trained(text, settings)])[0].cpu() for text in texts}
 
 
 def all_but_prompt_and_seed(job):
@@ -581,7 +557,7 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **image_se
     images = []
     for batch in batches(jobs, batch_size):
         images += [image for image, _ in draw(model, vae, texts, batch)]
-    parts = hdm.gather(images)                               # of n processes the first's are images 0, n, 2 n, ...
+    parts = hdm.gather(images)                               # of n processes the first has 0, n, 2 n, ...
     return np.stack([parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))])
 
 
@@ -590,8 +566,8 @@ def advise(job, size):
     tall = job.width == size <= job.height
     wide = job.width > job.height and job.height <= size and job.width * job.height >= size ** 2
     if not tall and not wide:
-        print(f"warning: {job.width}x{job.height}: a model trained at {size} px draws best {size} wide and at "
-              f"least as high, or wider than high, at most {size} high, of {size}x{size} pixels or more")
+        print(f"warning: {job.width}x{job.height}: a model trained at {size} px draws best {size} wide and "
+              f"at least as high, or wider than high, at most {size} high, of {size}x{size} pixels or more")
 
 
 @dataclass
@@ -616,9 +592,7 @@ def encode_prompts(te, jobs, settings):
 
 def job_file(job, image, options, provenance):
     """The bytes of an image's file, with its settings in them."""
-    text = ""
-    if not options.no_metadata:
-        text = parameters(job, provenance["model_hash"])
+    text = "" if options.no_metadata else parameters(job, provenance["model_hash"])
     record = asdict(replace(job, number=0)) | provenance
     return encode_file(image, options.file_type, text, json.dumps(record))
 
@@ -663,31 +637,23 @@ WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_\w+_module)\.")              
 NOT_XUT = re.compile(r"vae\.|vae_(mean|std)$|n_averaged$|(te|text_encoders?|text_model|cond_stage_model)\.")
 
 
-def refuse_adapters(tensors, path):
-    adapters = [name for name in tensors if ADAPTER.search(name)]
-    if adapters:
-        raise hdm.UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without "
-                            f"which it is another model: merge them by the program that trained them")
-
-
 def choose_prefix(prefixes, ema):
     """Of the prefixes of all XUTs in a file, those of the averaged one or of the trained one."""
     averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
     trained = [prefix for prefix in prefixes if prefix not in averaged]
-    if averaged and (ema or not trained):
-        return averaged
-    return trained
+    return averaged if averaged and (ema or not trained) else trained
 
 
 def xut_part(tensors, path, ema):
     """A file's tensors -> those of XUT, by their own names, and the others. XUT's have the prefix in front of
     ctx_proj.weight, such as unet.model."""
-    refuse_adapters(tensors, path)
+    adapters = [name for name in tensors if ADAPTER.search(name)]
+    if adapters:
+        raise hdm.UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without "
+                            f"which it is another model: merge them by the program that trained them")
     plain = {WRAPPER.sub("", name): value for name, value in tensors.items()}
-    prefixes = []
-    for name in plain:
-        if re.search(r"(^|\.)ctx_proj\.weight$", name):
-            prefixes.append(name.removesuffix("ctx_proj.weight"))
+    found = [name for name in plain if re.search(r"(^|\.)ctx_proj\.weight$", name)]
+    prefixes = [name.removesuffix("ctx_proj.weight") for name in found]
     if not prefixes:
         raise hdm.UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and "
                             f"no ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
@@ -722,21 +688,17 @@ def report_unread(others, prefix, path):
 
 def count_blocks(tensors, prefix):
     """How many different numbers follow the prefix in the names of tensors."""
-    numbers = set()
-    for name in tensors:
-        match = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-        if match:
-            numbers.add(match[1])
-    return len(numbers)
+    matches = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors]
+    return len({match[1] for match in matches if match})
 
 
 def config_from_tensors(tensors, path):
     """The XUTConfig of a file without one, by names and shapes; skips, residual and pos as published."""
     with hdm.naming(path, "not an XUT checkpoint"):
-        dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape                  # (D, C, p, p)
-        _, ctx_dim = tensors["ctx_proj.weight"].shape                                            # (D, ctx_dim)
-        heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape             # (H, K / 4, 2)
-        _, mlp_dim = tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape                      # (D, mlp_dim)
+        dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape             # (D, C, p, p)
+        _, ctx_dim = tensors["ctx_proj.weight"].shape                                       # (D, ctx_dim)
+        heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape        # (H, K / 4, 2)
+        _, mlp_dim = tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape                 # (D, mlp_dim)
         return hdm.XUTConfig(
             dim=dim, ctx_dim=ctx_dim, heads=heads, head_dim=4 * quarter, mlp_dim=mlp_dim,
             depth=count_blocks(tensors, "backbone.enc_blocks"),
@@ -754,10 +716,7 @@ def find_weights(name, ema):
         if name == RELEASED:
             print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
         return hdm.fetch(name, RELEASED_FILE, "checkpoint")
-    path = Path(name)
-    checkpoints = hdm.list_checkpoints(path)
-    if checkpoints:
-        path = checkpoints[-1]
+    path = (hdm.list_checkpoints(name) or [Path(name)])[-1]  # a run's last, else what is named
     if path.is_file():
         return path
     places = [(path, "model"), (path / "transformer", "diffusion_pytorch_model"),
@@ -772,21 +731,15 @@ def find_weights(name, ema):
 
 
 def find_encoders(settings, path, ours):
-    """Settings of a checkpoint file, whose encoders may lie beside it: small ones move with it."""
-    path = path.absolute()
-    folder = path.parent
-    in_parts = folder.name == "transformer"                  # a folder as diffusers has them
-    if in_parts:
-        folder = folder.parent
+    """Points a checkpoint's settings to the encoders that lie beside its file: small ones move with it."""
+    in_parts = path.absolute().parent.name == "transformer"  # a folder as diffusers has them
+    folder = path.absolute().parents[1] if in_parts else path.parent
     if not ours and not in_parts:                            # what lies beside a bare file is not its own
-        return settings
-    settings = dict(settings)
-    draws_pixels = ours and settings["vae"] == ""
-    if (folder / "vae").is_dir() and not draws_pixels:
-        settings["vae"] = str(folder / "vae")
-    if (folder / "text_encoder").is_dir():
-        settings["text_encoder"] = str(folder / "text_encoder")
-    return settings
+        return
+    for part in ("vae", "text_encoder"):
+        has_none = ours and settings[part] == ""             # such as a model that draws pixels
+        if (folder / part).is_dir() and not has_none:
+            settings[part] = str(folder / part)
 
 
 @contextlib.contextmanager
@@ -823,7 +776,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     else:                                                    # a published file, Lightning's, diffusers', bare
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=hdm.TEXT_ENCODER,
                         text_length=512, vae="", step=0, images=0, **PUBLISHED)
-    settings = find_encoders(settings, path, ours)
+    find_encoders(settings, path, ours)
     if vae_tensors is not None:
         settings["vae"] = str(path)
     vae = None
@@ -842,8 +795,8 @@ def load_text_encoder(settings, device="cpu", dtype=None, place=""):
     with expecting("the checkpoint", "text_encoder", name, given=place):
         te = hdm.TextEncoder(name, settings["text_length"], device, dtype)
     if te.dim != settings["config"].ctx_dim:
-        raise hdm.UserError(f"text encoder {name}: {te.dim} wide, but the model was trained "
-                            f"with ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
+        raise hdm.UserError(f"text encoder {name}: {te.dim} wide, but the model was trained with "
+                            f"ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
     return te
 
 
@@ -914,9 +867,7 @@ def pipeline_configs(c, vae, text_length, encoder):
         patch_size=c.patch_size, input_dim=c.in_channels, dim=c.dim, ctx_dim=c.ctx_dim, ctx_size=text_length,
         heads=c.heads, dim_head=c.head_dim, mlp_dim=c.mlp_dim, depth=c.depth, enc_blocks=c.enc_blocks,
         dec_blocks=c.dec_blocks, dec_ctx=False, class_cond=0, shared_adaln=True, concat_ctx=True,
-        use_dyt=False, double_t=False, addon_info_embs_dim=None, tread_config=tread)
-    if c.aspect_cond:
-        transformer["addon_info_embs_dim"] = 1
+        use_dyt=False, double_t=False, addon_info_embs_dim=1 if c.aspect_cond else None, tread_config=tread)
     scheduler = "FlowMatchEulerDiscreteScheduler"
     index = dict(
         _class_name="HDMXUTPipeline", transformer=["hdm.modules.xut", "XUDiTConditionModel"],
@@ -934,8 +885,8 @@ def pipeline_configs(c, vae, text_length, encoder):
 
 
 def find_text_encoder(settings):
-    """-> the text encoder's folder, which may be in the hub's cache, and its class; where it is missing, which
-    is reported, None and the published one's class."""
+    """-> the text encoder's folder, its own or one in the hub's cache, and its class. A missing one is
+    reported: None and the published one's class."""
     import huggingface_hub
     place = settings["text_encoder"]
     try:
@@ -962,22 +913,21 @@ def copy_files(source, folder, weights):
 
 
 def write_folder(folder, tensors, configs, te_folder, header):
-    """Writes a diffusers-style folder. te_folder: of the text encoder, and of its tokenizer, or beside that's;
-    None: without them."""
+    """Writes a diffusers-style folder. te_folder: of the text encoder to copy; None: none. Its tokenizer is
+    in it, or in the folder tokenizer beside it."""
     folder.mkdir()
     if te_folder is not None:
-        tokenizer = te_folder
-        if not any(te_folder.glob("tokenizer*")):
-            tokenizer = te_folder.with_name("tokenizer")
+        inside = any(te_folder.glob("tokenizer*"))
+        tokenizer = te_folder if inside else te_folder.with_name("tokenizer")
         copy_files(te_folder, folder / "text_encoder", weights=True)
         copy_files(tokenizer, folder / "tokenizer", weights=False)
     for name, config in configs.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(config, indent=2), encoding="utf-8")
     for part, prefix in dict(transformer="unet.", vae="vae.").items():
-        inside = hdm.part_of(tensors, prefix)
-        if inside:
-            hdm.save_model(folder / part / "diffusion_pytorch_model.safetensors", inside, header)
+        weights = hdm.part_of(tensors, prefix)
+        if weights:
+            hdm.save_model(folder / part / "diffusion_pytorch_model.safetensors", weights, header)
 
 
 def report_readers(path, config, vae, settings):
@@ -1005,7 +955,7 @@ def report_readers(path, config, vae, settings):
 
 
 def unknown_to_others(model, vae):
-    """What of a model other programs cannot read, or would draw noise with: they know the published options."""
+    """What of a model other programs cannot read, or would draw noise with."""
     unknown = []
     for name in ("aspect_cond", "skips", "residual", "pos"):
         value = getattr(model.config, name)
@@ -1023,14 +973,12 @@ def unknown_to_others(model, vae):
 
 def published_tensors(model, vae):
     """{name: tensor} of model and VAE in float16 with the published names."""
-    tensors = {}
-    for name, value in model.state_dict().items():
-        tensors[f"unet.model.{name}"] = value.half()
-        if name == "time_emb.freqs":                         # 1000 t times these in fp16 is off by up to 0.16 rad
-            tensors[f"unet.model.{name}"] = value.float()
+    weights = model.state_dict()
+    tensors = {f"unet.model.{name}": value.half() for name, value in weights.items()}
+    if "time_emb.freqs" in weights:                          # 1000 t times it, in fp16, is off by 0.16 rad
+        tensors["unet.model.time_emb.freqs"] = weights["time_emb.freqs"].float()
     if vae is not None:
-        for name, value in vae.state_dict().items():
-            tensors[f"vae.{name}"] = value.half()
+        tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
         tensors["vae_mean"] = torch.tensor(vae.mean).half()[None, :, None, None]      # (1, C, 1, 1)
         tensors["vae_std"] = torch.tensor(vae.std).half()[None, :, None, None]
     return tensors
@@ -1053,14 +1001,13 @@ def export(path, model, vae, settings, force=False):
     large = [name for name, value in tensors.items() if not hdm.is_finite(value)]
     if large:
         raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
-    header = dict(settings, vae="")
-    if vae is not None:
-        header["vae"] = "vae"                                # load_model finds it where it lies
+    header = dict(settings, vae="" if vae is None else "vae")    # load_model finds it where it lies
     as_file = path.suffix.lower() == ".safetensors"
     if not as_file:
         te_folder, encoder = find_text_encoder(settings)
         configs = pipeline_configs(model.config, vae, settings["text_length"], encoder)
-    with hdm.naming(path, "cannot be written"), hdm.scratch_folder(path.absolute().parent, ".export-") as scratch:
+    with (hdm.naming(path, "cannot be written"),
+          hdm.scratch_folder(path.absolute().parent, ".export-") as scratch):
         temporary = scratch / "new"                          # gets its place when it is complete
         if as_file:
             hdm.save_model(temporary, tensors, header)
@@ -1123,11 +1070,11 @@ def model_hash(file):
 
 
 def open_checkpoint(name, file, command):
-    """-> the Checkpoint of --ckpt=name, whose weights are in this file, with the encoders that are asked for."""
+    """-> the Checkpoint of --ckpt=name, whose weights are in file, with the encoders that are asked for."""
     options, device, dtype = command.options, command.device, command.dtype
     model, vae, settings = load_model(file, device, dtype, options.ema, not options.vae)
     channels = model.config.in_channels
-    if options.vae or (vae is None and channels == 4):         # published without its VAE
+    if options.vae or (vae is None and channels == 4):       # published without its VAE
         settings["vae"] = options.vae or hdm.EQ_VAE
         with expecting(name, "vae", settings["vae"], given=options.vae):
             vae = hdm.load_vae(settings["vae"], device, dtype)
@@ -1136,8 +1083,8 @@ def open_checkpoint(name, file, command):
         vae_channels = vae.latent_channels
         whose = f"those of the VAE {settings['vae']} {vae_channels}"
     if vae_channels != channels:
-        raise hdm.UserError(f"--ckpt={name}: its latents have {channels} channels, {whose}; --vae=PLACE names "
-                            f"another, a folder, file or hub id")
+        raise hdm.UserError(f"--ckpt={name}: its latents have {channels} channels, {whose}; --vae=PLACE "
+                            f"names another, a folder, file or hub id")
     settings["text_encoder"] = options.text_encoder or settings["text_encoder"]
     load_te = partial(load_text_encoder, settings, device, dtype, options.text_encoder)
     provenance = dict(ema=options.ema, text_encoder=options.text_encoder, vae=options.vae,
@@ -1175,9 +1122,7 @@ def draw_checkpoint(name, file, jobs, command):
     """Draws this process's part of a checkpoint's jobs -> paths of the files."""
     checkpoint = open_checkpoint(name, file, command)
     warn_idle(command, jobs, checkpoint.settings)
-    hidden = None                                            # tqdm shows it on a terminal alone
-    if command.rank > 0:
-        hidden = True
+    hidden = command.rank > 0 or None                        # None: tqdm shows it on a terminal alone
     with tqdm(total=len(hdm.share(jobs)), unit_scale=True, disable=hidden) as bar:
         def watch(done, x0):
             bar.update(done - bar.n)
@@ -1193,9 +1138,7 @@ def make_out_folder(out):
 
 def save_grid(paths, options, layout):
     """Writes a grid of the images in these files; small ones are enlarged. layout: of hdm.image_grid."""
-    if not options.sheet:
-        paths = paths[:100]
-    images = [np.array(Image.open(path)) for path in paths]
+    images = [np.array(Image.open(path)) for path in (paths if options.sheet else paths[:100])]
     grid = hdm.image_grid(images, scale=max(1, 128 // images[0].shape[1]), **layout)
     write_new(Path(options.out, "grid.png"), encode_file(np.array(grid), "png"))
 
@@ -1206,17 +1149,14 @@ def draw_all(command):
     if command.rank == 0:                                    # it reads and rolls dice for all
         jobs = read_jobs(options, command.defaults, load_tipo)
     jobs = hdm.gather(jobs)[0]
-    layout = dict(columns=min(len(jobs), 8))
-    if command.defaults.num_images > 1:
-        layout["columns"] = command.defaults.num_images      # a row for each prompt
+    columns = command.defaults.num_images                    # of the grid: a row for each prompt
+    layout = dict(columns=columns if columns > 1 else min(len(jobs), 8))
     if options.sheet:
         jobs, layout = read_sheet(options.sheet, jobs)
     make_out_folder(options.out)
     jobs = hdm.gather(number_files(jobs, Path(options.out)))[0]
-    files = {}                                               # of all checkpoints, before the first is loaded
-    for job in jobs:
-        if job.ckpt not in files:
-            files[job.ckpt] = find_weights(job.ckpt, options.ema)
+    names = dict.fromkeys(job.ckpt for job in jobs)          # each once
+    files = {name: find_weights(name, options.ema) for name in names}
     paths = []
     for name, file in files.items():                         # one checkpoint is in memory at a time
         paths += draw_checkpoint(name, file, [job for job in jobs if job.ckpt == name], command)
@@ -1226,25 +1166,19 @@ def draw_all(command):
     print(f"images: {len(jobs)} in {options.out}, from {jobs[0].number:05d} on")
 
 
-def open_default(command):
-    """-> the Checkpoint of --ckpt."""
-    name = command.defaults.ckpt
-    return open_checkpoint(name, find_weights(name, command.options.ema), command)
-
-
 def main(argv):
     command = read_command(argv)
-    options = command.options
+    options, name = command.options, command.defaults.ckpt
+    if not options.export and not options.ui:
+        return draw_all(command)
+    checkpoint = open_checkpoint(name, find_weights(name, options.ema), command)
     if options.export:
-        checkpoint = open_default(command)
         warn_idle(command, [Job(**vars(command.defaults))], checkpoint.settings)
         if command.rank == 0:
             export(options.export, checkpoint.model, checkpoint.vae, checkpoint.settings, options.force)
-    elif options.ui:
-        make_out_folder(options.out)
-        Page(open_default(command), options, command.defaults).serve()
     else:
-        draw_all(command)
+        make_out_folder(options.out)
+        Page(checkpoint, options, command.defaults).serve()
 
 
 # ==== Extras ================================================================================================
@@ -1261,22 +1195,15 @@ def read_axis(text):
 
 def read_sheet(text, jobs):
     """'steps=8,16;cfg=1,2' -> a Job for each cell, row by row; columns and labels as hdm.image_grid's."""
-    refused = hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one image, whose seed "
-                            f"is not -1")
     with hdm.naming(f"--sheet={text}", "settings that will not do"):
         axes = [read_axis(part) for part in text.split(";")]
-    if len(axes) > 2 or len(jobs) > 1:
-        raise refused
-    columns, rows = axes[-1], {"": {}}                       # of one setting, a row without a label
-    if len(axes) == 2:
-        rows = axes[0]
-    cells = []
-    for row, column in itertools.product(rows.values(), columns.values()):
-        with hdm.naming(f"--sheet={text}", "settings that will not do"):
-            cell = replace(jobs[0], **row, **column)
-        if cell.num_images > 1 or cell.seed < 0:
-            raise refused
-        cells.append(cell)
+        rows, columns = axes[-2:] if len(axes) > 1 else ({"": {}}, axes[0])
+        pairs = itertools.product(rows.values(), columns.values())
+        cells = [replace(jobs[0], **row, **column) for row, column in pairs]
+    several = len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells)
+    if len(axes) > 2 or several:
+        raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one image, whose "
+                            f"seed is not -1")
     return cells, dict(columns=len(columns), tops=list(columns), sides=list(rows))
 
 
@@ -1317,17 +1244,13 @@ def tipo_request(job, slots):
     another form gets worse text, not an error. test_what_tipo_reads holds an example.
     """
     parts = split_prompt(job.prompt, slots)
-    ratio = 1.0
-    if job.width and job.height:                             # else not known here
-        ratio = job.width / job.height
+    known = job.width and job.height
+    ratio = job.width / job.height if known else 1.0
     tags = [parts[slot] for slot in ("special", "general") if parts[slot]]
     lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
              "copyrights": parts["series"], "quality": parts["quality"], "aspect_ratio": f"{ratio:.3f}",
              "target": "<|long|> <|tag_to_long|>", "tag": ", ".join(tags)}
-    text = ""
-    for key, value in lines.items():
-        if value:
-            text += f"{key}: {value}\n"
+    text = "".join(f"{key}: {value}\n" for key, value in lines.items() if value)
     return f"{text}long: {parts['natural language']}".rstrip(), parts
 
 
@@ -1335,15 +1258,6 @@ def banned_tags(job):
     """The tags of a job's negative prompt, with spaces in them."""
     tags = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ").split(",")
     return [tag.strip() for tag in tags if tag.strip()]
-
-
-def banned_tokens(tokenizer, banned):
-    """-> the token ids of each tag, as one begins a text or follows a space, small or with a capital."""
-    ids = []
-    for tag in banned:
-        for form in (tag, tag.capitalize(), f" {tag}", f" {tag.capitalize()}"):
-            ids.append(tokenizer(form, add_special_tokens=False)["input_ids"])
-    return ids
 
 
 def cut_before(reply, banned):
@@ -1374,10 +1288,13 @@ def load_tipo(name):
     def expand(job, slots):
         request, parts = tipo_request(job, slots)
         banned = banned_tags(job)
+        forms = [*banned, *map(str.capitalize, banned)]
+        tokens = [tokenizer(lead + form, add_special_tokens=False)["input_ids"] for form in forms
+                  for lead in ("", " ")]
         config = transformers.GenerationConfig(              # as TIPO's authors advise
             do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
             max_new_tokens=TIPO_TOKENS, stop_strings=["\n"], eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id, bad_words_ids=banned_tokens(tokenizer, banned) or None)
+            pad_token_id=tokenizer.eos_token_id, bad_words_ids=tokens or None)
         inputs = tokenizer(request, return_tensors="pt")
         with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
             torch.manual_seed(job.seed)
@@ -1450,9 +1367,7 @@ class Page:
     """
 
     def __init__(self, checkpoint, options, defaults):
-        address = "127.0.0.1:7860"
-        if options.ui is not True:
-            address = options.ui
+        address = "127.0.0.1:7860" if options.ui is True else options.ui
         match = re.fullmatch(r"(\S+):(\d{1,5})", address)
         if not match or not 0 < int(match[2]) < 2 ** 16:
             raise hdm.UserError(f"--ui={address}: HOST:PORT is needed, such as 127.0.0.1:7860")
@@ -1471,7 +1386,8 @@ class Page:
         self.load_tipo = cache(load_tipo)                    # when it is first switched on
         self.te = checkpoint.load_te()                       # now
         self.controls = {}                                   # {setting: gradio's control}, without ratio
-        self.shown = 0, None, ()       # how many images, the last, files from new to old: replaced as a whole
+        self.shown = (0, None, ())     # how many images; the last; (file, caption)s, newest first. One tuple,
+                                       # replaced as a whole: no thread sees a part of a change
         self.asked = threading.Event()     # a browser has asked for the last image: the next can be made
         self.stopping = threading.Event()
 
@@ -1485,6 +1401,7 @@ class Page:
             raise self.gr.Error(html.escape(line, quote=False), print_exception=False) from error
 
     def show(self, image, *files):
+        """Makes this the last image; files: what comes to the gallery with it."""
         count, _, before = self.shown
         self.shown = count + 1, image, (*files, *before)
 
@@ -1514,38 +1431,38 @@ class Page:
                     self.show(preview(self.checkpoint.vae, x0))
             with contextlib.suppress(InterruptedError):
                 for path in draw_files(self.checkpoint, jobs, self.options, watch, self.te):
-                    self.show(path, path)
+                    self.show(path, (path, path.name))
                     done += 1
         return f"{done} of {len(jobs)} images, in {self.options.out}"
 
-    def files(self):
-        """The gallery: each file and its caption."""
-        return [(path, path.name) for path in self.shown[2]]
+    def gallery(self):
+        """(file, caption) of all images, for a browser that opens the page."""
+        return list(self.shown[2])
 
     def update(self, seen):
-        """For a browser that has seen so many images and files -> the last image, the gallery, new numbers."""
+        """For a browser that has seen so many (images, files) -> the last image, the gallery, new numbers."""
         self.asked.set()
         count, image, files = self.shown
-        if seen == (count, len(files)):
+        if seen[0] == count:
             return self.gr.skip()
-        gallery = self.gr.skip()
-        if len(files) > seen[1]:
-            gallery = [(path, path.name) for path in files]
+        gallery = list(files) if len(files) > seen[1] else self.gr.skip()
         return image, gallery, (count, len(files))
 
     def take_settings(self, file):
         """An image's file -> values of all controls."""
         with self.errors_shown():
-            settings, digest = read_settings(file)
-        fixed = self.checkpoint.provenance | dict(init_image=self.defaults.init_image, mask=self.defaults.mask)
-        settings = self.start | fixed | settings | dict(
-            prompt=settings["prompt"][0], model_hash=digest, tipo=False)     # TIPO's words are in the prompt
-        other = [name for name in fixed if settings[name] != fixed[name]]
+            recorded, digest = read_settings(file)
+        own = dict(init_image=self.defaults.init_image, mask=self.defaults.mask)
+        fixed = self.checkpoint.provenance | own
+        values = self.start | fixed | recorded | dict(
+            prompt=recorded["prompt"][0], model_hash=digest, tipo=False)     # TIPO's words are in the prompt
+        other = [name for name in fixed if values[name] != fixed[name]]
         if other:
             self.gr.Warning(f"drawn with another {', '.join(other)}: this page keeps its own")
-        return [settings[name] for name in self.controls]
+        return [values[name] for name in self.controls]
 
     def size_of(self, ratio):
+        """'3:2' -> values of width and height."""
         checkpoint = self.checkpoint
         step = checkpoint.model.config.patch_size * vae_factor(checkpoint.vae)
         return sides(ratio, checkpoint.settings["image_size"], step)
@@ -1567,7 +1484,7 @@ class Page:
                     stop_button = gr.Button("stop")
                 state = gr.Textbox(label="drawn", lines=2)
                 image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
-                gallery = gr.Gallery(self.files, show_label=False, columns=4)
+                gallery = gr.Gallery(self.gallery, show_label=False, columns=4)
             inputs = list(self.controls.values())
             size = [self.controls["width"], self.controls["height"]]
             seen = gr.State((0, 0))
