@@ -5117,7 +5117,7 @@ def test_the_page_needs_gradio(published, te_folder, tmp_path, monkeypatch, capf
 @pytest.mark.parametrize("size, step", [(1024, 16), (512, 16), (768, 32), (32, 4)])
 def test_the_pages_sizes_are_what_the_model_card_advises(size, step, capsys):
     for ratio in sample.RATIOS:
-        width, height = sample.sides(ratio, size, step)
+        width, height = sample.advised_size(ratio, size, step)
         w, h = map(int, ratio.split(":"))
         assert width % step == height % step == 0
         assert abs(width * h - height * w) <= step * max(w, h), ratio        # within a step of the ratio
@@ -5146,7 +5146,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
             assert taken == values | dict(num_images=1, seed=values["seed"] + len(new) - 1)
             flags = [f"--{name}={value}" for name, value in values.items()]
             sample.main([*argv, f"--out={tmp_path}", *flags])
-        assert client.predict("3:2", api_name="/sides") == tuple(sample.sides("3:2", 1024, 4))
+        assert client.predict("3:2", api_name="/sides") == tuple(sample.advised_size("3:2", 1024, 4))
     assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE if name != "tipo")
     for path, same in zip(drawn, sorted(tmp_path.glob("0*.png")), strict=True):
         assert path.name == same.name and sample.read_settings(path) == sample.read_settings(same)
@@ -6432,7 +6432,7 @@ def test_the_centred_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(
         size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
         image = np.asarray(Image.open(path))
         height, width, _ = image.shape
-        (y, x, root), = sample.places_and_sizes([image])
+        (y, x, root), = sample.centers_and_sizes([image])
         canvases[height, width] += 1
         assert abs(x - (width - 1) / 2) < 0.3
         assert shape == "triangle" or abs(y - (height - 1) / 2) < 0.3
