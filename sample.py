@@ -59,15 +59,15 @@ class ImageSettings:           # of one image; a line of --prompts may end in an
     ckpt: str = RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
     negative_prompt: str = ""  # what guidance moves away from
     num_images: Annotated[int, 1, 10_000] = 1           # -n: images for each prompt
-    seed: Annotated[int, -1, 2 ** 62] = 0               # of a prompt's first image, then one more; -1: any
+    seed: Annotated[int, -1, 2 ** 62] = 0               # of a prompt's first image, then one more; -1: random
     width: Annotated[int, 1, 16384] | None = None       # pixels; None: init_image's, else the training size
     height: Annotated[int, 1, 16384] | None = None      # likewise
     sampler: str = "euler"     # a name in hdm.SAMPLERS; heun takes two evaluations a step, the others one
     steps: Annotated[int, 1, 1000] | None = None        # None: the checkpoint's own (published: 24)
     shift: Annotated[float, 0.001, 1000] | None = None  # of time, train.py's t_shift; likewise (1)
     cfg: Annotated[float, -100, 100] | None = None      # guidance, 1 is none; likewise (3)
-    cfg_low: Annotated[float, 0, 1] | None = None       # it acts at times t, 1 noise to 0 image, from here
-    cfg_high: Annotated[float, 0, 1] = 1.0              # (likewise: 0) to here
+    cfg_low: Annotated[float, 0, 1] | None = None       # least time t, 1 noise to 0 image, with guidance;
+    cfg_high: Annotated[float, 0, 1] = 1.0              # ... likewise (0). Greatest t with guidance
     cfg_rescale: Annotated[float, 0, 1] = 0.0           # how far guided contrast goes back to the unguided
     zoom: Annotated[float, 0.001, 1000] = 1.0           # camera: above 1 nearer
     x_shift: Annotated[float, -100, 100] = 0.0          # camera to the right; 1 is half of the longer side
@@ -76,13 +76,13 @@ class ImageSettings:           # of one image; a line of --prompts may end in an
     tread_uncond: hdm.Share = 0.0  # with the negative one: a weaker self to move away from (0.25 to 0.5)
     init_image: str = ""           # image to start from
     strength: Annotated[float, 0, 1] = 0.6              # share of the steps that are done on it
-    mask: str = ""                 # image of the same size: white is drawn anew, black stays
+    mask: str = ""                 # image of the same size: white is redrawn, black stays
 
     def __post_init__(self):
         hdm.check_name(f"--sampler={self.sampler}", self.sampler, hdm.SAMPLERS, "sampler")
         hdm.check_bounds(self)
         if self.mask and not self.init_image:
-            raise hdm.UserError(f"--mask={self.mask}: says what to draw anew in --init_image; it is missing")
+            raise hdm.UserError(f"--mask={self.mask}: says what to redraw in --init_image, which is missing")
 
 
 @dataclass
@@ -128,11 +128,11 @@ FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
 FLAG = re.compile(rf"(?:^|\s+)(?=--\w+=|(?:{'|'.join(ALIASES)}|--(?:{'|'.join(IMAGE_SETTINGS)}))(?![\w-]))")
 
 
+# Conditions on a call: an object with all settings of one image and of the program.
 def without(name):
-    """-> a rule of IDLE: true of a call without this setting."""
-    def rule(call):
+    def condition(call):
         return not getattr(call, name)
-    return rule
+    return condition
 
 
 def unguided(call):
@@ -147,7 +147,7 @@ def never_guided(call):
     return call.cfg_low > call.cfg_high
 
 
-IDLE = [  # settings, when they have no effect, and why
+IDLE = [  # settings, the condition on which they have no effect, its words
     ("strength", without("init_image"), "without --init_image"),
     ("negative_prompt", unguided_without_tipo, "with --cfg=1"),
     ("cfg_low cfg_high cfg_rescale tread_uncond", unguided, "with --cfg=1"),
@@ -161,7 +161,7 @@ IDLE = [  # settings, when they have no effect, and why
 def prompt_line(line, defaults):
     """'PROMPT --key=value ...' -> its Job: defaults with these values, which are quoted as in a shell."""
     prompt, *flags = FLAG.split(line, maxsplit=1)
-    with hdm.naming(f"--prompts, {line!r}", "settings in it that will not do"):
+    with hdm.naming(f"--prompts, {line!r}", "wrong settings in it"):
         _, values = hdm.parse_args(shlex.split(" ".join(flags)), [ImageSettings], aliases=ALIASES)
         return Job(**vars(defaults) | values, prompt=prompt)
 
@@ -198,7 +198,7 @@ def fill_slots(template, slots):
 
 
 def report_foreign_syntax(lines):
-    """Says what prompts of other programs would mean there, and is plain text here."""
+    """Prints what in the prompts means something to other programs, and is plain text here."""
     texts = [line.prompt for line in lines] + [line.negative_prompt for line in lines]
     if any(re.search(r"\\[()]", text) for text in texts):
         print(r"prompts: \( and \) are taken for ( and )")
@@ -222,7 +222,7 @@ def jobs_of(line):
 
 
 def read_jobs(options, defaults, load_tipo):
-    """-> a Job for each image, in order, each with its own seed."""
+    """-> a Job for each image, in order, each with its own seed. load_tipo is called for --tipo alone."""
     lines = [Job(**vars(defaults), prompt=prompt) for prompt in options.prompt]
     if options.prompts:
         with hdm.naming(f"--prompts={options.prompts}", "no readable file of one prompt a line"):
@@ -254,10 +254,9 @@ def parameters(job, model_hash):
              "Model": Path(job.ckpt).name.removesuffix(".safetensors")}
     items = []
     for key, value in pairs.items():
-        text = str(value)
-        if re.search("[,:\n]", text):                        # would end the value
-            text = json.dumps(text, ensure_ascii=False)
-        items.append(f"{key}: {text}")
+        if re.search("[,:\n]", str(value)):                  # would end the value
+            value = json.dumps(value, ensure_ascii=False)
+        items.append(f"{key}: {value}")
     lines = [job.prompt]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
@@ -269,6 +268,7 @@ def exif_block(description, comment):
     """EXIF bytes with description, ASCII, as ImageDescription, and comment as UserComment.
 
     Pillow would write the UserComment as BYTE; readers such as AUTOMATIC1111's take UNDEFINED (7) alone.
+    An entry of a directory is its tag, type, number of bytes, and its value or where that begins.
     """
     description = description.encode("ascii") + b"\0"
     comment = b"UNICODE\0" + comment.encode("utf-16-be")
@@ -295,7 +295,7 @@ def encode_file(image, file_type, text="", record=""):
 
 
 def read_settings(path):
-    """-> {name: value} of the settings in an image's file, no others than are written; its model's hash."""
+    """-> {name: value} of the settings that an image's file holds, and the hash of the model that drew it."""
     with hdm.naming(f"--from_image={path}", "not an image that can be read"), Image.open(path) as image:
         record = image.info.get("hdm") or image.getexif().get(0x010E)
     if not str(record).startswith("{"):                      # cameras, too, write a description
@@ -379,23 +379,18 @@ def fitted(image, width, height, method):
     return ImageOps.fit(image, (width, height), method)
 
 
-def own_size(job, settings, model, vae):
-    """Width and height of a job that names none: init_image's, as far as the model can do it, or those that
-    the checkpoint was trained at."""
-    size = settings["image_size"]
-    image, _ = load_source(job.init_image, job.mask)
-    if image is None:
-        return size, size
-    width, height = image.size
-    if max(width, height) > 2 * size:                        # such as a photo's: more than the model can do
-        width, height = hdm.scaled_sides(width, height, size)
-    step = model.config.patch_size * vae_factor(vae)
-    return max(step, width // step * step), max(step, height // step * step)
-
-
 def resolved(job, settings, model, vae):
-    """job with numbers in place of None; a size or an image that will not do is refused."""
-    width, height = own_size(job, settings, model, vae)
+    """job with numbers in place of None. Its size is init_image's, as far as the model can draw that, or the
+    training size; what the model cannot draw is refused."""
+    size = settings["image_size"]
+    width, height = size, size
+    image, _ = load_source(job.init_image, job.mask)
+    if image is not None:
+        width, height = image.size
+        if max(width, height) > 2 * size:                    # such as a photo's: more than the model can do
+            width, height = hdm.scaled_sides(width, height, size)
+        step = model.config.patch_size * vae_factor(vae)
+        width, height = max(step, width // step * step), max(step, height // step * step)
     own = dict(width=width, height=height, steps=settings["steps"], cfg=settings["cfg"],
                cfg_low=settings["cfg_low"], shift=settings["t_shift"])
     job = replace(job, **{name: value for name, value in own.items() if getattr(job, name) is None})
@@ -418,41 +413,22 @@ def encode_texts(te, jobs, settings):
     return {text: te([as_trained(text, settings)])[0].cpu() for text in texts}
 
 
-def all_but_prompt_and_seed(job):
-    return replace(job, prompt="", seed=0, number=0)
-
-
 def batches(jobs, batch_size):
     """Neighbors that are alike but for prompt and seed, at most batch_size at a time."""
-    for _, alike in itertools.groupby(jobs, key=all_but_prompt_and_seed):
+    for _, alike in itertools.groupby(jobs, key=lambda job: replace(job, prompt="", seed=0, number=0)):
         while batch := list(itertools.islice(alike, batch_size)):
             yield batch
 
 
-@dataclass
-class Source:
-    """What an image starts from and keeps, in its own size; None: not given."""
-    init_pixels: np.ndarray | None = None    # (height, width, 3) uint8
-    init_latent: torch.Tensor | None = None  # (1, C, h, w)
-    mask_pixels: np.ndarray | None = None    # (height, width) bool, True is drawn anew
-    mask_latent: torch.Tensor | None = None  # (1, 1, h, w) bool: a cell is drawn if any of its pixels is
-
-
-def read_source(job, vae, device):
-    """-> the Source of a job: its init_image and mask, as pixels and as latents."""
-    source = Source()
-    image, mask_image = load_source(job.init_image, job.mask)
+def source_pixels(job):
+    """-> init_image, (height, width, 3) uint8, and mask, (height, width) bool, True is redrawn, in the job's
+    size; None for what is not given."""
+    image, mask = load_source(job.init_image, job.mask)
     if image is not None:
-        source.init_pixels = np.array(fitted(image, job.width, job.height, Image.BICUBIC))
-        pixels = torch.from_numpy(source.init_pixels).permute(2, 0, 1)[None]     # (1, 3, height, width)
-        source.init_latent = pixels.to(device).float() / 127.5 - 1
-        if vae is not None:
-            source.init_latent = vae.encode(source.init_latent)
-    if mask_image is not None:
-        source.mask_pixels = np.array(fitted(mask_image, job.width, job.height, Image.NEAREST)) > 127
-        pixels = torch.from_numpy(source.mask_pixels)[None, None].to(device).float()
-        source.mask_latent = torch.nn.functional.max_pool2d(pixels, vae_factor(vae)) > 0
-    return source
+        image = np.array(fitted(image, job.width, job.height, Image.BICUBIC))
+    if mask is not None:
+        mask = np.array(fitted(mask, job.width, job.height, Image.NEAREST)) > 127
+    return image, mask
 
 
 def guidance_of(model, texts, jobs, shape, generators):
@@ -479,35 +455,34 @@ def guidance_of(model, texts, jobs, shape, generators):
 
 
 def draw_latents(model, vae, texts, jobs, watch):
-    """-> latents (B, C, h, w) of jobs, one of batches; their Source. See draw."""
+    """-> latents (B, C, h, w) of jobs, one of batches. See draw."""
     job = jobs[0]                                            # the others differ in prompt and seed alone
     device = model.in_patch.proj.weight.device
     shape = model.config.in_channels, job.height // vae_factor(vae), job.width // vae_factor(vae)
     generators = [torch.Generator().manual_seed(one.seed) for one in jobs]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     guidance = guidance_of(model, texts, jobs, shape, generators)
-    source = read_source(job, vae, device)
     times = hdm.sampling_times(job.steps, job.shift)
     x = noise
-    if source.init_latent is not None:
+    init_image, mask = source_pixels(job)
+    if init_image is not None:
+        known = torch.from_numpy(init_image).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
+        if vae is not None:
+            known = vae.encode(known)                        # (1, C, h, w)
         times = times[-1 - round(job.steps * job.strength):]
-        x = times[0] * noise + (1 - times[0]) * source.init_latent
+        x = times[0] * noise + (1 - times[0]) * known
+    if mask is not None:                                     # a cell is redrawn if any of its pixels is
+        cells = torch.from_numpy(mask)[None, None].to(device).float()
+        redrawn = torch.nn.functional.max_pool2d(cells, vae_factor(vae)) > 0          # (1, 1, h, w)
 
     def velocity(x, t):
         with hdm.SHARED_CPU.work(device):
             v = guidance(x, t)
-        if source.mask_latent is not None:                   # what stays goes straight from noise to itself
-            v = torch.where(source.mask_latent, v, noise - source.init_latent)
+        if mask is not None:                                 # what stays goes straight from noise to itself
+            v = torch.where(redrawn, v, noise - known)
         watch(t, x - t * v)
         return v
-    return hdm.SAMPLERS[job.sampler](velocity, x, times), source
-
-
-def working_dtype(model, device):
-    """The dtype that the model's matrices are multiplied in: autocast's, or the weights'."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return model.in_patch.proj.weight.dtype
+    return hdm.SAMPLERS[job.sampler](velocity, x, times)
 
 
 def ignore(t, x0):
@@ -523,25 +498,24 @@ def draw(model, vae, texts, jobs, watch=ignore):
     watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. What is not
     finite is drawn again in float32, with a warning.
     """
-    x, source = draw_latents(model, vae, texts, jobs, watch)
+    x = draw_latents(model, vae, texts, jobs, watch)
     watch(0, x)
-    dtype = working_dtype(model, x.device)
+    init_image, mask = source_pixels(jobs[0])
+    dtype = model.in_patch.proj.weight.dtype                 # of the matrix products, if not autocast's
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
     for job, latent in zip(jobs, x):                         # the VAE takes one at a time: less memory
         name = f"image {job.number:05d}-{job.seed}, {job.prompt[:60]!r}"
-        either = ""
         if dtype != torch.float32 and not latent.isfinite().all():
             hdm.warn(f"{name}: its latent is not finite in {str(dtype)[6:]}: drawn again in float32")
             with hdm.in_float32(model):
-                latent = draw_latents(model, vae, texts, [job], ignore)[0][0]
-            either = " either"
+                latent = draw_latents(model, vae, texts, [job], ignore)[0]
         if not latent.isfinite().all():
-            hdm.warn(f"{name}: its latent is not finite in float32{either}")
-        if vae is None:
-            image = to_uint8(latent[None])[0]
-        else:
-            image = to_uint8(vae.decode_each(latent[None], name))[0]
-        if source.mask_pixels is not None:
-            image = np.where(source.mask_pixels[..., None], image, source.init_pixels)
+            hdm.warn(f"{name}: its latent is not finite in float32")
+        pixels = latent[None] if vae is None else vae.decode_each(latent[None], name)
+        image = to_uint8(pixels)[0]
+        if mask is not None:
+            image = np.where(mask[..., None], image, init_image)
         yield image, latent
 
 
@@ -562,7 +536,7 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **image_se
 
 
 def advise(job, size):
-    """Says where a job's size lies outside of what a model trained at this size is good at (HDM's card)."""
+    """Warns of a job's size that a model trained at this size is not good at (HDM's model card)."""
     tall = job.width == size <= job.height
     wide = job.width > job.height and job.height <= size and job.width * job.height >= size ** 2
     if not tall and not wide:
@@ -597,11 +571,11 @@ def job_file(job, image, options, provenance):
     return encode_file(image, options.file_type, text, json.dumps(record))
 
 
-def draw_files(checkpoint, jobs, options, watch, te=None):
+def draw_files(checkpoint, jobs, options, watch):
     """Draws this process's part of jobs and writes each as a new file of options.out. Yields the paths.
 
-    te: the text encoder; None: it is loaded, and gone before the first step. watch is called at each step
-    with how many are done, in parts of one, and with what x0 (B, C, h, w) looks like.
+    watch is called at each step with how many images are done, in parts of one, and with what x0 (B, C, h, w)
+    looks like.
     """
     model, vae, settings = checkpoint.model, checkpoint.vae, checkpoint.settings
     load_source.cache_clear()                                # since the last call a file may have changed
@@ -609,10 +583,7 @@ def draw_files(checkpoint, jobs, options, watch, te=None):
     sizes = {(job.width, job.height): job for job in jobs}
     for job in sizes.values():
         advise(job, settings["image_size"])
-    if te is None:
-        texts = encode_prompts(checkpoint.load_te(), jobs, settings)
-    else:
-        texts = encode_prompts(te, jobs, settings)
+    texts = encode_prompts(checkpoint.load_te(), jobs, settings)     # its memory is free again
     done = 0
 
     def watch_batch(t, x0):
@@ -637,13 +608,6 @@ WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_\w+_module)\.")              
 NOT_XUT = re.compile(r"vae\.|vae_(mean|std)$|n_averaged$|(te|text_encoders?|text_model|cond_stage_model)\.")
 
 
-def choose_prefix(prefixes, ema):
-    """Of the prefixes of all XUTs in a file, those of the averaged one or of the trained one."""
-    averaged = [prefix for prefix in prefixes if AVERAGED.search(prefix)]
-    trained = [prefix for prefix in prefixes if prefix not in averaged]
-    return averaged if averaged and (ema or not trained) else trained
-
-
 def xut_part(tensors, path, ema):
     """A file's tensors -> those of XUT, by their own names, and the others. XUT's have the prefix in front of
     ctx_proj.weight, such as unet.model."""
@@ -657,7 +621,9 @@ def xut_part(tensors, path, ema):
     if not prefixes:
         raise hdm.UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and "
                             f"no ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
-    prefix, *more = choose_prefix(prefixes, ema)
+    averaged = [one for one in prefixes if AVERAGED.search(one)]
+    trained = [one for one in prefixes if one not in averaged]
+    prefix, *more = averaged if averaged and (ema or not trained) else trained
     if more or len(plain) < len(tensors):
         names = ", ".join(f"{one}*" for one in prefixes)
         raise hdm.UserError(f"{path}: holds several models ({names}); keep one of them in it")
@@ -783,9 +749,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     if settings["vae"] and with_vae:
         with expecting(path, "vae", settings["vae"], given=vae_tensors is not None):
             vae = hdm.load_vae(settings["vae"], device, dtype, vae_tensors)
-
-    def build():
-        return hdm.XUT(settings["config"], init=False)
+    build = partial(hdm.XUT, settings["config"], init=False)
     return hdm.load_strict(build, tensors, path, device, dtype), vae, settings
 
 
@@ -885,8 +849,8 @@ def pipeline_configs(c, vae, text_length, encoder):
 
 
 def find_text_encoder(settings):
-    """-> the text encoder's folder, its own or one in the hub's cache, and its class. A missing one is
-    reported: None and the published one's class."""
+    """-> the text encoder's folder, perhaps in the hub's cache, and its class; where it is missing, which is
+    reported, None and the published one's class."""
     import huggingface_hub
     place = settings["text_encoder"]
     try:
@@ -913,12 +877,11 @@ def copy_files(source, folder, weights):
 
 
 def write_folder(folder, tensors, configs, te_folder, header):
-    """Writes a diffusers-style folder. te_folder: of the text encoder to copy; None: none. Its tokenizer is
-    in it, or in the folder tokenizer beside it."""
+    """Writes a diffusers-style folder. te_folder: of the text encoder to copy; None: none."""
     folder.mkdir()
     if te_folder is not None:
-        inside = any(te_folder.glob("tokenizer*"))
-        tokenizer = te_folder if inside else te_folder.with_name("tokenizer")
+        has_tokenizer = any(te_folder.glob("tokenizer*"))    # else it is in the folder beside it
+        tokenizer = te_folder if has_tokenizer else te_folder.with_name("tokenizer")
         copy_files(te_folder, folder / "text_encoder", weights=True)
         copy_files(tokenizer, folder / "tokenizer", weights=False)
     for name, config in configs.items():
@@ -932,10 +895,8 @@ def write_folder(folder, tensors, configs, te_folder, header):
 
 def report_readers(path, config, vae, settings):
     """Prints which programs read an export, and what of it they do not see."""
-    reader, reasons = "the authors' tools", []
-    if path.is_dir():
-        reader = "the authors' diffusers pipeline"
-        reasons.append("a folder")
+    reader = "the authors' diffusers pipeline" if path.is_dir() else "the authors' tools"
+    reasons = ["a folder"] if path.is_dir() else []
     encoder = Path(settings["text_encoder"]).name
     if encoder != "Qwen3-0.6B":
         reasons.append(f"the text encoder ({encoder})")
@@ -975,7 +936,7 @@ def published_tensors(model, vae):
     """{name: tensor} of model and VAE in float16 with the published names."""
     weights = model.state_dict()
     tensors = {f"unet.model.{name}": value.half() for name, value in weights.items()}
-    if "time_emb.freqs" in weights:                          # 1000 t times it, in fp16, is off by 0.16 rad
+    if "time_emb.freqs" in weights:                          # 1000 t times those in fp16 is off by 0.16 rad
         tensors["unet.model.time_emb.freqs"] = weights["time_emb.freqs"].float()
     if vae is not None:
         tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
@@ -1029,7 +990,7 @@ class Command:
     options: Sampling
     defaults: ImageSettings        # of every image
     expected_hash: str | None      # of the model that drew --from_image
-    rank: int
+    rank: int                      # of this process under torchrun; 0 without
     device: str
     dtype: torch.dtype
 
@@ -1078,11 +1039,9 @@ def open_checkpoint(name, file, command):
         settings["vae"] = options.vae or hdm.EQ_VAE
         with expecting(name, "vae", settings["vae"], given=options.vae):
             vae = hdm.load_vae(settings["vae"], device, dtype)
-    vae_channels, whose = 3, "and it has no VAE"
-    if vae is not None:
-        vae_channels = vae.latent_channels
-        whose = f"those of the VAE {settings['vae']} {vae_channels}"
+    vae_channels = 3 if vae is None else vae.latent_channels
     if vae_channels != channels:
+        whose = "and it has no VAE" if vae is None else f"those of the VAE {settings['vae']} {vae_channels}"
         raise hdm.UserError(f"--ckpt={name}: its latents have {channels} channels, {whose}; --vae=PLACE "
                             f"names another, a folder, file or hub id")
     settings["text_encoder"] = options.text_encoder or settings["text_encoder"]
@@ -1096,24 +1055,25 @@ def open_checkpoint(name, file, command):
 
 
 def warn_idle(command, jobs, settings):
-    """Says what can have no effect: a flag in any job, or what a prompt's line sets in its own."""
-    calls, lines = [], {}
+    """Warns of each flag that has no effect in any job, and of a prompt line's settings that have none."""
+    calls = []
+    lines = {}                                               # {repr of a line's settings: (these, its call)}
     for job in jobs:
         call = SimpleNamespace(**vars(command.options) | vars(job))
         for name in ("cfg", "cfg_low"):                      # as resolved will do
             if getattr(call, name) is None:
                 setattr(call, name, settings[name])
         calls.append(call)
-        own = {}                                             # what the prompt's line sets
+        own = {}
         for name in IMAGE_SETTINGS:
             value = getattr(job, name)
             if name not in command.flags and name != "seed" and value != getattr(command.defaults, name):
                 own[name] = value
         lines[repr(own)] = own, call                         # the same once
-    typed = dict(command.flags)
-    if "prompt" in typed:                                    # a list: each was typed on its own
-        typed["prompt"] = " --prompt=".join(typed["prompt"])
-    hdm.warn_idle(typed, calls, IDLE)
+    flags = dict(command.flags)
+    if "prompt" in flags:                                    # a list: each was typed on its own
+        flags["prompt"] = " --prompt=".join(flags["prompt"])
+    hdm.warn_idle(flags, calls, IDLE)
     for own, call in lines.values():
         hdm.warn_idle(own, [call], IDLE)
 
@@ -1137,16 +1097,19 @@ def make_out_folder(out):
 
 
 def save_grid(paths, options, layout):
-    """Writes a grid of the images in these files; small ones are enlarged. layout: of hdm.image_grid."""
-    images = [np.array(Image.open(path)) for path in (paths if options.sheet else paths[:100])]
+    """Writes a grid of these files; small images are enlarged. layout: arguments of hdm.image_grid."""
+    if not options.sheet:
+        paths = paths[:100]
+    images = [np.array(Image.open(path)) for path in paths]
     grid = hdm.image_grid(images, scale=max(1, 128 // images[0].shape[1]), **layout)
     write_new(Path(options.out, "grid.png"), encode_file(np.array(grid), "png"))
 
 
 def draw_all(command):
     """Draws what the command asks for, one checkpoint after the other."""
-    options, jobs = command.options, None
-    if command.rank == 0:                                    # it reads and rolls dice for all
+    options = command.options
+    jobs = None
+    if command.rank == 0:                                    # it reads, and draws random seeds, for all
         jobs = read_jobs(options, command.defaults, load_tipo)
     jobs = hdm.gather(jobs)[0]
     columns = command.defaults.num_images                    # of the grid: a row for each prompt
@@ -1195,9 +1158,9 @@ def read_axis(text):
 
 def read_sheet(text, jobs):
     """'steps=8,16;cfg=1,2' -> a Job for each cell, row by row; columns and labels as hdm.image_grid's."""
-    with hdm.naming(f"--sheet={text}", "settings that will not do"):
+    with hdm.naming(f"--sheet={text}", "wrong settings in it"):
         axes = [read_axis(part) for part in text.split(";")]
-        rows, columns = axes[-2:] if len(axes) > 1 else ({"": {}}, axes[0])
+        rows, columns = [{"": {}}, *axes][-2:]               # one axis: a single row, without a label
         pairs = itertools.product(rows.values(), columns.values())
         cells = [replace(jobs[0], **row, **column) for row, column in pairs]
     several = len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells)
@@ -1238,7 +1201,7 @@ def split_prompt(prompt, slots):
 
 
 def tipo_request(job, slots):
-    """-> the text that TIPO goes on with; the job's prompt as slots of the model card's template.
+    """-> the text that TIPO goes on with, and the job's prompt in slots, as from split_prompt.
 
     The keys, their order and the target are those of TIPO's training (arXiv 2411.08127 and its model card);
     another form gets worse text, not an error. test_what_tipo_reads holds an example.
@@ -1254,15 +1217,9 @@ def tipo_request(job, slots):
     return f"{text}long: {parts['natural language']}".rstrip(), parts
 
 
-def banned_tags(job):
-    """The tags of a job's negative prompt, with spaces in them."""
-    tags = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ").split(",")
-    return [tag.strip() for tag in tags if tag.strip()]
-
-
 def cut_before(reply, banned):
-    """The sentences of a reply before the first with a banned tag: tokens that the tokenizer would not choose
-    spell it, too."""
+    """The sentences of a reply before the first with a banned tag: it can also be spelled with other tokens
+    than the tokenizer's."""
     if not banned:
         return reply
     pattern = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
@@ -1287,10 +1244,11 @@ def load_tipo(name):
 
     def expand(job, slots):
         request, parts = tipo_request(job, slots)
-        banned = banned_tags(job)
+        negative = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ")
+        banned = [tag.strip() for tag in negative.split(",") if tag.strip()]
         forms = [*banned, *map(str.capitalize, banned)]
-        tokens = [tokenizer(lead + form, add_special_tokens=False)["input_ids"] for form in forms
-                  for lead in ("", " ")]
+        forms += [f" {form}" for form in forms]
+        tokens = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
         config = transformers.GenerationConfig(              # as TIPO's authors advise
             do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
             max_new_tokens=TIPO_TOKENS, stop_strings=["\n"], eos_token_id=tokenizer.eos_token_id,
@@ -1316,7 +1274,7 @@ RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
 ENLARGED = "img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
-def sides(ratio, size, step):
+def advised_size(ratio, size, step):
     """'3:2' -> width and height, multiples of step, that a model trained at this size is good at: advise."""
     w, h = map(int, ratio.split(":"))
     width = size * max(1, w / h) ** 0.5
@@ -1376,7 +1334,7 @@ class Page:
         os.environ.update(GRADIO_TEMP_DIR=self.uploads.name, GRADIO_ANALYTICS_ENABLED="False")
         import gradio
         self.gr = gradio
-        self.checkpoint = checkpoint
+        self.checkpoint = replace(checkpoint, load_te=cache(checkpoint.load_te))
         self.options = options
         prompt = ""                                          # that the page begins with
         if options.prompt or options.prompts or options.slots:
@@ -1384,7 +1342,7 @@ class Page:
         self.defaults = resolved(defaults, checkpoint.settings, checkpoint.model, checkpoint.vae)
         self.start = vars(self.defaults) | dict(prompt=prompt, tipo=bool(options.tipo))
         self.load_tipo = cache(load_tipo)                    # when it is first switched on
-        self.te = checkpoint.load_te()                       # now
+        self.checkpoint.load_te()                            # now, and kept
         self.controls = {}                                   # {setting: gradio's control}, without ratio
         self.shown = (0, None, ())     # how many images; the last; (file, caption)s, newest first. One tuple,
                                        # replaced as a whole: no thread sees a part of a change
@@ -1430,7 +1388,7 @@ class Page:
                     self.asked.clear()
                     self.show(preview(self.checkpoint.vae, x0))
             with contextlib.suppress(InterruptedError):
-                for path in draw_files(self.checkpoint, jobs, self.options, watch, self.te):
+                for path in draw_files(self.checkpoint, jobs, self.options, watch):
                     self.show(path, (path, path.name))
                     done += 1
         return f"{done} of {len(jobs)} images, in {self.options.out}"
@@ -1465,7 +1423,7 @@ class Page:
         """'3:2' -> values of width and height."""
         checkpoint = self.checkpoint
         step = checkpoint.model.config.patch_size * vae_factor(checkpoint.vae)
-        return sides(ratio, checkpoint.settings["image_size"], step)
+        return advised_size(ratio, checkpoint.settings["image_size"], step)
 
     def lay_out(self):
         """-> gradio's Blocks: the controls to the left, the images to the right, and what calls what."""
@@ -1520,7 +1478,8 @@ def templates(height, width):
     """Each size and shape at each place that keeps it whole, 64 of them to a short side (half a pixel at 32):
     n (size, shape, cy, cx), their (n, height * width) coverages, (n,) the squared lengths of those."""
     step = min(height, width) / 64
-    candidates, masks = [], []
+    candidates = []
+    masks = []
     for size, shape in itertools.product(prepare.RADIUS, prepare.SHAPES):
         rows, columns = prepare.centre_range(size, shape, height, width)
         for cy, cx in itertools.product(np.arange(*rows, step), np.arange(*columns, step)):
@@ -1559,30 +1518,24 @@ def judge(image):
     return size, nearest(color, prepare.COLOURS), shape, nearest(background, prepare.BACKGROUNDS)
 
 
-def places_and_sizes(images):
+def centers_and_sizes(images):
     """(n, 3): each shape's center of mass (y, x), in pixels, and the square root of its area."""
-    rows = []
-    for image in images:
-        _, _, coverage = find_shape(image)
-        inside = coverage > 0.5
-        y, x = np.argwhere(inside).mean(0)
-        rows.append((y, x, inside.sum() ** 0.5))
-    return np.array(rows)
+    masks = [find_shape(image)[2] > 0.5 for image in images]
+    return np.array([(*np.argwhere(mask).mean(0), mask.sum() ** 0.5) for mask in masks])
 
 
 def judge_camera(render, side):
     """How render(zoom=, x_shift=, y_shift=), images whose longer side is `side` pixels, moves and sizes the
     shapes, against what the camera promises."""
-    plain = places_and_sizes(render())
+    plain = centers_and_sizes(render())
     print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
     for axis, value in itertools.product("xy", (0.25, -0.25)):
-        camera = {f"{axis}_shift": value}
-        seen = places_and_sizes(render(**camera))
+        seen = centers_and_sizes(render(**{f"{axis}_shift": value}))
         moved = (seen - plain)[:, "yx".index(axis)] / (-value * side / 2)
         size = (seen / plain)[:, 2].mean()
         print(f"{axis}_shift={value:<8}{moved.mean():>18.2f}{100 * (moved > 0).mean():>12.1f}{size:>17.2f}")
     for zoom in (1.33, 0.75):
-        size = (places_and_sizes(render(zoom=zoom)) / plain)[:, 2].mean() / zoom
+        size = (centers_and_sizes(render(zoom=zoom)) / plain)[:, 2].mean() / zoom
         print(f"zoom={zoom:<41}{size:>17.2f}")
 
 
@@ -1590,12 +1543,9 @@ def judge_checkpoint(options):
     """Prints how many of the demo's unseen captions are drawn right; or, with options.camera, judge_camera.
     options: prepare.JudgeSettings."""
     model, vae, settings = load_model(options.ckpt)
-    asked, prompts, seeds = [], [], []
-    for words in prepare.UNSEEN:
-        for seed in range(options.seeds):
-            asked.append(words)
-            prompts.append(prepare.CAPTION.format(*words))
-            seeds.append(seed)
+    asked = [words for words in prepare.UNSEEN for _ in range(options.seeds)]
+    prompts = [prepare.CAPTION.format(*words) for words in asked]
+    seeds = list(range(options.seeds)) * len(prepare.UNSEEN)
     render = partial(generate, model, vae, load_text_encoder(settings), prompts, seeds, settings)
     if options.camera:
         return judge_camera(render, settings["image_size"])
