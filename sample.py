@@ -302,12 +302,10 @@ def read_settings(path):
         raise hdm.UserError(f"--from_image={path}: no settings of sample.py in it; it was drawn elsewhere "
                             f"or with --no_metadata, or another program has saved it")
     types = hdm.setting_types([ImageSettings, Sampling])
-    values = {}
     with hdm.naming(f"--from_image={path}", "broken settings in it"):
         record = json.loads(record)
-        for name in (*IMAGE_SETTINGS, "ema", "text_encoder", "vae", "dtype"):
-            if name in record:
-                values[name] = hdm.setting_value(name, record[name], types[name])
+        names = [name for name in (*IMAGE_SETTINGS, "ema", "text_encoder", "vae", "dtype") if name in record]
+        values = {name: hdm.setting_value(name, record[name], types[name]) for name in names}
         values["prompt"] = [str(record["prompt"])]
         return values, str(record["model_hash"])
 
@@ -495,8 +493,8 @@ def draw(model, vae, texts, jobs, watch=ignore):
     (height, width, 3) uint8 and its latent (C, h, w).
 
     All that is random comes from an image's own seed, on the CPU: the same in any batch, on any device.
-    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. What is not
-    finite is drawn again in float32, with a warning.
+    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. A latent that
+    is not finite is drawn again in float32, with a warning.
     """
     x = draw_latents(model, vae, texts, jobs, watch)
     watch(0, x)
@@ -523,10 +521,8 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **image_se
     """-> (n, height, width, 3) uint8 images, one for each prompt with its seed, of these ImageSettings.
     Under torchrun each process draws its part, and gets all."""
     job = resolved(Job(**image_settings), settings, model, vae)
-    jobs = []
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds)):
-        jobs.append(replace(job, prompt=prompt, seed=seed, number=i))
-    jobs = hdm.share(jobs)
+    numbered = enumerate(zip(prompts, seeds))
+    jobs = hdm.share([replace(job, prompt=prompt, seed=seed, number=i) for i, (prompt, seed) in numbered])
     texts = encode_texts(te, jobs, settings)
     images = []
     for batch in batches(jobs, batch_size):
@@ -574,8 +570,7 @@ def job_file(job, image, options, provenance):
 def draw_files(checkpoint, jobs, options, watch):
     """Draws this process's part of jobs and writes each as a new file of options.out. Yields the paths.
 
-    watch is called at each step with how many images are done, in parts of one, and with what x0 (B, C, h, w)
-    looks like.
+    At each step watch is called with how many images are done, a float, and x0 (B, C, h, w) as it looks then.
     """
     model, vae, settings = checkpoint.model, checkpoint.vae, checkpoint.settings
     load_source.cache_clear()                                # since the last call a file may have changed
@@ -642,7 +637,7 @@ def xut_part(tensors, path, ema):
 
 
 def report_unread(others, prefix, path):
-    """Says which of a file's tensors are neither XUT's nor a known part's, by the first of each kind."""
+    """Reports which of a file's tensors are neither XUT's nor a known part's, the first of each kind."""
     unread = [name for name in others if not NOT_XUT.match(name)]
     kinds = {}
     for name in unread:
@@ -676,8 +671,7 @@ def config_from_tensors(tensors, path):
 
 
 def find_weights(name, ema):
-    """A run's folder, one checkpoint, a diffusers-style folder, a file or a hub id -> the file to read; of
-    weights in shards, their index."""
+    """A run, checkpoint, diffusers-style folder, file or hub id -> its file of weights or their index."""
     if not hdm.looks_local(name):
         if name == RELEASED:
             print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
@@ -876,21 +870,22 @@ def copy_files(source, folder, weights):
             shutil.copyfile(file, folder / file.name)
 
 
-def write_folder(folder, tensors, configs, te_folder, header):
-    """Writes a diffusers-style folder. te_folder: of the text encoder to copy; None: none."""
+def write_folder(folder, tensors, config, vae, settings):
+    """Writes a diffusers-style folder, with a copy of the text encoder. settings: for the files' headers."""
     folder.mkdir()
+    te_folder, encoder = find_text_encoder(settings)
     if te_folder is not None:
         has_tokenizer = any(te_folder.glob("tokenizer*"))    # else it is in the folder beside it
         tokenizer = te_folder if has_tokenizer else te_folder.with_name("tokenizer")
         copy_files(te_folder, folder / "text_encoder", weights=True)
         copy_files(tokenizer, folder / "tokenizer", weights=False)
-    for name, config in configs.items():
+    for name, content in pipeline_configs(config, vae, settings["text_length"], encoder).items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     for part, prefix in dict(transformer="unet.", vae="vae.").items():
         weights = hdm.part_of(tensors, prefix)
         if weights:
-            hdm.save_model(folder / part / "diffusion_pytorch_model.safetensors", weights, header)
+            hdm.save_model(folder / part / "diffusion_pytorch_model.safetensors", weights, settings)
 
 
 def report_readers(path, config, vae, settings):
@@ -963,17 +958,13 @@ def export(path, model, vae, settings, force=False):
     if large:
         raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
     header = dict(settings, vae="" if vae is None else "vae")    # load_model finds it where it lies
-    as_file = path.suffix.lower() == ".safetensors"
-    if not as_file:
-        te_folder, encoder = find_text_encoder(settings)
-        configs = pipeline_configs(model.config, vae, settings["text_length"], encoder)
     with (hdm.naming(path, "cannot be written"),
           hdm.scratch_folder(path.absolute().parent, ".export-") as scratch):
         temporary = scratch / "new"                          # gets its place when it is complete
-        if as_file:
+        if path.suffix.lower() == ".safetensors":
             hdm.save_model(temporary, tensors, header)
         else:
-            write_folder(temporary, tensors, configs, te_folder, header)
+            write_folder(temporary, tensors, model.config, vae, header)
         os.rename(temporary, path)
     if unknown:
         print(f"{path}: written, in float16, for sample.py alone")
@@ -1001,7 +992,8 @@ def read_command(argv):
         raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
     doc = f"{__doc__.rstrip()}\n\nSamplers: {', '.join(hdm.SAMPLERS)}."
     _, flags = hdm.parse_args(argv, [ImageSettings, Sampling], doc=doc, aliases=ALIASES)
-    values, expected_hash = flags, None
+    values = flags
+    expected_hash = None
     if "from_image" in flags:
         recorded, expected_hash = read_settings(flags["from_image"])
         if "prompts" in flags or "slots" in flags:           # in place of its prompt
@@ -1064,11 +1056,8 @@ def warn_idle(command, jobs, settings):
             if getattr(call, name) is None:
                 setattr(call, name, settings[name])
         calls.append(call)
-        own = {}
-        for name in IMAGE_SETTINGS:
-            value = getattr(job, name)
-            if name not in command.flags and name != "seed" and value != getattr(command.defaults, name):
-                own[name] = value
+        changed = [name for name in IMAGE_SETTINGS if getattr(job, name) != getattr(command.defaults, name)]
+        own = {name: getattr(job, name) for name in changed if name != "seed" and name not in command.flags}
         lines[repr(own)] = own, call                         # the same once
     flags = dict(command.flags)
     if "prompt" in flags:                                    # a list: each was typed on its own
@@ -1218,10 +1207,7 @@ def tipo_request(job, slots):
 
 
 def cut_before(reply, banned):
-    """The sentences of a reply before the first with a banned tag: it can also be spelled with other tokens
-    than the tokenizer's."""
-    if not banned:
-        return reply
+    """The sentences of a reply before the first with a banned tag, which other tokens can spell, too."""
     pattern = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
     match = re.search(pattern, reply.replace("_", " "), re.IGNORECASE)
     if match is None:
@@ -1258,7 +1244,9 @@ def load_tipo(name):
             torch.manual_seed(job.seed)
             output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)[0]
         added = tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        reply = cut_before(added.partition("\n")[0].strip(), banned)
+        reply = added.partition("\n")[0].strip()
+        if banned:
+            reply = cut_before(reply, banned)
         if not reply:
             return job.prompt
         parts["natural language"] += " " + reply
@@ -1393,10 +1381,6 @@ class Page:
                     done += 1
         return f"{done} of {len(jobs)} images, in {self.options.out}"
 
-    def gallery(self):
-        """(file, caption) of all images, for a browser that opens the page."""
-        return list(self.shown[2])
-
     def update(self, seen):
         """For a browser that has seen so many (images, files) -> the last image, the gallery, new numbers."""
         self.asked.set()
@@ -1442,7 +1426,7 @@ class Page:
                     stop_button = gr.Button("stop")
                 state = gr.Textbox(label="drawn", lines=2)
                 image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
-                gallery = gr.Gallery(self.gallery, show_label=False, columns=4)
+                gallery = gr.Gallery(lambda: list(self.shown[2]), show_label=False, columns=4)
             inputs = list(self.controls.values())
             size = [self.controls["width"], self.controls["height"]]
             seen = gr.State((0, 0))
