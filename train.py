@@ -8,8 +8,8 @@
     python train.py configs/256.py --plan --gpus=4             # hours, dollars, memory, before it begins
     python train.py configs/256.py --bench=50 --baseline       # where the time goes here, on made-up data
 
-In order: settings; checkpoints; the log; the model; open_run, train (the loop), finish. Then extras: curves,
-what a run costs.
+In order: settings; checkpoints; the log; the model; the open run and what opens it; what the loop calls;
+train (the loop), finish. Then extras: curves, what a run costs, the bench.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
 epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
@@ -199,16 +199,13 @@ def if_the_disk_allows(what):
         hdm.warn(f"not written: {what} ({hdm.first_line(error)})")
 
 
-def folder_size(folder):
-    """The bytes of all files in it."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def copy_small_encoders(header, folder):
     """Encoders below 100 MB go where the checkpoint goes; header: checkpoint_header's."""
     for name in ("text_encoder", "vae"):
+        if not os.path.isdir(header[name]):                  # a hub id, a file, or ""
+            continue
         source = Path(header[name])
-        if not os.path.isdir(header[name]) or folder_size(source) >= 100e6:           # a hub id, or ""
+        if sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) >= 100e6:
             continue
         shutil.copytree(source, folder / name)
         tokenizer = source.with_name("tokenizer")
@@ -229,8 +226,9 @@ def flush_to_disk(folder):
 def delete_old_checkpoints(out_dir, keep):
     """All but milestones and the newest `keep` others; keep 0: none."""
     others = [path for path in hdm.list_checkpoints(out_dir) if not (path / "milestone").exists()]
-    for path in others[:-keep or 0]:
-        shutil.rmtree(path)
+    if keep > 0:
+        for path in others[:-keep]:
+            shutil.rmtree(path)
 
 
 def save_checkpoint(run, state):
@@ -259,16 +257,6 @@ def save_checkpoint(run, state):
     return final.is_dir()
 
 
-def changed_settings(old, new):
-    """-> what a command changes, as ["lr 0.5 -> 0.25", ...]; old, new: {name: value}."""
-    changed = []
-    for name, value in new.items():
-        of_one_command = name in ("resume", "new_data", "max_steps", "max_hours")
-        if value != old.get(name) and not of_one_command:
-            changed.append(f"{name} {old.get(name)} -> {value}")
-    return changed
-
-
 def load_state(s, identity, epochs, ranks):
     """train.pt of --resume; where the images are others, its position is moved to a fresh epoch.
 
@@ -281,14 +269,16 @@ def load_state(s, identity, epochs, ranks):
         raise hdm.UserError(f"--optimizer={s.optimizer}: the state in {s.resume} is of {old['optimizer']}; "
                             f"name that one, or begin a new run with --init_from={s.resume}")
     if state["identity"] != identity:                        # of names, weights and the held-out share
-        what = (f"--data={s.data}: other images or weights ({epochs.images:,}) than {s.resume} saw "
-                f"({state['pictures']:,})")
-        have_grown = epochs.images > state["pictures"]
-        if not have_grown and not s.new_data:
+        what = (f"--data={s.data}, --validation={s.validation:.3g}: other training images or weights "
+                f"({epochs.images:,}) than {s.resume} saw ({state['pictures']:,})")
+        if epochs.images <= state["pictures"] and not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
         state["position"] = epochs.start(state["next_epoch"])
-    changed = changed_settings(old, vars(s) | dict(ranks=ranks))
+    changed = []
+    for name, value in (vars(s) | dict(ranks=ranks)).items():
+        if value != old.get(name) and name not in ("resume", "new_data", "max_steps", "max_hours"):
+            changed.append(f"{name} {old.get(name)} -> {value}")
     print(f"resume: {s.resume}; changed by this command: {', '.join(changed) or 'nothing'}")
     return state
 
@@ -296,7 +286,7 @@ def load_state(s, identity, epochs, ranks):
 # ---- The log: metrics.jsonl, run.json, trackers, warnings -----------------------------------------------
 
 def read_metrics(out_dir):
-    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
+    """The records of a run's metrics.jsonl; a half-written line is skipped."""
     file = Path(out_dir, "metrics.jsonl")
     if not file.is_file():
         return []
@@ -370,11 +360,11 @@ def lock_folder(out_dir):
 
 
 def trim_metrics(out_dir, s, start):
-    """Removes the lines of metrics.jsonl that a run from step `start` writes again, or that are of an older
-    run -> the others."""
+    """metrics.jsonl keeps the lines before step `start`, and that step's where it is not written again. ->
+    their records."""
     end = start
     if start > 0 and (start % s.log_every == 0 or s.eval_every > 0 and start % s.eval_every == 0):
-        end = start + 1                                      # its own line is not written again
+        end = start + 1                                      # as in tasks_due
     records = [record for record in read_metrics(out_dir) if record["step"] < end]
     with open(out_dir / "metrics.new", "w", encoding="utf-8") as file:
         for record in records:
@@ -459,7 +449,7 @@ def report_problems(run, waited):
         for line in "\n".join(texts).split("\n"):            # a line for each that was tried in vain
             if line:
                 run.unreadable.add(line)
-                warn_once(run, line, f"{line}; the next in order takes its place")
+                warn_once(run, line, f"{line}; skipped, the next image takes its place")
         for name in changed:
             if name:
                 warn_once(run, "changed",
@@ -611,12 +601,12 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD
 
 
-# ---- open_run, train, finish -----------------------------------------------------------------------------
+# ---- The open run, and what opens it ---------------------------------------------------------------------
 
 @dataclasses.dataclass(init=False)
 class OpenRun:
     """All that the loop reads and changes. open_run fills it in."""
-    s: Settings                    # with what stands for a default: the checkpoint's path, the images' number
+    s: Settings                    # resume is a checkpoint's path; validation and images are numbers
     rank: int                      # which of the processes this is, from 0
     ranks: int                     # how many there are, each with its own device
     device: str                    # cpu, mps, cuda, cuda:1
@@ -664,13 +654,13 @@ class OpenRun:
     tracker: Tracker               # of rank 0; the others' is silent
 
     # For the next line of metrics
-    window: torch.Tensor           # (2, 10): sums of losses, and their number, by tenths of t; see log
+    window: torch.Tensor           # (2, 10): sums of losses, and their number, by tenths of t
     watch: Stopwatch               # seconds in this window
     lr: float                      # of the last step, before the division by fan-in
     norm: torch.Tensor | None      # (), gradient norm of the last step before clipping; None: no step yet
     text_tokens: float             # mean padded length of the last step's texts
     began: float                   # when the loop began (time.monotonic)
-    problems: list[tuple]          # "trouble" of this rank's batches since the last line
+    problems: list[tuple]          # of this rank's batches since the last line: Samples' "trouble", collated
     unreadable: set[str]           # a line for each unreadable image so far
     warned: set[str]               # kinds of warnings so far
 
@@ -682,12 +672,10 @@ def choose_start(s):
     """
     existing = hdm.list_checkpoints(s.out_dir)
     if existing and not s.resume:
-        raise hdm.UserError(f"--out_dir={Path(s.out_dir)} holds {existing[-1].name}: --resume, or another "
-                            f"--out_dir")
+        raise hdm.UserError(f"--out_dir={s.out_dir} holds {existing[-1].name}: --resume or another --out_dir")
     if s.resume is True:
         if not existing:
-            raise hdm.UserError(f"--resume: no checkpoint in {Path(s.out_dir)}; leave it out to start a run "
-                                f"there")
+            raise hdm.UserError(f"--resume: no checkpoint in {s.out_dir}; leave it out to start a run there")
         s.resume = str(existing[-1])
     elif s.resume:                                           # the path of a run or of a checkpoint
         of_run = hdm.list_checkpoints(s.resume)
@@ -760,8 +748,7 @@ def count_steps(run, state):
     run.total = run.start + (run.end - run.seen) // s.global_batch
     run.last = min(run.total, s.max_steps) if s.max_steps else run.total
     if run.start >= run.last:
-        raise hdm.UserError(f"--resume={s.resume}: at step {run.start} of {run.last}, so there is nothing to "
-                            f"do")
+        raise hdm.UserError(f"--resume={s.resume}: nothing to do, it is at step {run.start} of {run.last}")
 
 
 def checkpoint_header(s, config):
@@ -808,30 +795,6 @@ def count_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def start_loaders(run, training, held_out):
-    """Starts the loader processes; training, held_out: of open_examples."""
-    s = run.s
-    stop = run.position + (run.last - run.start) * s.global_batch
-    order = order_of_rank(run.index, run.epochs, s, run.position, stop, run.rank, run.ranks)
-    run.held_batches = DataLoader(held_out, s.batch_size,
-                                  sampler=range(run.rank, len(run.held_out), run.ranks))
-    run.batches = iter(DataLoader(training, s.batch_size, sampler=order, num_workers=s.workers,
-                                  worker_init_fn=catch_signals, pin_memory=run.kind == "cuda"))
-
-
-def start_window(run, state):
-    """What the next line of metrics is made of; a resumed run goes on with the sums of its checkpoint."""
-    run.window = state.get("window", torch.zeros(2, 10)).to(run.device)
-    run.watch = Stopwatch(run.kind, state.get("seconds", ()))
-    run.lr = hdm.lr_at(run.seen, run.s, run.warmup, run.end)
-    run.norm = None
-    run.text_tokens = 0.0
-    run.problems = []
-    run.unreadable = set()
-    run.warned = set()
-    run.began = time.monotonic()
-
-
 def open_run(s, given, rank, ranks):
     """-> the OpenRun, ready for its next step. given: {name: value} of the settings that were named."""
     run = OpenRun()
@@ -861,10 +824,14 @@ def open_run(s, given, rank, ranks):
         run.lock, run.tracker = open_log(run.out_dir, s, run.model.config, run.start, state.get("wandb"))
     print_plan(run)
 
-    # Loader processes, other ranks, compilation
+    # Batches, other ranks, compilation
     run.signals = catch_signals()
-    run.deadline = time.monotonic() + (3600 * s.max_hours or math.inf)
-    start_loaders(run, training, held_out)
+    run.deadline = time.monotonic() + 3600 * s.max_hours if s.max_hours > 0 else math.inf
+    stop = run.position + (run.last - run.start) * s.global_batch
+    order = order_of_rank(run.index, run.epochs, s, run.position, stop, rank, ranks)
+    run.held_batches = DataLoader(held_out, s.batch_size, sampler=range(rank, len(run.held_out), ranks))
+    run.batches = iter(DataLoader(training, s.batch_size, sampler=order, num_workers=s.workers,
+                                  worker_init_fn=catch_signals, pin_memory=run.kind == "cuda"))
     run.network = run.model
     if ranks > 1:
         run.network = torch.nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
@@ -872,9 +839,21 @@ def open_run(s, given, rank, ranks):
     if s.compile:
         side = s.image_size // (run.vae.factor if run.vae else 1)
         compile_blocks(run.model, s, run.autocast, run.device, side)
-    start_window(run, state)
+
+    # For the next line of metrics: a resumed run goes on with the sums of its checkpoint
+    run.window = state.get("window", torch.zeros(2, 10)).to(run.device)
+    run.watch = Stopwatch(run.kind, state.get("seconds", ()))
+    run.lr = hdm.lr_at(run.seen, s, run.warmup, run.end)
+    run.norm = None
+    run.text_tokens = 0.0
+    run.problems = []
+    run.unreadable = set()
+    run.warned = set()
+    run.began = time.monotonic()
     return run
 
+
+# ---- What is due after a step, the loop, its end ---------------------------------------------------------
 
 def tasks_due(run):
     """-> which of evaluate, preview, log and save are due after run.step steps."""
@@ -998,15 +977,10 @@ def save(run):
     return is_complete
 
 
-def must_stop(run):
-    """Whether any rank has a signal, or its time is over: all stop together."""
-    return any(hdm.gather(bool(run.signals) or time.monotonic() > run.deadline))
-
-
-# step 0        evaluate, previews, log          | lr, micro-steps, clip, step, average
+# step 0        evaluate, preview, log           | lr, micro-steps, clip, step, average
 # step 1, 2 ..  what is due after so many steps  | lr, micro-steps, clip, step, average
-# last step     what is due, and the end         |
-# resumed       nothing: it was done before      | lr, micro-steps, clip, step, average
+# last step     what is due, and a log line      | none; finish saves
+# resumed at n  nothing: it was done before      | lr, micro-steps, clip, step, average
 
 def train(s, given, rank, ranks):
     run = open_run(s, given, rank, ranks)
@@ -1023,7 +997,8 @@ def train(s, given, rank, ranks):
         if "log" in due:
             log(run, val_loss)
         if step % s.log_every == 0:
-            run.window, run.watch = torch.zeros_like(run.window), Stopwatch(run.kind)
+            run.window = torch.zeros_like(run.window)
+            run.watch = Stopwatch(run.kind)
         if "save" in due:
             save(run)
         if step == run.last:
@@ -1035,7 +1010,7 @@ def train(s, given, rank, ranks):
         run.text_tokens = 0.0
         stats = torch.zeros_like(run.window)                 # sums of losses, their number: by tenths of t
         for micro in range(1, run.micro_steps + 1):
-            stopped = must_stop(run)
+            stopped = any(hdm.gather(bool(run.signals) or time.monotonic() > run.deadline))   # all, or none
             if stopped:
                 break
             batch = next(run.batches)
@@ -1071,8 +1046,7 @@ def train(s, given, rank, ranks):
 def finish(run, stopped):
     """The last checkpoint, and the command that comes next."""
     if not (run.out_dir / f"ckpt_{run.step:08d}").is_dir() and not save(run):
-        raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved; make room, then "
-                            f"--resume")
+        raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved: make room, --resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
     if not stopped:
         print(f"done: python sample.py --ckpt={run.out_dir} --prompt {shlex.quote(run.prompts[0])}")
@@ -1167,7 +1141,7 @@ def image_flops(config, side, T, tread_rate, vae, text):
         flops["xut"] = count_flops(hdm.flow_loss, model, **inputs)
         if vae:
             images = torch.zeros(2, 3, side * vae.factor, side * vae.factor)
-            flops["vae"] = count_flops(vae.encoder, images) // 2           # two: one alone has strips
+            flops["vae"] = count_flops(vae.encoder, images) // 2      # two: one alone is computed in strips
         if text:
             states, mask = torch.zeros(1, T, config.ctx_dim), torch.zeros(1, 1, T, T)
             flops["text"] = count_flops(text, inputs_embeds=states, attention_mask=mask)
@@ -1188,26 +1162,21 @@ def activation_bytes(config, side, T, tread_rate, dtype):
     return image, one - image
 
 
-def checkpointed_bytes(config, side, T, tread_rate, dtype, image):
-    """The same of one image with --checkpointing: the input of each block, and all of one block.
-    image: its bytes without."""
-    N = (side // config.patch_size) ** 2                     # image tokens
-    R = N - math.floor(N * tread_rate)                       # ... that go through the U
-    inside = config.depth * (config.enc_blocks + config.dec_blocks)
-    outside = config.pre_blocks + config.post_blocks
-    inputs = outside * (T + N) + inside * (T + R)            # tokens, each of config.dim numbers
-    return inputs * config.dim * dtype.itemsize + image / (inside + outside)
-
-
 def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16):
     """What a training image with a latent of side x side cells and T text tokens costs, as a dict.
 
     FLOPs: xut, forward; step, XUT forward and backward; vae, its encoder; text, the text encoder (modules on
     "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes, of an
-    image; checkpointed, likewise with --checkpointing; shared, whatever the number of images.
+    image; checkpointed, of an image with --checkpointing, which keeps the input of each block and all of one;
+    shared, whatever the number of images.
     """
     image, shared = activation_bytes(config, side, T, tread_rate, dtype)
-    checkpointed = checkpointed_bytes(config, side, T, tread_rate, dtype, image)
+    N = (side // config.patch_size) ** 2                     # image tokens
+    R = N - math.floor(N * tread_rate)                       # ... that go through the U
+    inside = config.depth * (config.enc_blocks + config.dec_blocks)                   # blocks in the U
+    outside = config.pre_blocks + config.post_blocks
+    tokens = outside * (T + N) + inside * (T + R)            # in the inputs of all blocks
+    checkpointed = tokens * config.dim * dtype.itemsize + image / (inside + outside)
     flops = image_flops(config, side, T, tread_rate, vae, text)
     return flops | dict(bytes=image, checkpointed=checkpointed, shared=shared)
 
@@ -1217,11 +1186,11 @@ def matmul_tflops(device, dtype):
     n = 8192 if "cuda" in device else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     seconds = []
-    for _ in range(6):
+    for _ in range(6):                                       # the first one warms up
         clock = time.perf_counter()
         (a @ b)[0, 0].item()                                 # waits for it
         seconds.append(time.perf_counter() - clock)
-    return 2e-12 * n ** 3 / min(seconds[1:])                 # the first one warms up
+    return 2e-12 * n ** 3 / min(seconds)
 
 
 def at_hand(name):
@@ -1271,7 +1240,8 @@ def plan(s, given):
     """Prints what the run costs on other machines, counted, and a guess of how much of their rate it gets."""
     if s.epochs:
         prepare.open_data(s)                                 # counts the images of an epoch
-    s.init_from, s.resume = "", False                        # what the weights are costs nothing
+    s.init_from = ""                                         # what the weights are costs nothing
+    s.resume = False
     away = [name for name in (s.vae, s.text_encoder) if name and not at_hand(name)]
     if away:
         print(f"not at hand, counted as the published one: {', '.join(away)}")
@@ -1335,9 +1305,8 @@ def make_latents(data, vae, s):
     index = prepare.open_index(data)
     file = prepare.shard(prepare.latents_folder(data, index, vae, s.image_size), 0)
     file.parent.mkdir()
-    side = s.image_size // vae.factor
-    zeros = torch.zeros(2 * vae.latent_channels, side, side, dtype=torch.float16)
-    save_file({str(i): zeros.clone() for i in range(MADE_UP)}, file)
+    shape = 2 * vae.latent_channels, s.image_size // vae.factor, s.image_size // vae.factor
+    save_file({str(i): torch.zeros(shape, dtype=torch.float16) for i in range(MADE_UP)}, file)
 
 
 def make_up(s, folder):
@@ -1369,14 +1338,6 @@ def temporary_folder(parent, rank):
         hdm.gather(None)
 
 
-def empty_caches(device):
-    """What an earlier run in this process left is freed, its peak of memory forgotten."""
-    gc.collect()                                             # compiled blocks refer to themselves
-    if "cuda" in device:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def measure(s, given, rank, ranks, warm, tflops, dtype):
     """Trains by s -> what bench.json says of it. The first `warm` steps are not counted; tflops: of one
     device, by matmul_tflops."""
@@ -1386,9 +1347,9 @@ def measure(s, given, rank, ranks, warm, tflops, dtype):
     steps = s.images // s.global_batch - warm
     if len(lines) < steps:
         raise hdm.UserError(f"--bench={s.bench}: stopped before it was done")
-    tokens, split = 0.0, Counter()                           # split: seconds by what they went to
+    tokens = sum(line["text_tokens"] for line in lines) / steps
+    split = Counter()                                        # seconds by what they went to
     for line in lines:
-        tokens += line["text_tokens"] / steps
         split.update(line["split_s"])
     images = steps * s.global_batch
     rate = images / sum(split.values())
@@ -1402,7 +1363,8 @@ def measure(s, given, rank, ranks, warm, tflops, dtype):
 
 def bench(s, given, rank, ranks):
     """Trains on made-up data; prints where the time went, and writes it to OUT_DIR/bench.json."""
-    device, _, dtype = open_device(s)
+    device = hdm.pick_device(s.device)
+    dtype = hdm.pick_dtype(s.dtype, device)
     hdm.make_folder(s.out_dir, "--out_dir")
     micro_steps = min(s.bench, s.global_batch // s.batch_size // ranks)
     steps = s.bench // micro_steps
@@ -1423,7 +1385,10 @@ def bench(s, given, rank, ranks):
         made_up = hdm.gather(make_up(s, folder) if rank == 0 else None)[0]
         for name, changed in changes.items():
             settings = dataclasses.replace(s, **made_up, **fixed, **changed, out_dir=str(folder / name))
-            empty_caches(device)
+            gc.collect()                                     # compiled blocks refer to themselves
+            if "cuda" in device:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
             measured = measure(settings, given, rank, ranks, warm, tflops, dtype)
             report[name] = dict(settings=changed, **measured)
     if s.baseline:
