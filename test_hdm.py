@@ -6403,7 +6403,7 @@ def test_the_plan_is_counted(capsys):
     train.main([str(HERE / "configs" / "1024.py"), "--plan"])                         # without 768's out/768
     told = capsys.readouterr().out
     assert "XUT forward 4756.0" in told and "forward again 4756.0" in told
-    train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilisation=0.5"])
+    train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilization=0.5"])
     told = capsys.readouterr().out
     assert "XUT forward 253.3" in told and "VAE 272.7, text encoder 240.5" in told
     hours = 152.5e6 * (759.2 + 272.7 + 240.5) * 1e9 / (4 * 200e12) / 3600
