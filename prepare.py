@@ -7,8 +7,9 @@
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
     python prepare.py judge --ckpt=out/demo                  # how many unseen captions are drawn right
 
-In order: the settings; captioned images as they lie on people's disks; the index; the order of training; the
-cache of latents; training examples; commands. Then extras: a dry run, a text encoder for captions, the demo.
+In order: the settings; sources, which are folders, tars and tables of captioned images; the index; the order
+of training; the cache of latents; training examples; commands. Then extras: a dry run, a text encoder for
+captions, the demo.
 """
 import bisect
 import contextlib
@@ -97,10 +98,9 @@ class JudgeSettings:
     camera: bool = False            # measure instead how far shifts and zooms move the shape
 
 
-# ---- captioned images as they lie on people's disks --------------------------------------------------------
-# A source is a folder, a tar or a table. Below, in order: what is written down of an image; reading an image;
-# captions and names in a row; kinds of tables; which row is for which image; text files; folders and tars; and
-# scan, which joins them.
+# ---- sources: captioned images as they lie on people's disks -----------------------------------------------
+# A source is a folder, a tar or a table. In order: an image's Record; reading images; captions and names in
+# rows; kinds of tables; which row is for which image; text files; folders and tars; scan, which joins them.
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".avif")
 OTHERS = tuple(".arw .cr2 .dng .exr .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga .tif .tiff".split())
 TEXTS = (".txt", ".caption", ".json")            # of the caption beside an image: the first one there counts
@@ -186,10 +186,10 @@ def open_at(file, offset, length):
 
 
 def starts_as_image(data):
-    """Whether the first 16 bytes are those of an image, whatever its file is called: TIFF in both byte orders,
-    JPEG, PNG, GIF, WebP, BMP, AVIF and HEIF."""
-    return re.match(rb"(?s)II\*\0|MM\0\*|\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0"
-                    rb"|....ftyp(avi|hei|mif)", data) is not None
+    """Whether a file of any name begins as an image does: TIFF (of either byte order), JPEG, PNG, GIF, WebP,
+    BMP, AVIF or HEIF. data: at least 16 bytes of it."""
+    heads = rb"II\*\0|MM\0\*|\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
+    return re.match(heads, data, re.DOTALL) is not None
 
 
 @contextlib.contextmanager
@@ -206,8 +206,8 @@ def refusing(kind):
 def measure_image(stream, length, verify=False):
     """-> upright width and height of an image file of this length, from its header; and Record's colours.
 
-    verify: it is decoded, too. UserError, in words: zero bytes, no readable header, too large, truncated (JPEG,
-    PNG and GIF have an end, a cut WebP has no readable header, BMP and AVIF do not tell), does not decode.
+    verify: decode it, too. UserError: zero bytes, no readable header, too large, truncated (JPEG, PNG and GIF
+    have an end, a cut WebP has no readable header, BMP and AVIF do not tell), does not decode.
     """
     if length == 0:
         raise hdm.UserError("zero bytes")
@@ -216,12 +216,13 @@ def measure_image(stream, length, verify=False):
         image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
         header = stream.tell()
         transform = hdm.colours_of(image)
-        turned = lies_on_its_side(image)
+        width, height = image.size
+        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
+            # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
+            if Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8):
+                width, height = height, width
     with refusing("truncated"):
         check_end(image, stream, header, length)
-    width, height = image.size
-    if turned:
-        width, height = height, width
     if verify:
         with refusing("does not decode"):
             stream.seek(0)
@@ -229,14 +230,6 @@ def measure_image(stream, length, verify=False):
     if transform is False:
         return width, height, 2
     return width, height, int(transform is not None)
-
-
-def lies_on_its_side(image):
-    """Whether the EXIF orientation swaps width and height."""
-    with contextlib.suppress(Exception):                     # a broken EXIF turns nothing
-        # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
-        return Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
-    return False
 
 
 def check_end(image, stream, header, length):
@@ -262,8 +255,8 @@ def check_end(image, stream, header, length):
 
 # ---- captions and names in a row ---------------------------------------------------------------------------
 def texts_in(name, value):
-    """-> the texts in the column `name`: one, those of a list, or the tags of groups {group: tags}. A string of
-    tags is split at commas, else at spaces."""
+    """-> the texts in the column `name`: one, those of a list, or the tags of groups {group: tags}. A string
+    of tags is split at commas, else at spaces."""
     found = []
     if isinstance(value, dict):
         for group in value.values():
@@ -328,26 +321,19 @@ def row_name(row, column):
             if name not in TEXT_COLUMNS and text.endswith(IMAGES) and "://" not in text:
                 raise hdm.UserError(f"row that names a file in another column: --name_column={name}, or =id")
     for name in names:
-        text = cell_name(row.get(name))
-        if text:
-            return text
+        value = row.get(name)
+        if isinstance(value, dict):              # Hugging Face's, beside "bytes"
+            value = value.get("path")
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:  # above it is rounded
+            value = int(value)
+        if isinstance(value, (str, int)) and str(value).strip():
+            return str(value).strip().replace("\\", "/")
     raise hdm.UserError(f"row without a file_name, path or id: columns {', '.join(map(str, list(row)[:5]))}")
 
 
-def cell_name(value):
-    """The name of an image in one cell, or ""."""
-    if isinstance(value, dict):                  # Hugging Face's, beside "bytes"
-        value = value.get("path")
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:  # above it is rounded
-        value = int(value)
-    if not isinstance(value, (str, int)):
-        return ""
-    return str(value).strip().replace("\\", "/")
-
-
 # ---- kinds of tables ---------------------------------------------------------------------------------------
-# Each is a generator of (where, row, offset): "line 5" or "row 5" for the report; {column: value}, or anything
-# else for a broken row; and where parquet holds the row's image (open_at), else 0.
+# Each *_rows yields (where, row, offset): "line 5" or "row 5", for the report; {column: value}, or anything
+# else for a broken row; and where a parquet file holds the row's image (open_at), else 0.
 def kind_of_name(text):
     """"file" for an image's file name; else whether the text is one word, and whether it has digits."""
     text = text.strip(' "')
@@ -359,8 +345,8 @@ def kind_of_name(text):
 def holds_other_rows(lines, cells, at, width):
     """Whether a csv record of several lines took in other rows, behind a quote that is closed late.
 
-    It did if it has not a cell for each of width columns, if its name, cells[at], has several lines, or if one
-    of its other lines looks like a row: as many cells, and such a name. (A caption may have lines that look
+    It did if it has not a cell for each of width columns, if its name, cells[at], has several lines, or if
+    another of its lines looks like a row: as many cells, and such a name. (A caption may have lines that look
     so: none can say what is meant.)
     """
     if len(cells) != width or "\n" in cells[at]:
@@ -412,10 +398,8 @@ def csv_rows(lines, column, **how):
         else:
             if len(taken) > 1 and (cells is None or holds_other_rows(taken, cells, name_at, len(header))):
                 cells, taken = None, taken[:1]
-            row = None
-            if cells is not None and len(cells) <= len(header):
-                row = dict(zip(header, cells))
-            yield f"line {start + 1}", row, 0
+            complete = cells is not None and len(cells) <= len(header)
+            yield f"line {start + 1}", dict(zip(header, cells)) if complete else None, 0
         start += len(taken)
 
 
@@ -473,10 +457,8 @@ def jsonl_rows(lines):
 def parquet_rows(path):
     """Rows of a parquet file, without the images that it may hold."""
     file, image_column = open_parquet(path)
-    columns = []
-    for leaf in leaves_of(file):
-        if leaf.path != image_column and not leaf.path.endswith(".bytes"):
-            columns.append(leaf.path)
+    paths = [leaf.path for leaf in leaves_of(file)]
+    columns = [path for path in paths if path != image_column and not path.endswith(".bytes")]
     number = 0                                   # of the row in the file
     for group in range(file.num_row_groups):
         offset = group * 2 ** 32                 # as open_at has it: the group's first row is 1 more
@@ -512,7 +494,7 @@ def leaves_of(file):
 
 
 def holds_images(file, column):
-    """Whether one of the first 16 values of a column of bytes is an image: it may be a hash or an embedding."""
+    """Whether one of a column's first 16 values is an image: bytes may be a hash or an embedding, too."""
     checked = 0
     for batch in file.iter_batches(16, columns=[column], use_threads=False):
         for cell in batch[0]:
@@ -629,10 +611,11 @@ class Rows(dict):
     it. Names are matched in this order, here for the image /data/s/cat.png and the table /data/t.csv:
       0  its path, with suffix or without:           s/cat.png, s/cat
       1  its name alone, where t.csv is the source:  cat.png, cat
-      2  as 0, but by `comparable`, if this fits one name only: é in two letters; 0012 for s/12.png
+      2  as 0, but as `comparable` has it, if this is so of one row only: s/0012 would be for s/12.png
       3  as 1, likewise
-    The row `cat.png` is for s/cat.png; with /data/t/cat.png beside it, it is for none; with /data/cat.png, for
-    that one, which is nearer. The rows `s/cat.png` and `s/cat` are both for s/cat.png, as alternatives.
+    So the row `cat.png` is for s/cat.png. Where there is a t/cat.png, too, it is for none; where there is a
+    /data/cat.png, it is for that one, which is nearer. The rows `s/cat.png` and `s/cat` are both for
+    s/cat.png, as alternatives.
     """
     base = None                                  # folder of the table, where that is the source
 
@@ -665,15 +648,11 @@ class Rows(dict):
     def candidates(self, image):
         """Yields (nearness, row) of the rows that an image may have."""
         stem = os.path.splitext(image)[0]
-        own = [image, stem]
-        if stem.lower().endswith(IMAGES):        # 7.jpg is no name of 7.jpg.png
-            own = [image]
-        names = {}
+        names = {image: 0}
+        if not stem.lower().endswith(IMAGES):    # 7.jpg is no name of 7.jpg.png
+            names[stem] = 0
         if self.base:
-            for name in own:
-                names[os.path.join(self.base, os.path.basename(name))] = 1
-        for name in own:
-            names[name] = 0
+            names = {os.path.join(self.base, os.path.basename(name)): 1 for name in names} | names
         for name, nearness in names.items():
             if name in self:
                 yield nearness, self[name]
@@ -682,6 +661,7 @@ class Rows(dict):
                 yield nearness + 2, alike
 
     def claim(self, images):
+        """Shows images to the rows, before any of them takes its own."""
         if not self:
             return
         for image in images:
@@ -725,11 +705,8 @@ def read_texts(caption, spans, s):
         else:
             lines = [line.strip() for line in text.split("\n") if line.strip()]
             caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
-    alternatives = []
-    for text in caption.split(hdm.OR):
-        if hdm.parse_caption(text):              # not of separators alone
-            alternatives.append(text.strip())
-    caption = hdm.OR.join(alternatives)
+    alternatives = [text.strip() for text in caption.split(hdm.OR) if hdm.parse_caption(text)]
+    caption = hdm.OR.join(alternatives)          # less those of separators alone
     if sidecar and s.sidecar_place == "before":
         caption = hdm.BESIDE.join([sidecar, caption, ""])
     elif sidecar:
@@ -825,7 +802,7 @@ def visible(folder, names, report):
 
 
 def folders_below(top, report):
-    """Yields (folder, names of its files): top and all below it, each once, though links may run in circles."""
+    """Yields (folder, names of its files) of top and all below it, each once: links may run in circles."""
     def add_unreadable(error):
         report.add("unreadable", error.filename)
 
@@ -838,7 +815,7 @@ def folders_below(top, report):
         seen.add(real)
         names = visible(folder, names, report)
         below[:] = visible(folder, below, report)
-        below.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))   # its own name for a folder
+        below.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))   # own names before links'
         yield folder, names
 
 
@@ -973,7 +950,7 @@ def find_captions(image, group, rows, s):
 
 
 def kohya_repeats(name):
-    """-> how often an image of this name stands in an epoch by kohya's folders, 10 times for 10_cat/7.png; and
+    """-> how often an image of this name stands in an epoch by kohya's folders, 10.0 for 10_cat/7.png; and
     " in 10_cat/", or ""."""
     match = re.match(r"([1-9]\d{0,2})_[^/]*/", name)         # not 2020_trip/
     if match is None:
@@ -986,17 +963,18 @@ def new_record(name, span, texts, stamp, caption, spans, s):
     file, offset, length = span
     caption, lines = read_texts(caption, spans, s)
     with open_at(file, offset, length) as stream:
-        length = length or stream.seek(0, 2)     # of a parquet's image it is known only now
+        if length == 0:
+            length = stream.seek(0, 2)           # of a parquet's image it is known only now
         stream.seek(0)
         width, height, colours = measure_image(stream, length, s.verify)
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
-    return Record(name, file, texts, caption, offset, length, width, height, 1.0, stamp, stamp_of(file), lines,
-                  0, place, colours)
+    return Record(name, file, texts, caption, offset, length, width, height, weight=1.0, stamp=stamp,
+                  image=stamp_of(file), lines=lines, source=0, place=place, colours=colours)
 
 
 def scan_image(path, group, source, s, known):
-    """-> the Record of an image of a group, its weight by kohya's folders alone; how its caption was found, for
-    people. UserError where it is left out."""
+    """-> the Record of an image of a group, with its weight by kohya's folders; how its caption was found, in
+    words. UserError where it is left out."""
     span = group.images[path]
     file = span[0]
     caption, tables, spans = find_captions(path, group, source.rows, s)
@@ -1050,9 +1028,8 @@ def scan(source, report, s, known=None, weight=1.0, number=0):
                     report.add("kept: broken colour profile", path)
                 counts[how] += 1
                 yield record._replace(weight=weight * record.weight, source=number)
-        with report.leaving_out(opened.root):
-            for kind, path in group.rest():
-                report.add(kind, path)
+        for kind, path in group.rest():
+            report.add(kind, path)
     for name, row in opened.rows.items():
         if not row.used:
             report.add("row without an image", f"{row.tables[0]}: {os.path.relpath(name, opened.root)}")
@@ -1126,7 +1103,7 @@ class Index:
         file = record.file
         where = file if file.endswith(record.name) else f"{file}: {record.name}"
         with hdm.naming(where, "not a whole image"):
-            if record.offset and stamp_of(file) != record.image:     # what lies there now may be another image
+            if record.offset and stamp_of(file) != record.image:     # another image may lie there now
                 raise hdm.UserError(f"{where}: the file has changed since it was indexed")
             with open_at(file, record.offset, record.length) as stream:
                 image = hdm.load_image(stream, side)
@@ -1170,7 +1147,7 @@ def earlier_records(old, options):
 
 
 def scan_sources(sources, s, report, known, text):
-    """Scans (path, weight) pairs: their texts go into the stream `text` -> records (n,) RECORD as they come."""
+    """Scans (path, weight) pairs; texts go into the stream `text` -> records (n,) RECORD, as they come."""
     raw = io.BytesIO()                           # 104 bytes an image
     for number, (source, weight) in enumerate(sources):
         for record in scan(source, report, s, known, weight, number):
@@ -1180,12 +1157,6 @@ def scan_sources(sources, s, report, known, text):
             raw.write(np.array(values, RECORD).tobytes())
             text.write(entry)
     return np.frombuffer(raw.getbuffer(), RECORD)
-
-
-def print_report(report):
-    for kind, entry in sorted(report.items()):
-        what = kind if kind.startswith("kept: ") else f"left out: {kind}"
-        print(printable(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}"))
 
 
 def build_index(sources, s, folder=None, old=None):
@@ -1199,7 +1170,9 @@ def build_index(sources, s, folder=None, old=None):
         size = text.tell()
         if folder is None:
             data = np.frombuffer(text.getvalue(), np.uint8)
-    print_report(report)
+    for kind, entry in sorted(report.items()):
+        what = kind if kind.startswith("kept: ") else f"left out: {kind}"
+        print(printable(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}"))
     several = (records["lines"] > 1).sum()
     if several:
         print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
@@ -1253,11 +1226,11 @@ def whole_folder(out):
 def shuffled(i, n, *key):
     """Item i of a random order of range(n), one for each key.
 
-    The order stands nowhere in memory, so that any process finds any item of 10^9 at once. range(n) is laid out
-    on a grid of about sqrt(n) rows and columns. A round moves each cell along its column by a hash of that
-    column, then along its row by a hash of that row. Each such move can be undone, so no two cells meet: a
-    Feistel network. The grid may have some cells more than n; from these the walk goes on until it is back in
-    range(n), which a permutation of the grid always is in the end, and to an item of its own.
+    The order stands nowhere in memory: any process finds any item of 10^9 at once, after a resume, too.
+    range(n) is laid out on a grid of about sqrt(n) rows. Each turn moves a cell along its column by a hash of
+    that column, then along its row by a hash of that row. Such a move can be undone, so no two cells meet: a
+    Feistel network, of four turns as is usual. The grid may have a few cells more than n: from one of these
+    the cell moves on until it is below n, where again no two meet.
     """
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
@@ -1279,13 +1252,12 @@ class Epochs:
     """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
     weight says; of weights with fractions some stand once more, drawn anew each time.
 
-    Of records a and b of weight 1 and c of weight 1.5, numbers 0 to 2, the stream with seed 0 begins, with bars
-    between epochs,
+    Of records a and b of weight 1 and c of weight 1.5, numbers 0 to 2, the stream with seed 0 begins
         a c b | b c a c | c b a | a c c b
-    as c stands once, then twice, and so on: after e epochs it has stood int(1.5 e) times. epochs[6] is
-    (1, 1, 2): in epoch 1 the second copy (1) of record 2. Steps take no notice of the bars: with a global
-    batch of 4 step 0 takes a c b b, step 1 c a c c; with batches of 2, rank 0 of 2 has a c, then c a (where
-    captions are of one length: train.order_of_rank sorts a step's items by it).
+    with epochs between the bars. c stands once, then twice, and so on: int(1.5 e) times in e epochs.
+    epochs[6] is (1, 1, 2): in epoch 1 the second copy, 1, of record 2. Steps run over the bars: with a global
+    batch of 4 step 0 takes a c b b, step 1 c a c c. Of two ranks with batches of 2 the first has a c and c a,
+    the second b b and c c (if captions are of one length: train.order_of_rank sorts each step's items by it).
     """
 
     def __init__(self, parts, seed):
@@ -1351,11 +1323,8 @@ def is_complete(file):
 
 def missing_shards(folder, n):
     """-> the records of each shard of n records that is not there or not complete."""
-    missing = []
-    for first in range(0, n, SHARD):
-        if not is_complete(shard(folder, first)):
-            missing.append(range(first, min(first + SHARD, n)))
-    return missing
+    shards = [range(first, min(first + SHARD, n)) for first in range(0, n, SHARD)]
+    return [numbers for numbers in shards if not is_complete(shard(folder, numbers[0]))]
 
 
 class Latents:
@@ -1529,8 +1498,8 @@ class Samples(Dataset):
 def split_data(index, validation):
     """-> the share to hold out, then Index.split of it.
 
-    None: 2 %; of few images, where that holds out none or all, the least share that holds out one (or all that
-    have its name); of a single image none.
+    None: 2 %; of few images, where that holds out none or all, the least share that holds out one, or all
+    that have its name; of a single image none.
     """
     least = math.nextafter(index.records["place"].min(), 1)
     shares = (0.02, least, 0.0) if validation is None else (validation,)
@@ -1587,17 +1556,13 @@ def read_sources(paths):
     return sources
 
 
-def check_settings(s):
+def prepare(s, *paths):
     hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
     hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
     if s.mean_only and not s.latents:
         raise hdm.UserError("--mean_only: says how to write --latents, which is missing")
     if s.caption and not re.search(COLUMN, s.caption):
         raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
-
-
-def prepare(s, *paths):
-    check_settings(s)
     sources = read_sources(paths)
     ready = len(paths) == 1 and Path(paths[0], "index.json").is_file()  # an index, for --latents or a dry run
     s.out = os.path.normpath(paths[0] if ready else s.out)
@@ -1735,8 +1700,8 @@ def count_duplicates(index):
 
 def draw_sheet(index, epochs, s):
     """Writes OUT.png: the first 48 images of the stream as training takes them."""
-    # hdm.training_example asks an XUTConfig for the sizes of noise and positions, which are not drawn here: one
-    # channel, and one patch that is the whole crop, cost least and divide any image_size.
+    # There is no model here. hdm.training_example takes from its config the sizes of noise and positions,
+    # which no sheet shows: one channel, and one patch as large as the crop, cost least and fit any size.
     config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
     samples = Samples(index, epochs, None, replace(s, tread_rate=0.0), config, None, seed=0)
     tiles = []
