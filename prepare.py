@@ -385,7 +385,8 @@ def name_column_of(header, column):
 def csv_rows(lines, column, **how):
     """Rows of a csv file. Where a quote is not closed, or a record of several lines holds others, its first
     line is a broken row, and the second begins the next one: a broken row costs no other its caption."""
-    header, start = None, 0
+    header = None
+    start = 0
     while start < len(lines):
         cells, taken = csv_record(lines, start, **how)
         if cells is not None and not "".join(cells).strip():
@@ -554,7 +555,9 @@ def read_table(path, span, s, rows, report, source=None):
     parsed = table_rows(path, span, s.name_column)
     if source is not None:
         parsed = naming_table(source, parsed)
-    columns, captions, images = set(), [], {}
+    columns = set()                              # of all rows
+    captions = []                                # (name, caption)
+    images = {}
     for where, row, offset in parsed:
         with report.leaving_out(f"{path}, {where}"):
             if not isinstance(row, dict):
@@ -695,7 +698,8 @@ class Rows(dict):
 # ---- text files --------------------------------------------------------------------------------------------
 def read_texts(caption, spans, s):
     """A row's caption or "", the spans of text files by suffix -> the caption, lines of its file."""
-    sidecar, lines = "", []
+    sidecar = ""
+    lines = []
     for suffix, span in spans.items():
         text = read_caption_file(span)
         if suffix == s.sidecar:
@@ -731,7 +735,8 @@ class Group:
     """The files of a folder or a tar: {path, its suffix in lower case: (path, span)}."""
 
     def __init__(self, files):
-        self.files, self.read = files, set()     # read: keys of captions and tables
+        self.files = files
+        self.read = set()                        # keys of captions and tables
         self.images = {path: span for key, (path, span) in files.items() if key.endswith(IMAGES)}
         self.stems = {os.path.splitext(path)[0] for path in self.images}
         self.composed = {unicodedata.normalize("NFC", key): key for key in files if not key.isascii()}
@@ -869,7 +874,8 @@ def walk(top, report):
     for folder, names in folders:
         files, tars = [], []
         for name in names:
-            path, span = os.path.join(folder, name), None
+            path = os.path.join(folder, name)
+            span = None
             if os.path.isfile(path):
                 span = path, 0, os.path.getsize(path)
                 if name.lower().endswith(".tar"):
@@ -902,7 +908,8 @@ def open_source(source, s, report):
         with hdm.naming(source, "not a table of images"):
             _, image_column = open_parquet(top)
         holds_images = image_column is not None
-    root, rows = os.path.dirname(top), Rows()
+    root = os.path.dirname(top)
+    rows = Rows()
     if holds_images:
         return Source(top, root, rows)
     read_table(top, (top, 0, 0), s, rows, report, source)
@@ -1082,7 +1089,8 @@ class Index:
 
         Records of one weight stand in order of place: those below validation are the first of them.
         """
-        parts, held, places = [], [], self.records["place"]
+        parts, held = [], []
+        places = self.records["place"]
         for weight, first, stop in self.about["groups"]:
             middle = bisect.bisect_left(places, validation, first, stop)
             if middle < stop:
@@ -1163,7 +1171,8 @@ def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
     options = [s.caption, s.name_column, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
-    report, data = Report(), None
+    report = Report()
+    data = None
     text = io.BytesIO() if folder is None else open(Path(folder, "text.bin"), "wb")
     with text:
         records = scan_sources(sources, s, report, earlier_records(old, options), text)
@@ -1422,7 +1431,8 @@ def encode_latents(s, vae, device, rank, ranks):
     folder = latents_folder(s.out, index, vae, s.image_size)
     channels = 2 * vae.latent_channels
     if s.mean_only:
-        folder, channels = folder + "_mean", vae.latent_channels
+        folder += "_mean"
+        channels = vae.latent_channels
     hdm.make_folder(folder, "--out")
     sizes = latent_sizes(index, s.image_size, vae.factor)
     todo = missing_shards(folder, len(index))
@@ -1626,16 +1636,20 @@ def judge(settings):
 def main(argv):
     commands = {"demo": (make_demo, DemoSettings, []), "judge": (judge, JudgeSettings, []),
                 "text_encoder": (text_encoder, TextEncoderSettings, ["SOURCE"])}
-    name, *rest = argv or [""]
+    name = argv[0] if argv else ""
     if name in commands:
         command, kind, positionals = commands[name]
-        classes, idle = [kind], []
+        argv = argv[1:]
+        classes = [kind]
+        idle = []
     else:
-        if not name.startswith("-") and not os.path.exists(name.rpartition("=")[0] or name):
+        path = name.rpartition("=")[0] or name   # PATH or PATH=WEIGHT
+        if not name.startswith("-") and not os.path.exists(path):
             hdm.check_name(f"prepare.py {name}", name, commands, "path or command")
-        command, kind, positionals, rest = prepare, PrepareSettings, ["PATH ..."], argv
-        classes, idle = [DataSettings, hdm.Example], IDLE
-    words, values = hdm.parse_args(rest, classes, positionals, doc=__doc__)
+        command, kind, positionals = prepare, PrepareSettings, ["PATH ..."]
+        classes = [DataSettings, hdm.Example]
+        idle = IDLE
+    words, values = hdm.parse_args(argv, classes, positionals, doc=__doc__)
     settings = kind(**values)
     hdm.check_bounds(settings)
     hdm.warn_idle(values, [settings], idle)
@@ -1808,8 +1822,8 @@ ATTRIBUTES = {"size": RADIUS, "colour": COLOURS, "shape": SHAPES, "background": 
 CAPTION = "a {} {} {} on a {} background"
 COMBINATIONS = list(itertools.product(*ATTRIBUTES.values()))  # 384 of (size, colour, shape, background)
 # The test of composing: 32 combinations stay out of training, though each of their words is in it.
-NUMBERS = dict(zip(COMBINATIONS, np.ndindex(2, 8, 6, 4)))      # of the words in ATTRIBUTES
-UNSEEN = [words for words in COMBINATIONS if np.dot(NUMBERS[words], (1, 1, 2, 3)) % 12 == 0]
+UNSEEN = [words for words, numbers in zip(COMBINATIONS, np.ndindex(2, 8, 6, 4))
+          if np.dot(numbers, (1, 1, 2, 3)) % 12 == 0]
 
 
 def centre_range(size, shape, height, width):
@@ -1857,7 +1871,8 @@ def make_demo(settings):
             cy, cx = random_centre(rng, words[0], words[2], height, width)
             radius = None                        # its size's
             if settings.centred:
-                cy, cx, radius = height / 2, width / 2, CENTRED_RADIUS[words[0]] * max(height, width)
+                cy, cx = height / 2, width / 2
+                radius = CENTRED_RADIUS[words[0]] * max(height, width)
             Image.fromarray(draw(*words, height, width, cy, cx, radius)).save(folder / f"{i:05d}.png")
             (folder / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
     Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
