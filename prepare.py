@@ -7,6 +7,28 @@
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
     python prepare.py judge --ckpt=out/demo                  # how many unseen captions are drawn right
 
+What is read, and how:
+  captions beside images   a/7.jpg with a/7.txt, .caption or .json, or a/7.jpg.txt, a/7.jpg.json (gallery-dl,
+                           Hydrus)
+  a .json for each image   its text, caption, prompt, tags or tag_string; a text; a list of tags; groups of
+                           tags, {"tags": {"general": ["solo"]}}
+  kohya's repeats          10_cat/7.png: ten times an epoch (1_ to 999_, at the top of PATH)
+  kohya's metadata         meta_cap.json, {"7": {"caption": "a cat", "tags": "cat, mat"}}: tags are shuffled
+  imagefolder              metadata.jsonl or .csv, {"file_name": "7.jpg", "text": "a cat"}; of a list of texts
+                           one is drawn
+  WebDataset               00000.tar with 007.jpg, 007.txt, as img2dataset writes it, is read in place
+  parquet                  train-00000.parquet with image and text, by pyarrow; an image reads its row group
+  tables, where named      csv, tsv, jsonl, json (also COCO's), parquet; images lie anywhere below its folder
+
+A table's row is for the image that it names as file_name, file, path, filename, image, img_path, image_path
+or filepath, with or without its suffix and, in a table that is named, its folder; without these columns, as
+id (1 and 1.0 are 1.jpg). --name_column=X takes column X. A row that names a file only in another column is
+left out, and the report names the flag that reads it. Several rows of one image are alternatives. In a tsv "
+is a letter; in a csv a quote that is closed late costs its row alone. Columns of tags are split at commas,
+else at spaces.
+PATH=0.5 is a weight: half of these images, drawn anew, stand in each epoch; PATH=2.5 is each twice and half
+of them once more.
+
 In order: the settings; sources, which are folders, tars and tables of captioned images; the index; the order
 of training; the cache of latents; training examples; commands. Then extras: a dry run, a text encoder for
 captions, the demo.
@@ -58,15 +80,15 @@ class DemoSettings:
 class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
     vocab: Annotated[int, 257, math.inf] = 4096  # most tokens; the least: 256 bytes and the pad
-    tag_separator: str = "$$"       # this and the next as train.py has them
-    spaces: bool = False            # likewise
+    tag_separator: str = "$$"       # between the tags of a caption, as for train.py
+    spaces: bool = False            # underscores in tags become spaces, as for train.py
 
 
 @dataclass
 class DataSettings:
     out: str = "data/index"         # folder for the index; latents go beside it
     caption: str = ""               # by columns of tables and .json: '{characters} $$ {artist} ||| {tags}'
-    name_column: str = ""           # of tables: has the images' names; default: file_name ... filepath, or id
+    name_column: str = ""           # of tables, with the images' names; default: as above
     caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
@@ -101,13 +123,15 @@ class JudgeSettings:
 # ---- sources: captioned images as they lie on people's disks -----------------------------------------------
 # A source is a folder, a tar or a table. In order: an image's Record; reading images; captions and names in
 # rows; kinds of tables; which row is for which image; text files; folders and tars; scan, which joins them.
+# A span (file, offset, length) says where an image or a text lies, as open_at reads it.
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".avif")
 OTHERS = tuple(".arw .cr2 .dng .exr .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga .tif .tiff".split())
-TEXTS = (".txt", ".caption", ".json")            # of the caption beside an image: the first one there counts
+TEXTS = (".txt", ".caption", ".json")            # beside an image: the first that is there has its caption
 TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+# Ends of names: gz and bz2 without a dot are those of .tgz and .tbz2, too.
 ARCHIVES = tuple(".7z .arrow bz2 .cbz gz .h5 .lmdb .lz4 .parquet .rar .tar .tfrecord xz .zip zst".split())
 KINDS = {OTHERS: "format not read", ARCHIVES: "archive not read", TABLES: "table or json that is no source",
-         TEXTS: "caption without an image"}      # of what is passed over
+         TEXTS: "caption without an image"}      # in the report, of files that were not read
 SYSTEM = ("$recycle.bin,$windows.~bt,#recycle,#snapshot,~snapshot,@eadir,@recently-snapshot,@recycle,@tmp,"
           "__macosx,desktop.ini,ehthumbs.db,ehthumbs_vista.db,found.000,lost.dir,lost+found,network "
           "trash folder,recycled,recycler,system volume information,temporary items,thumbs.db").split(",")
@@ -122,14 +146,14 @@ class Record(NamedTuple):
     file: str         # the image; or the tar or parquet file that holds it
     texts: tuple      # other files that its caption comes from
     caption: str      # as hdm.draw_caption takes it
-    offset: int       # where it stands in the file, as open_at takes it; 0: it is the file
+    offset: int       # where it lies in the file, as open_at takes it; 0: it is the file
     length: int       # bytes
     width: int        # pixels, upright
     height: int       # likewise
     weight: float     # how often it stands in an epoch
-    stamp: int        # of its names, its file and its texts (stamp_of): the same means not edited
-    image: int        # the stamp of its file alone
-    lines: int        # of its caption file
+    stamp: int        # stamp_of its names, its file and its texts: the same means not edited
+    image: int        # stamp_of(file) alone
+    lines: int        # in its caption file that are not empty
     source: int       # the source's number in the call
     place: float      # in [0, 1), a hash of the name: no added data move an image across the split
     colours: int = 0  # 1: its profile makes other colours of its values; 2: its profile is broken
@@ -163,10 +187,8 @@ def printable(text):
 
 def stamp_of(*files, key=()):
     """64 bits of a key and of the sizes and times of files: unchanged means not edited."""
-    stats = list(key)
-    for file in files:
-        info = os.stat(file)
-        stats.append((info.st_size, info.st_mtime_ns))
+    infos = [os.stat(file) for file in files]
+    stats = [*key] + [(info.st_size, info.st_mtime_ns) for info in infos]
     return int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=8).digest(), "little")
 
 
@@ -297,9 +319,8 @@ def row_caption(row, template):
     if not row.keys() & set(wanted):
         raise hdm.UserError(f"json or row without a caption: keys {', '.join(list(row)[:3]) or '(none)'}")
     if template:
-        def fill(match):
-            return " $$ ".join(texts_in(match[1], row.get(match[1])))
-        return re.sub(COLUMN, fill, template)    # in one pass: braces in a caption name no column
+        # In one pass: braces in a caption name no column.
+        return re.sub(COLUMN, lambda match: " $$ ".join(texts_in(match[1], row.get(match[1]))), template)
     for name in TEXT_COLUMNS:
         texts = texts_in(name, row.get(name))
         if texts:
@@ -365,37 +386,26 @@ def holds_other_rows(lines, cells, at, width):
     return False
 
 
-def csv_record(lines, at, **how):
-    """-> the cells of the csv record that begins at lines[at], or None where a quote is wrong; its lines."""
-    reader = csv.reader((lines[i] for i in range(at, len(lines))), strict=True, **how)
-    cells = None
-    with contextlib.suppress(csv.Error):
-        cells = next(reader)
-    return cells, lines[at:at + reader.line_num]
-
-
-def name_column_of(header, column):
-    """-> where the names of images stand in a csv's header."""
-    for name in [column] if column else [*FILE_COLUMNS, "id"]:
-        if name in header:
-            return header.index(name)
-    return 0
-
-
 def csv_rows(lines, column, **how):
     """Rows of a csv file. Where a quote is not closed, or a record of several lines holds others, its first
     line is a broken row, and the second begins the next one: a broken row costs no other its caption."""
     header = None
-    start = 0
+    start = 0                                    # of a record in lines
     while start < len(lines):
-        cells, taken = csv_record(lines, start, **how)
+        reader = csv.reader((lines[i] for i in range(start, len(lines))), strict=True, **how)
+        cells = None                             # a quote is wrong
+        with contextlib.suppress(csv.Error):
+            cells = next(reader)
+        taken = lines[start:start + reader.line_num]
         if cells is not None and not "".join(cells).strip():
             pass                                 # lines without text
         elif header is None:
             if cells is None:
                 raise hdm.UserError("broken first line")
             header = [cell.strip() for cell in cells]
-            name_at = name_column_of(header, column)
+            names = [column] if column else [*FILE_COLUMNS, "id"]
+            known = [name for name in names if name in header]
+            name_at = header.index(known[0]) if known else 0
         else:
             if len(taken) > 1 and (cells is None or holds_other_rows(taken, cells, name_at, len(header))):
                 cells, taken = None, taken[:1]
@@ -458,7 +468,7 @@ def jsonl_rows(lines):
 def parquet_rows(path):
     """Rows of a parquet file, without the images that it may hold."""
     file, image_column = open_parquet(path)
-    paths = [leaf.path for leaf in leaves_of(file)]
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]      # image.path of a struct image
     columns = [path for path in paths if path != image_column and not path.endswith(".bytes")]
     number = 0                                   # of the row in the file
     for group in range(file.num_row_groups):
@@ -478,7 +488,8 @@ def open_parquet(path):
         raise hdm.UserError("parquet is read by pyarrow, which is not here: pip install pyarrow") from error
     file = ParquetFile(path, buffer_size=2 ** 20)
     blobs = []
-    for leaf in leaves_of(file):
+    for i in range(len(file.schema)):
+        leaf = file.schema.column(i)
         of_bytes = leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
         if of_bytes and not leaf.max_repetition_level:       # no list
             blobs.append(leaf.path)
@@ -489,22 +500,14 @@ def open_parquet(path):
     return file, None
 
 
-def leaves_of(file):
-    """The columns of a ParquetFile; structs are taken apart, as in image.bytes and image.path."""
-    return [file.schema.column(i) for i in range(len(file.schema))]
-
-
 def holds_images(file, column):
     """Whether one of a column's first 16 values is an image: bytes may be a hash or an embedding, too."""
     checked = 0
     for batch in file.iter_batches(16, columns=[column], use_threads=False):
-        for cell in batch[0]:
-            data = image_bytes(cell)
-            if not data:
-                continue
+        for data in [image_bytes(cell) for cell in batch[0]]:
             if starts_as_image(data):
                 return True
-            checked += 1
+            checked += len(data) > 0
             if checked == 16:
                 return False
     return False
@@ -543,22 +546,12 @@ def table_rows(path, span, column):
             yield from csv_rows(list(lines), column)
 
 
-def naming_table(source, rows):
-    """The rows; an error in reading them ends the run with one line that names the source."""
-    with hdm.naming(source, "not a table of images"):
-        yield from rows
-
-
-def read_table(path, span, s, rows, report, source=None):
-    """Adds the captions of a table to rows -> {path/row: span} of images that it holds itself. source: the
-    table as a user named it, where it is the source."""
-    parsed = table_rows(path, span, s.name_column)
-    if source is not None:
-        parsed = naming_table(source, parsed)
+def read_table(path, span, s, rows, report):
+    """Adds the captions of a table to rows -> {path/row: span} of images that it holds itself."""
     columns = set()                              # of all rows
     captions = []                                # (name, caption)
     images = {}
-    for where, row, offset in parsed:
+    for where, row, offset in table_rows(path, span, s.name_column):
         with report.leaving_out(f"{path}, {where}"):
             if not isinstance(row, dict):
                 raise hdm.UserError("broken table row")
@@ -576,8 +569,7 @@ def read_table(path, span, s, rows, report, source=None):
                 images[name] = path, offset, 0
     missing = {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}
     if missing:
-        where = f"{source}: " if source is not None else ""
-        raise hdm.UserError(f"{where}table without a column {' '.join(sorted(missing))}")
+        raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
     for name, caption in captions:
         rows.add(name, caption, span[0])
     return images
@@ -637,19 +629,10 @@ class Rows(dict):
         if form != name:
             self.alike.setdefault(form, set()).add(name)
 
-    def one_like(self, name):
-        """-> the row whose name has the comparable form of this one; None where several have it, or none."""
-        form = comparable(name)
-        names = self.alike.get(form, set())
-        if form in self:
-            names = names | {form}
-        if len(names) != 1:
-            return None
-        (found,) = names
-        return self[found]
-
     def candidates(self, image):
         """Yields (nearness, row) of the rows that an image may have."""
+        if not self:                             # as mostly, then it costs nothing
+            return
         stem = os.path.splitext(image)[0]
         names = {image: 0}
         if not stem.lower().endswith(IMAGES):    # 7.jpg is no name of 7.jpg.png
@@ -659,14 +642,13 @@ class Rows(dict):
         for name, nearness in names.items():
             if name in self:
                 yield nearness, self[name]
-            alike = self.one_like(name)
-            if alike is not None:
-                yield nearness + 2, alike
+            form = comparable(name)
+            alike = {form} & self.keys() | self.alike.get(form, set())
+            if len(alike) == 1:
+                yield nearness + 2, self[alike.pop()]
 
     def claim(self, images):
         """Shows images to the rows, before any of them takes its own."""
-        if not self:
-            return
         for image in images:
             stem = os.path.splitext(image)[0]
             for nearness, row in self.candidates(image):
@@ -677,17 +659,10 @@ class Rows(dict):
 
     def take(self, image):
         """-> the captions of an image's nearest rows, as alternatives, or "", and their tables' files."""
-        if not self:
-            return "", set()
         stem = os.path.splitext(image)[0]
-        rows, nearest = [], 9
-        for nearness, row in self.candidates(image):
-            if (nearness, stem) != (row.nearness, row.image):
-                continue                         # this row is for another image, or for none
-            if nearness < nearest:
-                rows, nearest = [], nearness
-            if nearness == nearest:
-                rows.append(row)
+        own = [row for near, row in self.candidates(image) if (near, stem) == (row.nearness, row.image)]
+        nearest = min((row.nearness for row in own), default=0)
+        rows = [row for row in own if row.nearness == nearest]
         tables = set()
         for row in rows:
             row.used = True
@@ -790,11 +765,6 @@ def is_hidden(name):
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def is_scratch(folder, names):
-    """Whether a folder with files of these names is one that whole_folder writes in, or was killed in."""
-    return re.search(r"[^/\\]\.tmp[a-z0-9_]{8}$", folder) is not None and "lock" in names
-
-
 def visible(folder, names, report):
     """The names that are not hidden, sorted; the others are reported."""
     kept = []
@@ -808,13 +778,13 @@ def visible(folder, names, report):
 
 def folders_below(top, report):
     """Yields (folder, names of its files) of top and all below it, each once: links may run in circles."""
-    def add_unreadable(error):
-        report.add("unreadable", error.filename)
-
     seen = set()
-    for folder, below, names in os.walk(top, followlinks=True, onerror=add_unreadable):
+    for folder, below, names in os.walk(
+            top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
         real = os.path.realpath(folder)
-        if real in seen or folder != top and is_scratch(folder, names):
+        # Scratch: that of whole_folder, in use or of a killed run.
+        is_scratch = re.search(r"[^/\\]\.tmp[a-z0-9_]{8}$", folder) and "lock" in names
+        if real in seen or folder != top and is_scratch:
             below.clear()                        # os.walk goes where this list says
             continue
         seen.add(real)
@@ -903,16 +873,12 @@ def open_source(source, s, report):
         return Source(top, top, Rows())
     if not top.lower().endswith((".tar", *TABLES)):
         raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
-    holds_images = top.lower().endswith(".tar")
-    if top.lower().endswith(".parquet"):
-        with hdm.naming(source, "not a table of images"):
-            _, image_column = open_parquet(top)
-        holds_images = image_column is not None
     root = os.path.dirname(top)
     rows = Rows()
-    if holds_images:
-        return Source(top, root, rows)
-    read_table(top, (top, 0, 0), s, rows, report, source)
+    with hdm.naming(source, "not a table of images"):
+        if top.lower().endswith(".tar") or top.lower().endswith(".parquet") and open_parquet(top)[1]:
+            return Source(top, root, rows)                   # it holds its images itself
+        read_table(top, (top, 0, 0), s, rows, report)
     rows.base = root
     if os.path.basename(root) == "annotations":              # as COCO's
         root = os.path.dirname(root)
@@ -937,11 +903,9 @@ def find_captions(image, group, rows, s):
     """-> the caption in an image's rows, or "", the files of these tables, and {end: span} of its text files:
     the first of TEXTS that is there, the last one for --caption; none if it has rows; and a sidecar."""
     caption, tables = rows.take(image)
-    ends = TEXTS
+    ends = TEXTS[::-1] if s.caption else TEXTS
     if tables:
         ends = ()
-    elif s.caption:
-        ends = TEXTS[::-1]
     keys = {}
     for end in ends:
         key = group.beside(image, end)
@@ -954,15 +918,6 @@ def find_captions(image, group, rows, s):
             keys[s.sidecar] = key
     group.read.update(keys.values())
     return caption, tables, {end: group.files[key][1] for end, key in keys.items()}
-
-
-def kohya_repeats(name):
-    """-> how often an image of this name stands in an epoch by kohya's folders, 10.0 for 10_cat/7.png; and
-    " in 10_cat/", or ""."""
-    match = re.match(r"([1-9]\d{0,2})_[^/]*/", name)         # not 2020_trip/
-    if match is None:
-        return 1.0, ""
-    return float(match[1]), f" in {match[0]}"
 
 
 def new_record(name, span, texts, stamp, caption, spans, s):
@@ -995,21 +950,20 @@ def scan_image(path, group, source, s, known):
     texts = tables | {text for text, _, _ in spans.values()}
     texts = tuple(sorted(texts - {file}))        # in a tar they are of one file
     stamp = stamp_of(file, *texts, key=(name, file, texts))
-    record = None
-    if known is not None:
-        record = known(stamp)
+    record = known(stamp) if known else None
     if record is None:
         record = new_record(name, span, texts, stamp, caption, spans, s)
-    kind = refusal(record, s)
-    if kind is not None:
-        raise hdm.UserError(kind)
+    check_filters(record, s)
     how = " and ".join([*sorted(map(os.path.basename, tables)), *spans])
+    weight = 1.0
     if file == path:
-        repeats, folder = kohya_repeats(name)
-        return record._replace(weight=repeats), how + folder
-    if not file.lower().endswith(".parquet"):
+        kohya = re.match(r"([1-9]\d{0,2})_[^/]*/", name)     # 10_cat/7.png, but not 2020_trip/7.png
+        if kohya:
+            weight = float(kohya[1])
+            how += f" in {kohya[0]}"
+    elif not file.lower().endswith(".parquet"):
         how += " in a tar"
-    return record._replace(weight=1.0), how
+    return record._replace(weight=weight), how
 
 
 def scan(source, report, s, known=None, weight=1.0, number=0):
@@ -1046,8 +1000,8 @@ def scan(source, report, s, known=None, weight=1.0, number=0):
 
 # ---- the index: what training reads; images stay where they are ------------------------------------------
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
-RECORD = np.dtype([(name, "<f8" if name in ("weight", "place") else "<u8")
-                   for name in (*Record._fields[4:], "text", "bytes")])
+FIELDS = dict.fromkeys((*Record._fields[4:], "text", "bytes"), "<u8") | {"weight": "<f8", "place": "<f8"}
+RECORD = np.dtype(list(FIELDS.items()))
 RECORD_4 = np.dtype([(name, kind) for name, kind in RECORD.descr if name != "colours"])   # of format 4
 
 
@@ -1118,19 +1072,18 @@ class Index:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def refusal(record, s):
-    """Why the filters leave an image out, or None."""
+def check_filters(record, s):
+    """UserError with the name of the filter that leaves an image out."""
     short, long = sorted((record.width, record.height))
     if short < s.min_size:
-        return "below --min_size"
+        raise hdm.UserError("below --min_size")
     if long > s.max_ratio * short:
-        return "beyond --max_ratio"
+        raise hdm.UserError("beyond --max_ratio")
     tags = plain_tags(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", record.caption))
     if plain_tags(s.require_tag) - tags:
-        return "without --require_tag"
+        raise hdm.UserError("without --require_tag")
     if plain_tags(s.drop_tag) & tags:
-        return "with --drop_tag"
-    return None
+        raise hdm.UserError("with --drop_tag")
 
 
 def plain_tags(tags):
@@ -1387,31 +1340,18 @@ def read_cells(i, index, image_size, factor):
     return i, image[:, :height // factor * factor, :width // factor * factor]
 
 
-def batches_of_one_size(loaded, batch_size):
-    """Yields lists of (i, image), of neighbours with one shape, out of such pairs and Nones."""
-    batch = []
-    for pair in loaded:
-        if pair is None:
-            continue
-        if batch and (len(batch) == batch_size or pair[1].shape != batch[0][1].shape):
-            yield batch
-            batch = []
-        batch.append(pair)
-    if batch:
-        yield batch
-
-
 def encode_shard(loaded, index, vae, channels, batch_size, device):
-    """-> {number: moments} of the images that read_cells loaded."""
+    """Encodes (i, image) pairs, in batches of neighbours with one shape -> {str(i): moments}."""
     latents = {}
-    for batch in batches_of_one_size(loaded, batch_size):
-        pixels = torch.stack([image for _, image in batch]).to(device).float() / 127.5 - 1
-        for (i, _), moments in zip(batch, half_moments(vae, pixels, channels)):
-            if moments.isfinite().all():
-                latents[str(i)] = moments.clone()
-            else:
-                hdm.warn(f"{index[i].name}: its latent is not finite in float16, also if encoded in float32; "
-                         f"no latents of it")
+    for _, pairs in itertools.groupby(loaded, key=lambda pair: pair[1].shape):
+        while batch := list(itertools.islice(pairs, batch_size)):
+            pixels = torch.stack([image for _, image in batch]).to(device).float() / 127.5 - 1
+            for (i, _), moments in zip(batch, half_moments(vae, pixels, channels)):
+                if moments.isfinite().all():
+                    latents[str(i)] = moments.clone()
+                else:
+                    hdm.warn(f"{index[i].name}: its latent is not finite in float16, also if encoded in "
+                             f"float32; no latents of it")
     return latents
 
 
@@ -1450,7 +1390,7 @@ def encode_latents(s, vae, device, rank, ranks):
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
         for numbers in tqdm(todo[rank::ranks], disable=rank > 0):
             by_size = sorted(numbers, key=lambda i: tuple(sizes[i]))
-            loaded = pool.map(load, by_size)
+            loaded = (pair for pair in pool.map(load, by_size) if pair is not None)
             latents = encode_shard(loaded, index, vae, channels, s.batch_size, device)
             file = shard(folder, numbers[0])
             temporary = file.with_suffix(".partial")
@@ -1603,29 +1543,18 @@ def writes_no_latents(s):
     return not s.latents or s.dry_run
 
 
-def writes_an_index(s):
-    return not s.dry_run
-
-
-def scales_no_images(s):
-    return not s.latents and not s.dry_run
-
-
-def has_no_sidecar(s):
-    return not s.sidecar
-
-
-def always(s):
-    return True
+def without(*names):
+    """-> a function of the settings: whether all of these are off."""
+    return lambda s: not any(getattr(s, name) for name in names)
 
 
 IDLE = [  # settings, when they have no effect, and why
     ("vae batch_size workers device dtype", writes_no_latents, "without --latents"),
     ("text_encoder text_length tag_separator spaces caption_dropout tag_dropout group_dropout",
-     writes_an_index, "without --dry_run"),
-    ("text_lengths mask_padding tread_rate t_shift vae_chunk", always, "here: it is train.py's"),
-    ("image_size", scales_no_images, "without --latents or --dry_run"),
-    ("sidecar_place", has_no_sidecar, "without --sidecar")]
+     without("dry_run"), "without --dry_run"),
+    ("text_lengths mask_padding tread_rate t_shift vae_chunk", without(), "here: it is train.py's"),
+    ("image_size", without("latents", "dry_run"), "without --latents or --dry_run"),
+    ("sidecar_place", without("sidecar"), "without --sidecar")]
 
 
 def judge(settings):
