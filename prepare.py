@@ -686,10 +686,9 @@ def read_texts(caption, spans, s):
             caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
     alternatives = [text.strip() for text in caption.split(hdm.OR) if hdm.parse_caption(text)]
     caption = hdm.OR.join(alternatives)          # less those of separators alone
-    if sidecar and s.sidecar_place == "before":
-        caption = hdm.BESIDE.join([sidecar, caption, ""])
-    elif sidecar:
-        caption = hdm.BESIDE.join(["", caption, sidecar])
+    if sidecar:
+        parts = [sidecar, caption, ""] if s.sidecar_place == "before" else ["", caption, sidecar]
+        caption = hdm.BESIDE.join(parts)
     if not caption:
         raise hdm.UserError("empty caption")
     if "\0" in caption or printable(caption) != caption:     # such as UTF-16, cp1252
@@ -707,14 +706,23 @@ def read_caption_file(span):
 
 # ---- folders and tars --------------------------------------------------------------------------------------
 class Group:
-    """The files of a folder or a tar: {path, its suffix in lower case: (path, span)}."""
+    """The files of a folder or a tar, out of (path, span or None: no plain file)."""
 
-    def __init__(self, files):
-        self.files = files
+    def __init__(self, files, report):
+        self.files = {}                          # {path, its suffix in lower case: (path, span)}
+        for path, span in files:
+            stem, suffix = os.path.splitext(path)
+            key = stem + suffix.lower()
+            if span is None:
+                report.add("not a plain file", path)
+            elif key in self.files:              # a.TXT beside a.txt
+                report.add("duplicate name", path)
+            else:
+                self.files[key] = path, span
         self.read = set()                        # keys of captions and tables
-        self.images = {path: span for key, (path, span) in files.items() if key.endswith(IMAGES)}
+        self.images = {path: span for key, (path, span) in self.files.items() if key.endswith(IMAGES)}
         self.stems = {os.path.splitext(path)[0] for path in self.images}
-        self.composed = {unicodedata.normalize("NFC", key): key for key in files if not key.isascii()}
+        self.composed = {unicodedata.normalize("NFC", key): key for key in self.files if not key.isascii()}
 
     def beside(self, image, end):
         """-> the key of an image's file with this end, such as 7.txt, else 7.jpg.txt, of 7.jpg; or None."""
@@ -794,46 +802,25 @@ def folders_below(top, report):
         yield folder, names
 
 
-def tar_members(path, report):
-    """Yields the members of a tar as far as its headers can be read."""
-    with contextlib.suppress(Exception):         # broken headers raise many kinds
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    break
-                yield member
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) == bytes(512):  # tarfile is silent about some ends that are none
-                return
-    report.add("tar cut short", path)
-
-
 def tar_files(path, report):
-    """Yields (path, span or None: no plain file) for a tar's members."""
-    for member in tar_members(path, report):
-        name = os.path.normpath("/" + member.name)  # no ../ leads out of the tar
-        if any(map(is_hidden, name.split("/"))):
-            report.add("hidden or system file", path + name)
-        elif member.isreg() and not member.issparse():
-            yield path + name, (path, member.offset_data, member.size)
-        elif not member.isdir():
-            yield path + name, None
-
-
-def make_group(files, report):
-    """A Group of (path, span or None); of a.txt and a.TXT only the first."""
-    kept = {}
-    for path, span in files:
-        stem, suffix = os.path.splitext(path)
-        key = stem + suffix.lower()
-        if span is None:
-            report.add("not a plain file", path)
-        elif key in kept:
-            report.add("duplicate name", path)
-        else:
-            kept[key] = path, span
-    return Group(kept)
+    """Yields (path, span or None: no plain file) for a tar's members, as far as its headers can be read."""
+    # Broken headers raise errors of many kinds.
+    with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
+        size = os.path.getsize(path)
+        for member in tar:
+            if member.offset_data + member.size > size:
+                break
+            name = os.path.normpath("/" + member.name)       # no ../ leads out of the tar
+            if any(map(is_hidden, name.split("/"))):
+                report.add("hidden or system file", path + name)
+            elif member.isreg() and not member.issparse():
+                yield path + name, (path, member.offset_data, member.size)
+            elif not member.isdir():
+                yield path + name, None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) == bytes(512):  # tarfile is silent about some ends that are none
+            return
+    report.add("tar cut short", path)
 
 
 def walk(top, report):
@@ -851,9 +838,9 @@ def walk(top, report):
                 if name.lower().endswith(".tar"):
                     tars.append(path)
             files.append((path, span))
-        yield make_group(files, report)
+        yield Group(files, report)
         for path in tars:
-            yield make_group(tar_files(path, report), report)
+            yield Group(tar_files(path, report), report)
 
 
 # ---- scan --------------------------------------------------------------------------------------------------
@@ -1277,16 +1264,16 @@ def shard(folder, i):
     return Path(folder, f"{i // SHARD:06d}.safetensors")
 
 
-def is_complete(file):
-    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt"):
-        return True
-    return False
-
-
 def missing_shards(folder, n):
     """-> the records of each shard of n records that is not there or not complete."""
-    shards = [range(first, min(first + SHARD, n)) for first in range(0, n, SHARD)]
-    return [numbers for numbers in shards if not is_complete(shard(folder, numbers[0]))]
+    missing = []
+    for first in range(0, n, SHARD):
+        try:
+            with safe_open(shard(folder, first), "pt"):
+                pass
+        except (OSError, SafetensorError):
+            missing.append(range(first, min(first + SHARD, n)))
+    return missing
 
 
 class Latents:
@@ -1566,18 +1553,16 @@ def main(argv):
     commands = {"demo": (make_demo, DemoSettings, []), "judge": (judge, JudgeSettings, []),
                 "text_encoder": (text_encoder, TextEncoderSettings, ["SOURCE"])}
     name = argv[0] if argv else ""
+    path = name.rpartition("=")[0] or name       # PATH or PATH=WEIGHT
+    if not name.startswith("-") and not os.path.exists(path):
+        hdm.check_name(f"prepare.py {name}", name, commands, "path or command")
     if name in commands:
         command, kind, positionals = commands[name]
         argv = argv[1:]
-        classes = [kind]
-        idle = []
+        classes, idle = [kind], []
     else:
-        path = name.rpartition("=")[0] or name   # PATH or PATH=WEIGHT
-        if not name.startswith("-") and not os.path.exists(path):
-            hdm.check_name(f"prepare.py {name}", name, commands, "path or command")
         command, kind, positionals = prepare, PrepareSettings, ["PATH ..."]
-        classes = [DataSettings, hdm.Example]
-        idle = IDLE
+        classes, idle = [DataSettings, hdm.Example], IDLE
     words, values = hdm.parse_args(argv, classes, positionals, doc=__doc__)
     settings = kind(**values)
     hdm.check_bounds(settings)
@@ -1721,22 +1706,17 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), 
 def in_circle(y, x):
     return x**2 + y**2 <= 1
 
-
 def in_square(y, x):
     return np.fmax(abs(x), abs(y)) <= 0.86
-
 
 def in_triangle(y, x):
     return (y <= 0.8) & (1.8 * abs(x) <= y + 1)
 
-
 def in_diamond(y, x):
     return abs(x) / 0.75 + abs(y) <= 1
 
-
 def in_cross(y, x):
     return (np.fmax(abs(x), abs(y)) <= 1) & (np.fmin(abs(x), abs(y)) <= 0.33)
-
 
 def in_ring(y, x):
     return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.62**2)
