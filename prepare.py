@@ -390,7 +390,7 @@ def csv_rows(lines, column, **how):
     start = 0                                    # of a record in lines
     while start < len(lines):
         reader = csv.reader((lines[i] for i in range(start, len(lines))), strict=True, **how)
-        cells = None                             # a quote is wrong
+        cells = None                             # stays so where a quote is wrong
         with contextlib.suppress(csv.Error):
             cells = next(reader)
         taken = lines[start:start + reader.line_num]
@@ -438,14 +438,11 @@ def coco_rows(table):
             raise hdm.UserError(f"COCO's, where {names[key]} and {name} have one id, {key}")
         names[key] = name
     notes = objects_in(table.get("annotations"))
-    rows = []
-    for note in notes:
-        if "caption" in note:
-            rows.append({**note, "file_name": names.get(str(note.get("image_id")))})
-    if not rows:
+    captions = [note for note in notes if "caption" in note]
+    if not captions:
         what = f"annotations with {', '.join(sorted(notes[0])[:5])}" if notes else "a list of images"
         raise hdm.UserError(f"COCO's, without captions: {what}")
-    return rows
+    return [{**note, "file_name": names.get(str(note.get("image_id")))} for note in captions]
 
 
 def objects_in(value):
@@ -501,7 +498,8 @@ def holds_images(file, column):
     """Whether one of a column's first 16 values is an image: bytes may be a hash or an embedding, too."""
     checked = 0
     for batch in file.iter_batches(16, columns=[column], use_threads=False):
-        for data in [image_bytes(cell) for cell in batch[0]]:
+        for cell in batch[0]:
+            data = image_bytes(cell)
             if starts_as_image(data):
                 return True
             checked += len(data) > 0
@@ -1528,7 +1526,7 @@ def writes_no_latents(s):
 
 
 def without(*names):
-    """-> a function of the settings: whether all of these are off."""
+    """-> a function of the settings: whether all of these are off; always True where none is named."""
     return lambda s: not any(getattr(s, name) for name in names)
 
 
