@@ -6,7 +6,7 @@
 train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
 in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
 matching; the training example, and the way to its loss; the optimizer step; samplers; VAE; text encoder and
-captions; weights in and out; plumbing.
+captions; weights in and out; and, not the method, errors, settings, devices, ranks, images and files.
 
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
@@ -44,6 +44,7 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -53,7 +54,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
-from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -61,13 +61,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch.utils.checkpoint import checkpoint
 
+# ---- Configuration ---------------------------------------------------------------------------------------
 
-def to_device(x, device):
-    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
-    return x.to(device, non_blocking="cuda" in str(device))
-
-
-# Types of settings with their bounds, both allowed; the least above 0 is normal: training flushes denormals.
+# Types of settings, each with its least and its largest value. The least above 0 is a normal number: training
+# flushes denormals.
 Whole = Annotated[int, 0, math.inf]
 Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, sys.float_info.min, math.inf]
@@ -80,22 +77,36 @@ class UserError(Exception):
     """A mistake that its user can mend: shown as one line `error: ...` with exit code 2, no traceback."""
 
 
-# ---- Configuration ---------------------------------------------------------------------------------------
+def check_bounds(settings, prefix="--"):
+    """Refuses a value of a dataclass of settings that is outside the bounds of its type."""
+    for name, kind in typing.get_type_hints(type(settings), include_extras=True).items():
+        if type(None) in typing.get_args(kind):              # Share | None: its first option has the bounds
+            kind = typing.get_args(kind)[0]
+        value = getattr(settings, name)
+        if value is None or not hasattr(kind, "__metadata__"):
+            continue
+        least, most = kind.__metadata__
+        if least <= value <= most:
+            continue
+        low = "above 0" if 0 < least < 1 else f"{least} or more"
+        high = {math.inf: "", math.nextafter(1, 0): ", below 1"}.get(most, f", at most {most}")
+        raise UserError(f"{prefix}{name}={value}: must be {low}{high}")
+
 
 @dataclass(frozen=True)
 class XUTConfig:
-    dim: int = 1024            # D, the width of every token
-    ctx_dim: int = 1024        # width of the text encoder's states
-    heads: int = 16            # H; heads * head_dim = dim
-    head_dim: int = 64         # K, a multiple of 4: RoPE rotates K/2 pairs, half of them for each axis
-    mlp_dim: int = 3072        # inner width of the SwiGLU
-    depth: int = 4             # levels of the U
-    enc_blocks: int = 1        # blocks in each encoder level
-    dec_blocks: int = 3        # blocks in each decoder level; the first of them cross-attends
-    pre_blocks: int = 1        # blocks before the TREAD region: all tokens pass
-    post_blocks: int = 3       # blocks after it: all tokens pass
-    patch_size: int = 2        # p, latent cells on a token's side
-    in_channels: int = 4       # C, channels of the latent (3 for pixels)
+    dim: Count = 1024          # D, the width of every token
+    ctx_dim: Count = 1024      # width of the text encoder's states
+    heads: Count = 16          # H; heads * head_dim = dim
+    head_dim: Count = 64       # K, a multiple of 4: RoPE rotates K/2 pairs, half of them for each axis
+    mlp_dim: Count = 3072      # inner width of the SwiGLU
+    depth: Count = 4           # levels of the U
+    enc_blocks: Count = 1      # blocks in each encoder level
+    dec_blocks: Count = 3      # blocks in each decoder level; the first of them cross-attends
+    pre_blocks: Whole = 1      # blocks before the TREAD region: all tokens pass
+    post_blocks: Whole = 3     # blocks after it: all tokens pass
+    patch_size: Count = 2      # p, latent cells on a token's side
+    in_channels: Count = 4     # C, channels of the latent (3 for pixels)
     aspect_cond: bool = True   # feed ln(width / height); the published runs have it from the 768 stage on
     skips: str = "last"        # "last": every decoder level reads the deepest encoder level (the weights);
                                # "mirror": level i reads encoder level depth-1-i (paper's figure)
@@ -105,17 +116,13 @@ class XUTConfig:
                                # "unit_area": the two half-ranges multiply to 1 (paper's text)
 
     def __post_init__(self):
+        check_bounds(self, prefix="")
         if self.heads * self.head_dim != self.dim:
             raise UserError(f"dim={self.dim} is not heads={self.heads} times head_dim={self.head_dim}")
         if self.head_dim % 4:
             raise UserError(f"head_dim={self.head_dim}: a multiple of 4 (RoPE turns pairs, for two axes)")
-        for name in ("dim", "ctx_dim", "mlp_dim", "depth", "enc_blocks", "dec_blocks", "patch_size",
-                     "in_channels", "pre_blocks", "post_blocks"):
-            least = 0 if name in ("pre_blocks", "post_blocks") else 1
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: at least {least}")
-        for name, known in dict(skips=("last", "mirror"), residual=("normed", "raw"),
-                                pos=("long_side", "unit_area")).items():
+        choices = dict(skips=("last", "mirror"), residual=("normed", "raw"), pos=("long_side", "unit_area"))
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
 
@@ -211,7 +218,7 @@ def half_ranges(height, width, convention):
     return math.sqrt(height / width), math.sqrt(width / height)                       # "unit_area"
 
 
-def cell_centres(half, length, start, cells, patch=1):
+def cell_centers(half, length, start, cells, patch=1):
     """Positions on an axis of this length over [-half, half]: of cells of size patch, from start on."""
     return -half + (start + patch * (torch.arange(cells, dtype=torch.float64) + 0.5)) * 2 * half / length
 
@@ -228,15 +235,16 @@ def crop_positions(height, width, top, left, size, patch, convention="long_side"
     multiples of the patch: positions are continuous (HDM's shifted square crop).
     """
     half_y, half_x = half_ranges(height, width, convention)
-    y = cell_centres(half_y, height, top, size // patch, patch)
-    x = cell_centres(half_x, width, left, size // patch, patch)
+    y = cell_centers(half_y, height, top, size // patch, patch)
+    x = cell_centers(half_x, width, left, size // patch, patch)
     return torch.cartesian_prod(y, x).float()
 
 
 def grid_positions(rows, cols, convention="long_side"):
-    """(rows*cols, 2) float32, order (y, x), row by row: the cell centres of a whole image of rows x cols."""
+    """(rows*cols, 2) float32, order (y, x), row by row: the cell centers of a whole image of rows x cols."""
     half_y, half_x = half_ranges(rows, cols, convention)
-    y, x = cell_centres(half_y, rows, 0, rows), cell_centres(half_x, cols, 0, cols)
+    y = cell_centers(half_y, rows, 0, rows)
+    x = cell_centers(half_x, cols, 0, cols)
     return torch.cartesian_prod(y, x).float()
 
 
@@ -282,10 +290,11 @@ class RoPE(nn.Module):
 
 
 class RotaryLinear(nn.Linear):
-    """A projection whose first `turned` outputs, q or k or both, come as Rotate wants them.
+    """A projection whose first `turned` outputs (q, k or both) are reordered in each head for Rotate.
 
-    The weights' pairs are neighbours, (2j, 2j + 1); here they leave each head as its halves. Scores stay what
-    they are, as q and k agree, and halves are turned in less than half the time of neighbours on a CPU.
+    The published weights rotate neighbors, outputs 2j and 2j + 1; Rotate takes j and j + K/2, which on a CPU
+    takes less than half the time. So 2j goes to j, and 2j + 1 to j + K/2. Scores do not change, as q and k
+    are reordered alike.
     """
 
     def __init__(self, dim, out, turned, head_dim):
@@ -367,12 +376,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.dim, config.mlp_dim)
         self.mlp_pre_norm = PreNorm(config.dim)
 
-    def sublayer(self, x, norm, mod, f):
+    def sublayer(self, x, norm, mod, f, *inputs):
         scale1, shift, gate1 = mod
         m = torch.addcmul(shift, norm(x), scale1)            # shift + norm(x) * (1 + scale)
         # "normed" looks like a bug (x itself is dropped, only m goes on), and the published weights need it
         # exactly so: change it and a downloaded model draws noise.
-        return torch.addcmul(m if self.residual == "normed" else x, gate1, f(m))
+        if self.residual == "normed":
+            x = m
+        return torch.addcmul(x, gate1, f(m, *inputs))
 
     def forward(self, x, pos, mods, mask=None, skip=None):
         """x, skip (B, S, D); pos (B or 1, S, 2); mods: the AdaLNs' outputs; mask (B, 1, 1, S) or None."""
@@ -382,9 +393,9 @@ class Block(nn.Module):
 
     def compute(self, x, pos, mods, mask, skip):
         attn_mod, xattn_mod, mlp_mod = mods
-        x = self.sublayer(x, self.attn_pre_norm, attn_mod, lambda m: self.attn(m, pos, mask))
+        x = self.sublayer(x, self.attn_pre_norm, attn_mod, self.attn, pos, mask)
         if skip is not None:
-            x = self.sublayer(x, self.xattn_pre_norm, xattn_mod, lambda m: self.xattn(m, skip, pos, mask))
+            x = self.sublayer(x, self.xattn_pre_norm, xattn_mod, self.xattn, skip, pos, mask)
         return self.sublayer(x, self.mlp_pre_norm, mlp_mod, self.mlp)
 
 
@@ -430,11 +441,14 @@ class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.skips = config.skips
-        def levels(blocks, cross):
-            return nn.ModuleList(nn.ModuleList(Block(config, cross and i == 0) for i in range(blocks))
-                                 for _ in range(config.depth))
-        self.enc_blocks = levels(config.enc_blocks, cross=False)
-        self.dec_blocks = levels(config.dec_blocks, cross=True)
+        self.enc_blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            self.enc_blocks.append(nn.ModuleList(Block(config) for _ in range(config.enc_blocks)))
+        self.dec_blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            level = nn.ModuleList([Block(config, cross=True)])
+            level.extend(Block(config) for _ in range(config.dec_blocks - 1))
+            self.dec_blocks.append(level)
 
     def forward(self, x, pos, mods, mask):
         outputs = []
@@ -442,12 +456,13 @@ class Backbone(nn.Module):
             for block in level:
                 x = block(x, pos, mods, mask)
             outputs.append(x)
-        for level in self.dec_blocks:
+        for first, *others in self.dec_blocks:
             # The paper's figure takes an output off the list ("mirror"). The published code never did, and
             # the published weights were trained that way.
             skip = outputs[-1] if self.skips == "last" else outputs.pop()
-            for i, block in enumerate(level):
-                x = block(x, pos, mods, mask, skip if i == 0 else None)
+            x = first(x, pos, mods, mask, skip)
+            for block in others:
+                x = block(x, pos, mods, mask)
         return x
 
 
@@ -598,39 +613,48 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     """One image's part of a batch, as a dict. All that is random in it is a function of `key` (a text), drawn
     on the CPU: the number of workers or GPUs changes nothing, and resuming needs no generator.
 
-    image: (3, height, width) uint8, the short side s.image_size long; or, latent, its moments from the VAE,
-    (C or 2 C, height, width). sides: width and height of the whole image in pixels, scaled like it.
-    caption: as draw_caption takes it. factor: pixels on the side of a latent cell; None: XUT reads pixels.
-    training False: a held-out image. Centre crop, all tags, no dropout, no TREAD, and a time that no setting
+    image: (3, height, width) uint8, the short side s.image_size pixels long; or, latent, its moments from the
+    VAE, (C or 2 C, height, width), the sides in latent cells. sides: the whole image's width and height in
+    pixels, scaled like it. caption: as draw_caption takes it. s: an Example. factor: pixels on the side of a
+    latent cell; None: there is no VAE.
+    training False: a held-out image. Center crop, all tags, no dropout, no TREAD, and a time that no setting
     moves (the published distribution), so that held-out losses of runs can be compared.
+
+    -> caption, a text; crop, its left, top and size in pixels or, latent, in cells; pixels (3, size, size)
+    or moments (C or 2 C, size, size); t () in [0, 1]; aspect () = ln(width / height); pos (N, 2) in the whole
+    image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,).
     """
     rng = random.Random(key)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    dropped = training and rng.random() < s.caption_dropout
-    text = "" if dropped else draw_caption(caption, rng if training else None, s)
+    if training and rng.random() < s.caption_dropout:
+        text = ""
+    else:
+        text = draw_caption(caption, rng if training else None, s)
 
-    # Shifted square crop: the cut starts at any pixel, or at any cell of a latent, along the long side.
-    cell = factor or 1                                       # pixels
+    # Shifted square crop: it starts at any pixel, or at any cell of a latent, along the long side.
+    cell = 1 if factor is None else factor                   # pixels
     cells = s.image_size // cell                             # h = w
-    size, patch = s.image_size, config.patch_size * cell     # of the crop and of a token, in pixels
-    if latent:                                               # ... in cells
+    if latent:                                               # sizes of the crop and of a token, in cells
         size, patch = cells, config.patch_size
+    else:                                                    # ... in pixels
+        size, patch = s.image_size, config.patch_size * cell
     height, width = image.shape[1:]
     if training:
         left, top = rng.randint(0, width - size), rng.randint(0, height - size)
     else:
         left, top = (width - size) // 2, (height - size) // 2
+    crop = image[:, top:top + size, left:left + size]
 
-    shape = config.in_channels, cells, cells                 # (C, h, w)
     if training:
         t = draw_time(1, s.t_shift, generator)[0]
     else:
         t = torch.sigmoid(torch.randn(1, generator=generator))[0]
+    shape = config.in_channels, cells, cells                 # (C, h, w)
     example = dict(caption=text, crop=(left, top, size), t=t,
                    aspect=torch.tensor(math.log(sides[0] / sides[1])),
                    pos=crop_positions(height, width, top, left, size, patch, config.pos),     # (N, 2)
                    noise=torch.randn(shape, generator=generator))
-    example["moments" if latent else "pixels"] = image[:, top:top + size, left:left + size]
+    example["moments" if latent else "pixels"] = crop
     if factor is not None:                                   # for a draw from the VAE's posterior
         example["vae_noise"] = torch.randn(shape, generator=generator)
     if training and s.tread_rate > 0:
@@ -644,42 +668,72 @@ def padded_lengths(s):
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
 
 
-def loss_inputs(batch, vae, te, s, device, mark=lambda name: None):
-    """A batch of training examples -> the arguments of flow_loss, through the frozen encoders. The host waits
-    for nothing. mark: called with the name of what has just been done."""
-    batch = {name: to_device(value, device) if isinstance(value, torch.Tensor) else value
-             for name, value in batch.items()}
+def clean_latents(batch, vae, s):
+    """-> x0 (B, C, h, w): pixels; or, with a VAE, draws from its posterior, whose moments are in the batch or
+    encoded here."""
     if "moments" in batch:                                   # cached: the mean alone, or mean and logvar
-        moments = batch["moments"].float().split(vae.latent_channels, dim=1)
-        x0 = vae.latents(moments[0], moments[-1], batch["vae_noise"] if len(moments) > 1 else None)
-    else:
-        x0 = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
-        if vae is not None:
-            chunk = s.vae_chunk or len(x0)
-            pairs = zip(x0.split(chunk), batch["vae_noise"].split(chunk))
-            x0 = torch.cat([vae.encode(images, sample=True, noise=noise) for images, noise in pairs])
-    mark("vae")
-    ids = te.tokenize(batch["caption"], s.text_length)
-    # Each caption keeps the pads up to its own length and no more, whatever stands beside it in the batch.
+        mean, *logvar = batch["moments"].float().split(vae.latent_channels, dim=1)
+        if not logvar:
+            return vae.latents(mean)
+        return vae.latents(mean, logvar[0], batch["vae_noise"])
+    images = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
+    if vae is None:
+        return images
+    chunk = s.vae_chunk if s.vae_chunk > 0 else len(images)
+    chunks = zip(images.split(chunk), batch["vae_noise"].split(chunk))
+    return torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in chunks])
+
+
+def text_states(captions, te, s):
+    """-> ctx (B, T, ctx_dim), and ctx_mask (B, T) bool of the tokens that XUT may see, or None: all of them.
+
+    Each caption has a length of its own, the least of padded_lengths(s) that holds it. Pads up to there are
+    ordinary tokens, as published, or with mask_padding masked. T is the largest of these lengths in the
+    batch. The pads that shorter captions get beyond their own length are always masked, so that it makes no
+    difference to a caption which others are in its batch.
+    """
     lengths = padded_lengths(s)
+    ids = te.tokenize(captions, s.text_length)
     own = [lengths[bisect.bisect_left(lengths, len(row))] for row in ids]
-    ctx, mask = te.encode(ids, max(own))                     # (B, T, ctx_dim), (B, T)
-    if not s.mask_padding:
-        mask = torch.arange(max(own)) < torch.tensor(own)[:, None] if min(own) < max(own) else None
-    mark("text")
-    inputs = {name: batch[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in batch}
-    return dict(inputs, x0=x0, ctx=ctx, ctx_mask=mask if mask is None else to_device(mask, device))
+    T = max(own)
+    ctx, is_token = te.encode(ids, T)
+    if s.mask_padding:
+        return ctx, is_token
+    if min(own) == T:
+        return ctx, None
+    return ctx, torch.arange(T) < torch.tensor(own)[:, None]
+
+
+def loss_inputs(batch, vae, te, s, device, mark=None):
+    """A batch of training examples -> the arguments of flow_loss, through the frozen encoders. The host waits
+    for nothing. mark: called with the name of each part when it is done, "vae" and "text"."""
+    tensors = {name: to_device(value, device) for name, value in batch.items() if torch.is_tensor(value)}
+    inputs = {name: tensors[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in tensors}
+    inputs["x0"] = clean_latents(tensors, vae, s)
+    if mark is not None:
+        mark("vae")
+    inputs["ctx"], mask = text_states(batch["caption"], te, s)
+    if mask is not None:
+        mask = to_device(mask, device)
+    inputs["ctx_mask"] = mask
+    if mark is not None:
+        mark("text")
+    return inputs
 
 
 def blank_inputs(config, batch, side, T, tread_rate=0.0, masked=False, device="cpu"):
     """flow_loss's arguments of training, all zero: for latents of side x side cells and T text tokens."""
     N = (side // config.patch_size) ** 2
-    sizes = dict(x0=(config.in_channels, side, side), noise=(config.in_channels, side, side), pos=(N, 2),
-                 ctx=(T, config.ctx_dim), t=(), aspect=())
-    inputs = {name: torch.zeros(batch, *size, device=device) for name, size in sizes.items()}
-    keep = torch.zeros(batch, N - math.floor(N * tread_rate), dtype=torch.int64, device=device)
-    mask = torch.ones(batch, T, dtype=torch.bool, device=device)
-    return dict(inputs, keep=keep if tread_rate else None, ctx_mask=mask if masked else None)
+    shape = batch, config.in_channels, side, side
+    keep = mask = None
+    with torch.device(device):
+        if tread_rate > 0:
+            keep = torch.zeros(batch, N - math.floor(N * tread_rate), dtype=torch.int64)
+        if masked:
+            mask = torch.ones(batch, T, dtype=torch.bool)
+        return dict(x0=torch.zeros(shape), noise=torch.zeros(shape), t=torch.zeros(batch),
+                    ctx=torch.zeros(batch, T, config.ctx_dim), ctx_mask=mask,
+                    aspect=torch.zeros(batch), pos=torch.zeros(batch, N, 2), keep=keep)
 
 
 # ---- The optimizer step ----------------------------------------------------------------------------------
@@ -699,39 +753,41 @@ def lr_at(seen, s, warmup, end):
 def parameter_groups(model):
     """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in.
 
-    One AdamW group for each distinct fan-in (seven for the base model), not for each tensor.
+    One group of the optimizer for each distinct fan-in (seven for the base model), not for each tensor.
     Two consequences of the published rule that look like mistakes, and are kept: the aspect input's first
     weight has fan-in 1, so it takes the whole lr; norms and biases are divided by their length as well.
     """
     groups = {}
-    for parameter in model.parameters():
-        fan_in = len(parameter) if parameter.dim() == 1 else math.prod(parameter.shape[1:])
-        groups.setdefault(fan_in, []).append(parameter)
-    return [dict(params=parameters, fan_in=fan_in) for fan_in, parameters in groups.items()]
+    for weight in model.parameters():
+        fan_in = len(weight) if weight.dim() == 1 else math.prod(weight.shape[1:])
+        group = groups.setdefault(fan_in, dict(params=[], fan_in=fan_in))
+        group["params"].append(weight)
+    return list(groups.values())
 
 
-class AdamW:
-    """What follows the backward passes of a step: clip, skip a step that is not finite, AdamW, average.
+class OptimizerStep:
+    """What follows the backward passes of a step: clip, skip a step that is not finite, update, average.
 
-    Another optimizer is a subclass: it changes make and state_bytes, and --optimizer takes its name in lower
-    case. Resume, --plan and the size of checkpoints follow.
+    An optimizer is a subclass with make and state_bytes, such as AdamW below; --optimizer takes its name in
+    lower case. Resume, --plan and the size of checkpoints follow.
     """
-    state_bytes = 8                # of a parameter: AdamW's two moments in float32
+    state_bytes: int               # of the state for each weight, in a checkpoint
     skips_steps = True             # by found_inf, as below; False: the host waits for each step's verdict
+
+    def make(self, groups):
+        """parameter_groups -> a torch.optim.Optimizer. A step sets each group's lr."""
+        raise NotImplementedError
 
     def __init__(self, model, s, kind, dtype):
         """model: XUT in float32; s: train.py's settings; kind: "cpu", "cuda", "mps"; dtype: autocast's."""
         self.model, self.s, self.kind = model, s, kind
         self.inner = self.make(parameter_groups(model))
         self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-        self.average = copy.deepcopy(model).eval().requires_grad_(False) if s.ema else model
+        self.average = model
+        if s.ema:
+            self.average = copy.deepcopy(model).eval().requires_grad_(False)
         device = model.in_patch.proj.weight.device
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)               # steps: all, in a row
-
-    def make(self, groups):
-        """parameter_groups -> a torch.optim.Optimizer. A step sets each group's lr."""
-        s = self.s
-        return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()
@@ -742,47 +798,72 @@ class AdamW:
         for group in self.inner.param_groups:
             group["lr"] = lr / group["fan_in"]
         self.scaler.unscale_(self.inner)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip or math.inf)
+        largest = self.s.clip if self.s.clip > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         finite = finite & norm.isfinite()
-        # torch's GradScaler has a private contract with its fused optimizers: an attribute found_inf, a float
-        # tensor on the device, makes them skip the step. The scaler sets it in float16 alone; here it is set
-        # in every type, so that no host waits to know. Not tried on MPS, where the host asks.
+        self.update(finite)
+        self.inner.zero_grad(set_to_none=True)
+        failed = ~finite
+        self.skipped = torch.stack([self.skipped[0] + failed, (self.skipped[1] + 1) * failed])
+        if self.s.ema:
+            self.update_average(step)
+        return norm, finite
+
+    def update(self, finite):
+        """The optimizer's own step, where finite.
+
+        torch's GradScaler has a private contract with its fused optimizers: an attribute found_inf, a float
+        tensor on the device, makes them skip the step. The scaler sets it in float16 alone; here it is set in
+        every type, so that the host need not wait to know. Not tried on MPS, where the host asks.
+        """
         if self.skips_steps and self.kind != "mps":
             self.inner.found_inf = 1 - finite.float()
             self.scaler.step(self.inner)
         elif finite:
             self.scaler.step(self.inner)
         self.scaler.update()
-        self.inner.zero_grad(set_to_none=True)
-        self.skipped = torch.stack([self.skipped[0] + ~finite, (self.skipped[1] + 1) * ~finite])
-        if self.s.ema:
-            decay = min(self.s.ema, (1 + step) / (10 + step))                         # soon forgets the init
-            weights = [parameter.data for parameter in self.model.parameters()]
-            torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
-        return norm, finite
+
+    def update_average(self, step):
+        decay = min(self.s.ema, (1 + step) / (10 + step))    # soon forgets the initial weights
+        weights = [weight.data for weight in self.model.parameters()]
+        torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
 
     def checkpoint_gb(self):
         """Of weights, average and state, on a disk."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return 1e-9 * parameters * ((8 if self.s.ema else 4) + self.state_bytes)
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        copies = 2 if self.s.ema else 1
+        return 1e-9 * weights * (4 * copies + self.state_bytes)
 
     def state_dict(self):
         return dict(optimizer=self.inner.state_dict(), scaler=self.scaler.state_dict(), bad=self.skipped)
 
     def load_state_dict(self, state):
-        """state: of state_dict, among other things. The betas and the decay stay those of s."""
-        own = [{name: value for name, value in group.items() if name not in ("params", "lr")}
-               for group in self.inner.param_groups]
+        """state: of state_dict, among other things. The groups' settings, such as betas, stay those of s."""
+        groups = self.inner.param_groups
+        settings = [{name: group[name] for name in group if name not in ("params", "lr")} for group in groups]
         self.inner.load_state_dict(state["optimizer"])
-        for group, settings in zip(self.inner.param_groups, own):
-            group.update(settings)
-        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())      # empty: was not fp16
+        for group, own in zip(self.inner.param_groups, settings):
+            group.update(own)
+        if state["scaler"]:                                  # empty: the run was not in float16
+            self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["bad"].to(self.skipped.device)
 
 
+class AdamW(OptimizerStep):
+    state_bytes = 8                # two moments in float32
+
+    def make(self, groups):
+        s = self.s
+        return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
+
+
 def optimizers():
-    """{name for --optimizer: class}"""
-    return {cls.__name__.lower(): cls for cls in (AdamW, *AdamW.__subclasses__())}
+    """{name for --optimizer: class}, all subclasses of OptimizerStep and theirs."""
+    classes = OptimizerStep.__subclasses__()
+    for cls in classes:                                      # reads what it adds, too
+        classes += cls.__subclasses__()
+    return {cls.__name__.lower(): cls for cls in classes}
+
 
 # ---- Samplers: functions of v(x, t), x and the times; Guidance makes v from the model --------------------
 
@@ -818,15 +899,19 @@ def dpmpp_2m(v, x, times):
     infinite at t = 1 and t = 0: steps that touch an end take x0 for constant, which is Euler's step.
     """
     def log_snr(t):
-        return math.log((1 - t) / t) if 0 < t < 1 else math.copysign(math.inf, 0.5 - t)
-    before, last = None, math.inf
+        if 0 < t < 1:
+            return math.log((1 - t) / t)
+        return math.copysign(math.inf, 0.5 - t)
+
+    x0_before = step_before = None
     for t, following in zip(times[:-1].tolist(), times[1:].tolist()):
-        x0 = ahead = x - t * v(x, t)
+        x0 = x - t * v(x, t)
         step = log_snr(following) - log_snr(t)
-        if before is not None and following > 0:
-            ahead = x0 + step / (2 * last) * (x0 - before)   # in the middle of the step
+        ahead = x0
+        if x0_before is not None and following > 0:          # in the middle of the step
+            ahead = x0 + step / (2 * step_before) * (x0 - x0_before)
         x = following / t * x + (1 - following / t) * ahead
-        before, last = x0, step
+        x0_before, step_before = x0, step
     return x
 
 
@@ -836,13 +921,19 @@ euler.title, heun.title, dpmpp_2m.title = "Euler", "Heun", "DPM++ 2M"      # AUT
 
 def stack_texts(states, masks=None):
     """Texts (B, T, ctx_dim) of any lengths T -> one batch of them all, and its mask: padding is False."""
-    T, masks = max(x.shape[1] for x in states), masks or [None] * len(states)
+    if masks is None:
+        masks = [None] * len(states)
+    T = max(x.shape[1] for x in states)
     if all(mask is None and x.shape[1] == T for x, mask in zip(states, masks)):
         return torch.cat(states), None                       # attention is faster without a mask
-    masks = [torch.ones(x.shape[:2], device=x.device) if mask is None else mask
-             for x, mask in zip(states, masks)]
-    masks = [F.pad(mask.bool(), (0, T - mask.shape[1])) for mask in masks]
-    return torch.cat([F.pad(x, (0, 0, 0, T - x.shape[1])) for x in states]), torch.cat(masks)
+    padded, padded_masks = [], []
+    for x, mask in zip(states, masks):
+        if mask is None:
+            mask = torch.ones(x.shape[:2], device=x.device)
+        pads = T - x.shape[1]
+        padded.append(F.pad(x, (0, 0, 0, pads)))
+        padded_masks.append(F.pad(mask.bool(), (0, pads)))
+    return torch.cat(padded), torch.cat(padded_masks)
 
 
 @dataclass
@@ -870,33 +961,41 @@ class Guidance:
             return self.velocity(x, t, self.ctx, self.ctx_mask, keep)
         if self.uncond is None:
             raise ValueError(f"cfg={self.cfg} needs uncond, the text states of the negative prompt")
-        if self.one_pass and keep is None and uncond_keep is None:
-            try:
-                v_c, v_u = self.velocity(x, t, *self.both_texts).chunk(2)
-            except torch.OutOfMemoryError:
-                self.one_pass = False
-                return self(x, t)
-        else:
-            v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
-            v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
+        v_c, v_u = self.both_velocities(x, t, keep, uncond_keep)
         v = v_u + self.cfg * (v_c - v_u)
         if self.rescale == 0:
             return v
         ratio = v_c.std(dim=(1, 2, 3), keepdim=True) / v.std(dim=(1, 2, 3), keepdim=True)
         return v * (self.rescale * ratio + 1 - self.rescale)
 
+    def velocity(self, x, t, ctx, mask, keep):
+        t = x.new_full((len(x),), t)
+        return self.model(x, t, ctx, aspect=self.aspect, pos=self.pos, keep=keep, ctx_mask=mask)
+
+    def both_velocities(self, x, t, keep, uncond_keep):
+        """-> v_c, v_u."""
+        if self.one_pass and keep is None and uncond_keep is None:
+            try:
+                return self.velocities_in_one_pass(x, t)
+            except torch.OutOfMemoryError:
+                self.one_pass = False                        # later steps need as much: they do not try again
+        v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
+        v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
+        return v_c, v_u
+
+    def velocities_in_one_pass(self, x, t):
+        ctx, mask = self.both_texts
+        aspect, pos = self.aspect, self.pos
+        if aspect is not None:
+            aspect = aspect.repeat(2)
+        if pos is not None and pos.dim() == 3 and len(pos) > 1:     # each image's own, not one grid for all
+            pos = pos.repeat(2, 1, 1)
+        t = x.new_full((2 * len(x),), t)
+        return self.model(x.repeat(2, 1, 1, 1), t, ctx, aspect=aspect, pos=pos, ctx_mask=mask).chunk(2)
+
     @functools.cached_property
     def both_texts(self):                                    # the same at every step
         return stack_texts([self.ctx, self.uncond], [self.ctx_mask, self.uncond_mask])
-
-    def velocity(self, x, t, ctx, mask, keep=None):
-        """v of each x with its text; where there are twice as many texts, with both of its own."""
-        times = len(ctx) // len(x)
-        aspect = self.aspect if self.aspect is None else self.aspect.repeat(times)
-        shared = self.pos is None or self.pos.dim() == 2 or len(self.pos) == 1    # one grid for all images
-        pos = self.pos if shared else self.pos.repeat(times, 1, 1)
-        x = x.repeat(times, 1, 1, 1)
-        return self.model(x, x.new_full((len(x),), t), ctx, aspect=aspect, pos=pos, keep=keep, ctx_mask=mask)
 
 
 @torch.no_grad()
@@ -908,52 +1007,25 @@ def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance)
 @contextlib.contextmanager
 def in_float32(module):
     """In the block the module works in float32, without autocast; then it has the very weights it had."""
+    def cast(weight, dtype):
+        with torch.inference_mode(weight.is_inference()):    # ordinary weights stay such: they can be trained
+            weight.data = weight.data.to(dtype)
+
     narrow = [(weight, weight.dtype) for weight in module.parameters() if weight.dtype != torch.float32]
     try:
         for weight, _ in narrow:
-            weight.data = weight.data.float()
+            cast(weight, torch.float32)
         with torch.autocast(next(module.parameters()).device.type, enabled=False):
             yield
     finally:
         for weight, dtype in narrow:
-            weight.data = weight.data.to(dtype)
+            cast(weight, dtype)
 
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
 
-STRIP = 2 ** 25                # numbers; on an image that is larger inside, alone, the VAE works in strips
-
-
-def in_strips(f, x):
-    """f(x), a convolution of reach 1 and what is done to each cell before it, with little memory for the
-    latter where x (1, C, h, w) is large: strips of rows, one more on each side, give the same numbers.
-    """
-    if len(x) > 1 or x.numel() <= STRIP:
-        return f(x)
-    height, rows, out = x.shape[2], max(8, STRIP // (x.shape[1] * x.shape[3])), None
-    for top in range(0, height, rows):
-        above, part = min(top, 1), x[:, :, max(top - 1, 0):top + rows + 1]
-        y = f(part)
-        zoom = y.shape[2] // part.shape[2]                   # 2 where f begins with an upsampling
-        if out is None:
-            layout = torch.channels_last if y.is_contiguous(memory_format=torch.channels_last) else None
-            shape = *y.shape[:2], zoom * height, y.shape[3]
-            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout)
-        out[:, :, zoom * top:zoom * (top + rows)] = y[:, :, zoom * above:zoom * (above + rows)]
-    return out
-
-
-def norm_silu_conv(norm, conv, x):
-    """conv(silu(norm(x))), the group norm's statistics always of all of x."""
-    if len(x) > 1 or x.numel() <= STRIP:                     # a batch of training is in a hurry
-        return conv(F.silu(norm(x)))
-    groups = [torch.var_mean(group.float(), (1, 2, 3), correction=0) for group in x.chunk(norm.num_groups, 1)]
-    var, mean = (torch.stack(values, 1).repeat_interleave(x.shape[1] // norm.num_groups, 1)[..., None, None]
-                 for values in zip(*groups))                                          # (B, C, 1, 1)
-    scale = norm.weight[:, None, None] / (var + norm.eps).sqrt()
-    shift = norm.bias[:, None, None] - mean * scale
-    return in_strips(lambda part: conv(F.silu(torch.addcmul(shift, part, scale).to(x.dtype))), x)
-
+# Two functions, for large images, stand at the section's end: norm_silu_conv(norm, conv, x) is
+# conv(silu(norm(x))), and in_strips(f, x) is f(x), both with less memory.
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input (by a 1x1 conv only where the widths differ)."""
@@ -964,12 +1036,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+        self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x):
         y = norm_silu_conv(self.norm1, self.conv1, x)
         y = norm_silu_conv(self.norm2, self.conv2, y)
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return y + self.conv_shortcut(x)
 
 
 class PixelAttention(nn.Module):
@@ -993,7 +1065,9 @@ class PixelAttention(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, width, groups, attention):
         super().__init__()
-        self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
+        self.attentions = nn.ModuleList()
+        if attention:
+            self.attentions.append(PixelAttention(width, groups))
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
 
     def forward(self, x):
@@ -1017,7 +1091,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x):
-        return in_strips(lambda part: self.conv(F.interpolate(part, scale_factor=2.0, mode="nearest")), x)
+        return in_strips(self.compute, x)
+
+    def compute(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class VAELevel(nn.Module):
@@ -1025,8 +1102,8 @@ class VAELevel(nn.Module):
 
     def __init__(self, width_in, width_out, layers, groups, downsample=False, upsample=False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(width_in if i == 0 else width_out, width_out, groups)
-                                     for i in range(layers))
+        self.resnets = nn.ModuleList([ResnetBlock(width_in, width_out, groups)])
+        self.resnets.extend(ResnetBlock(width_out, width_out, groups) for _ in range(layers - 1))
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample(width_out)])
         if upsample:
@@ -1043,9 +1120,10 @@ class VAEEncoder(nn.Module):
     def __init__(self, widths, layers, latent_channels, groups, attention):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            VAELevel(widths[max(i - 1, 0)], width, layers, groups, downsample=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            self.down_blocks.append(VAELevel(before, width, layers, groups, downsample=i < len(widths) - 1))
         self.mid_block = MidBlock(widths[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
@@ -1063,9 +1141,10 @@ class VAEDecoder(nn.Module):
         widths = widths[::-1]
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, attention)
-        self.up_blocks = nn.ModuleList(
-            VAELevel(widths[max(i - 1, 0)], width, layers + 1, groups, upsample=i < len(widths) - 1)
-            for i, width in enumerate(widths))
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            self.up_blocks.append(VAELevel(before, width, layers + 1, groups, upsample=i < len(widths) - 1))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -1080,7 +1159,7 @@ class VAE(nn.Module):
     """Frozen image <-> latent: images (B, 3, height, width) in [-1, 1], latents (B, C, height/8, width/8).
 
     The arguments are those of diffusers' AutoencoderKL. SD3's and FLUX's have 16 channels and no quant convs.
-    Latents are normalised here and nowhere else: (z - latents_mean) / latents_std for each channel where the
+    Latents are normalized here and nowhere else: (z - latents_mean) / latents_std for each channel where the
     VAE has these numbers (EQ-SDXL-VAE: in its config.json), else (z - shift_factor) * scaling_factor. The
     defaults leave latents as they are.
     """
@@ -1095,10 +1174,11 @@ class VAE(nn.Module):
             raise UserError(f"VAE widths {widths}: not all multiples of norm_num_groups={norm_num_groups}")
         shape = widths, layers_per_block, latent_channels, norm_num_groups, mid_block_add_attention
         self.encoder, self.decoder = VAEEncoder(*shape), VAEDecoder(*shape)
-        self.quant_conv, self.post_quant_conv = (
-            nn.Conv2d(channels, channels, 1) if there else nn.Identity()
-            for channels, there in ((2 * latent_channels, use_quant_conv),
-                                    (latent_channels, use_post_quant_conv)))
+        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+        if use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        if use_post_quant_conv:
+            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(widths) - 1)                 # pixels on the side of a latent cell
         # Python numbers, not buffers: half() must not round them, and they are no parameters of the file's.
@@ -1107,9 +1187,9 @@ class VAE(nn.Module):
         if not (len(self.mean) == len(self.std) == latent_channels and math.isfinite(sum(self.mean))
                 and all(std > 0 for std in self.std)):
             raise UserError(f"VAE: latents_mean and latents_std must be {latent_channels} numbers each")
-        by_channel = dict(latents_mean=self.mean, latents_std=self.std, scaling_factor=1.0)
-        by_factor = dict(scaling_factor=scaling_factor, shift_factor=shift_factor)
-        self.normalisation = by_channel if latents_mean or latents_std else by_factor
+        self.normalization = dict(scaling_factor=scaling_factor, shift_factor=shift_factor)     # as given
+        if latents_mean or latents_std:
+            self.normalization = dict(latents_mean=self.mean, latents_std=self.std, scaling_factor=1.0)
         self.eval().requires_grad_(False)
 
     def diffusers_config(self):
@@ -1123,7 +1203,7 @@ class VAE(nn.Module):
                     norm_num_groups=self.encoder.conv_norm_out.num_groups,
                     use_quant_conv=isinstance(self.quant_conv, nn.Conv2d),
                     use_post_quant_conv=isinstance(self.post_quant_conv, nn.Conv2d),
-                    mid_block_add_attention=len(self.encoder.mid_block.attentions) > 0, **self.normalisation)
+                    mid_block_add_attention=len(self.encoder.mid_block.attentions) > 0, **self.normalization)
 
     def statistics(self, z):
         return (to_device(torch.tensor(numbers, dtype=z.dtype).view(1, -1, 1, 1), z.device)
@@ -1131,7 +1211,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def moments(self, images):
-        """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalised."""
+        """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalized."""
         weight = self.encoder.conv_in.weight
         with torch.autocast(weight.device.type, enabled=False):                       # float16 overflows here
             out = self.quant_conv(self.encoder(images.to(weight.dtype)))
@@ -1139,17 +1219,19 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images, sample=False, generator=None, noise=None):
-        """-> normalised latents, float32: the mean, or with sample a draw mean + exp(logvar / 2) * noise.
+        """-> normalized latents, float32: the mean, or with sample a draw mean + exp(logvar / 2) * noise.
 
         noise (B, C, h, w), or drawn by the generator (a CPU one: the same latents on any device).
         """
         z, logvar = self.moments(images)
-        if sample and noise is None:
+        if not sample:
+            return self.latents(z)
+        if noise is None:
             noise = torch.randn(z.shape, generator=generator)
-        return self.latents(z, logvar, noise if sample else None)
+        return self.latents(z, logvar, noise)
 
-    def latents(self, z, logvar, noise=None):
-        """The moments, (B, C, h, w) each -> normalised latents: the mean, or with noise a draw."""
+    def latents(self, z, logvar=None, noise=None):
+        """The moments, (B, C, h, w) each -> normalized latents: the mean z, or with noise a draw."""
         if noise is not None:
             z = z + torch.exp(logvar / 2) * to_device(noise, z.device)
         mean, std = self.statistics(z)
@@ -1167,19 +1249,74 @@ class VAE(nn.Module):
     def decode_each(self, latents, name="an image"):
         """decode for little memory: image by image, and again in float32 what is not finite, with a warning
         that names it. A latent that is not finite is its caller's to report."""
-        images, dtype = [], self.decoder.conv_in.weight.dtype
+        images = []
         for z in latents.split(1):
-            images.append(self.decode(z))
-            if not z.isfinite().all() or images[-1].isfinite().all():
-                continue
-            if dtype != torch.float32:
-                warn(f"{name}: the VAE's image is not finite in {str(dtype)[6:]}: decoded again in float32")
-                with in_float32(self):
-                    images[-1] = self.decode(z)
-            if not images[-1].isfinite().all():
-                again = " either" * (dtype != torch.float32)
-                warn(f"{name}: the VAE's image is not finite in float32{again}")
+            image = self.decode(z)
+            if z.isfinite().all() and not image.isfinite().all():
+                image = self.decode_again(z, image, name)
+            images.append(image)
         return torch.cat(images)
+
+    def decode_again(self, z, image, name):
+        """The image of z in float32, where it is not finite in 16 bits."""
+        problem = f"{name}: the VAE's image is not finite in"
+        dtype = self.decoder.conv_in.weight.dtype
+        if dtype == torch.float32:
+            warn(f"{problem} float32")
+            return image
+        warn(f"{problem} {str(dtype)[6:]}: decoded again in float32")
+        with in_float32(self):
+            image = self.decode(z)
+        if not image.isfinite().all():
+            warn(f"{problem} float32 either")
+        return image
+
+
+STRIP = 2 ** 25                # numbers; larger activations, of a single image, are computed in strips
+
+
+def in_strips(f, x):
+    """f(x), f a 3x3 convolution and what is done to each cell before it, on one image x (1, C, h, w).
+
+    Where x is large what f keeps inside is larger: f takes strips of rows, with one row more above and below,
+    which the convolution reads. The numbers are the same.
+    """
+    if len(x) > 1 or x.numel() <= STRIP:
+        return f(x)
+    height = x.shape[2]
+    rows = max(8, STRIP // (x.shape[1] * x.shape[3]))
+    out = None
+    for top in range(0, height, rows):
+        above = min(top, 1)                                  # rows more: the first strip has none above
+        strip = x[:, :, max(top - 1, 0):top + rows + 1]
+        y = f(strip)
+        scale = y.shape[2] // strip.shape[2]                 # 2 where f begins with an upsampling
+        if out is None:
+            interleaved = y.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if interleaved else torch.contiguous_format
+            shape = *y.shape[:2], scale * height, y.shape[3]
+            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout)
+        out[:, :, scale * top:scale * (top + rows)] = y[:, :, scale * above:scale * (above + rows)]
+    return out
+
+
+def norm_silu_conv(norm, conv, x):
+    """conv(silu(norm(x))), in strips where x is large; the group norm's statistics are those of all of x."""
+    if len(x) > 1 or x.numel() <= STRIP:                     # batches of training are faster at once
+        return conv(F.silu(norm(x)))
+    means, variances = [], []
+    for group in x.chunk(norm.num_groups, 1):
+        variance, mean = torch.var_mean(group.float(), (1, 2, 3), correction=0)
+        means.append(mean.expand(group.shape[1]))            # one for each channel
+        variances.append(variance.expand(group.shape[1]))
+    mean = torch.cat(means)[:, None, None]                                            # (C, 1, 1)
+    variance = torch.cat(variances)[:, None, None]
+    scale = norm.weight[:, None, None] / (variance + norm.eps).sqrt()
+    shift = norm.bias[:, None, None] - mean * scale
+
+    def of_strip(strip):
+        return conv(F.silu(torch.addcmul(shift, strip, scale).to(x.dtype)))
+    return in_strips(of_strip, x)
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------
@@ -1187,8 +1324,9 @@ class VAE(nn.Module):
 def text_class(config):
     """transformers' class that loads a config's model: where there is one that is its encoder alone (T5)."""
     import transformers  # takes seconds, and not all commands need it
-    alone = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
-    return transformers.AutoModelForTextEncoding if alone else transformers.AutoModel
+    if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    return transformers.AutoModel
 
 
 def text_part(model):
@@ -1196,6 +1334,34 @@ def text_part(model):
     if model.config.is_encoder_decoder:
         return model.get_encoder()
     return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
+def load_tokenizer(path):
+    import transformers
+    beside = Path(path).with_name("tokenizer")               # as diffusers has it
+    if beside.is_dir() and not any(Path(path).glob("tokenizer*")):
+        path = beside
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if len(tokenizer) <= 1:                                  # what transformers makes where there is none
+        raise ValueError("its tokenizer is missing")
+    return tokenizer
+
+
+def load_language_model(path, dtype):
+    import transformers
+    kind = text_class(transformers.AutoConfig.from_pretrained(path))
+    model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]       # not read
+    if missing:
+        raise ValueError(f"without {missing[0]} it would run on random weights")
+    return text_part(model)
+
+
+def attention_window(config):
+    """How many tokens a language model's attention looks back, the least over its layers."""
+    names = "sliding_window", "attention_chunk_size", "attention_window_size", "local_attention"
+    windows = [getattr(config, name, None) for name in names]                         # None and 0: no limit
+    return min([window for window in windows if window], default=math.inf)
 
 
 class TextEncoder:
@@ -1208,30 +1374,31 @@ class TextEncoder:
     def __init__(self, path_or_hub_id, max_length=256, device="cpu", dtype=None):
         import transformers
         transformers.utils.logging.disable_progress_bar()
-        dtype = pick_dtype("auto", device) if dtype is None else dtype
+        if dtype is None:
+            dtype = pick_dtype("auto", device)
         if looks_local(path_or_hub_id) and not os.path.isdir(path_or_hub_id):
             raise UserError(f"text encoder {path_or_hub_id}: no such folder")
-        beside = Path(path_or_hub_id).with_name("tokenizer")                          # as diffusers has it
-        split = beside.is_dir() and not any(Path(path_or_hub_id).glob("tokenizer*"))
         with naming(path_or_hub_id, "no language model and tokenizer to be had for --text_encoder"):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(beside if split else path_or_hub_id)
-            load = text_class(transformers.AutoConfig.from_pretrained(path_or_hub_id)).from_pretrained
-            model, info = load(path_or_hub_id, dtype=dtype, output_loading_info=True)
-            missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]   # not read
-            assert len(self.tokenizer) > 1 and not missing, "else it would run on random weights"
-            self.model = text_part(model).to(device).eval().requires_grad_(False)
+            self.tokenizer = load_tokenizer(path_or_hub_id)
+            model = load_language_model(path_or_hub_id, dtype)
+            self.model = model.to(device).eval().requires_grad_(False)
         config = self.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", max_length)
         if 0 < longest < max_length:
             raise UserError(f"text_length={max_length}: {path_or_hub_id} reads at most {longest} tokens")
-        config.use_cache, self.max_length, self.dim = False, max_length, config.hidden_size
-        names = "sliding_window", "attention_chunk_size", "attention_window_size", "local_attention"
-        self.window = min(filter(None, (getattr(config, name, None) for name in names)), default=math.inf)
+        config.use_cache = False
+        self.max_length, self.dim, self.window = max_length, config.hidden_size, attention_window(config)
         with naming(path_or_hub_id, "cannot be run as a text encoder"):
-            ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0        # some have neither
-            known = len(self.model.get_input_embeddings().weight)                     # or one that is new
-            self.pad_id = next(token for token in ends if token is not None and token < known)
+            self.pad_id = self.find_pad()
             self.causal = self.measure()
+
+    def find_pad(self):
+        """-> the id of a token to pad with; which one makes no difference."""
+        known = len(self.model.get_input_embeddings().weight)
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None and token < known:          # some have neither, or one that the model lacks
+                return token
+        return 0
 
     def __call__(self, prompts, pad_to=None):
         """list of B strings -> states (B, T, ctx_dim), mask (B, T) bool, True on real tokens.
@@ -1239,8 +1406,10 @@ class TextEncoder:
         T is the longest of the batch, or pad_to. An empty prompt is one pad token that counts as real: XUT
         never sees zero tokens. Padding is on the right, so real states do not depend on T.
         """
-        ids = self.tokenize(prompts, self.max_length if pad_to is None else pad_to)
-        return self.encode(ids, max(map(len, ids)) if pad_to is None else pad_to)
+        if pad_to is not None:
+            return self.encode(self.tokenize(prompts, pad_to), pad_to)
+        ids = self.tokenize(prompts, self.max_length)
+        return self.encode(ids, max(map(len, ids)))
 
     def tokenize(self, prompts, limit):
         """-> a list of B lists of 1 to limit tokens."""
@@ -1248,40 +1417,61 @@ class TextEncoder:
         ids = self.tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
         return [row or [self.pad_id] for row in ids]
 
-    @torch.no_grad()
     def encode(self, ids, T):
         """What tokenize gives -> states and mask of T tokens each, as above."""
-        tokens = torch.tensor([row + [self.pad_id] * (T - len(row)) for row in ids])
-        mask = torch.tensor([[i < len(row) for i in range(T)] for row in ids])
-        tokens, mask = (to_device(x, self.model.device) for x in (tokens, mask))
-        ready = mask.long()
+        return self.run_model(ids, T, self.causal)
+
+    @torch.no_grad()
+    def run_model(self, ids, T, causal):
+        """encode; causal: whether the model may be given a causal mask that is made here."""
+        tokens = torch.full((len(ids), T), self.pad_id)
+        mask = torch.zeros(len(ids), T, dtype=torch.bool)
+        for i, row in enumerate(ids):
+            tokens[i, :len(row)] = torch.tensor(row)
+            mask[i, :len(row)] = True
+        tokens, mask = to_device(tokens, self.model.device), to_device(mask, self.model.device)
         if min(map(len, ids)) == T:
-            ready = None
-        elif self.causal and T <= self.window:
-            # Made ready here: of a (B, T) mask transformers asks on the host whether it pads, and waits.
-            causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-            ready = torch.zeros(len(ids), 1, T, T, dtype=self.model.dtype, device=mask.device)
-            ready.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(ready.dtype).min)
+            attention_mask = None
+        elif causal and T <= self.window:
+            attention_mask = self.causal_mask(mask)
+        else:
+            attention_mask = mask.long()
         with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
-            states = self.model(input_ids=tokens, attention_mask=ready)
+            states = self.model(input_ids=tokens, attention_mask=attention_mask)
         return states.last_hidden_state, mask
 
-    def measure(self):
-        """-> whether, on a short text, encode's causal mask does what the (B, T) mask does; an encoder where
-        not even that one keeps padding out of the states is refused."""
-        n, exact = max(2, min(8, self.max_length // 2)), self.model.dtype == torch.float32
-        row = (self.tokenize(["a large red circle above a small blue square"], n)[0] * n)[:n]
-        alone = self.encode([row], n)[0].float()
+    def causal_mask(self, mask):
+        """(B, T) bool -> (B, 1, T, T), added to the scores. Of a (B, T) mask transformers would ask on the
+        host whether it pads, and wait for the answer."""
+        B, T = mask.shape
+        causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+        scores = torch.zeros(B, 1, T, T, dtype=self.model.dtype, device=mask.device)
+        return scores.masked_fill_(~(causal & mask[:, None, None]), torch.finfo(scores.dtype).min)
 
-        def moved(causal):                                   # by rounding: 1e-6, in bfloat16 0.02 (28 layers)
-            self.causal = causal
-            return ((self.encode([row], 2 * n)[0][:, :n].float() - alone).norm() / alone.norm()).item()
-        plain = moved(causal=False)
-        if not plain <= (1e-3 if exact else 0.2):            # nan is not
+    def measure(self):
+        """-> whether, on a short text, causal_mask does what the (B, T) mask does; an encoder where not even
+        that one keeps padding out of the states is refused."""
+        n = max(2, min(8, self.max_length // 2))
+        row = (self.tokenize(["a large red circle above a small blue square"], n)[0] * n)[:n]
+        alone = self.run_model([row], n, causal=False)[0].float()
+
+        def change(causal):                                  # by n pads, relative
+            padded = self.run_model([row], 2 * n, causal)[0][:, :n].float()
+            return ((padded - alone).norm() / alone.norm()).item()
+
+        limit, tolerance = 0.2, 0.01                         # rounding alone: 0.02 in bfloat16 (28 layers)
+        if self.model.dtype == torch.float32:
+            limit, tolerance = 1e-3, 1e-4                    # ... 1e-6
+        by_transformers = change(causal=False)
+        if not by_transformers <= limit:                     # nan is not
             raise UserError(f"its states depend on padding, or are not finite in {str(self.model.dtype)[6:]}")
-        with contextlib.suppress(Exception):                 # some take no such mask
-            return 2 * n <= self.window and moved(causal=True) <= 2 * plain + (1e-4 if exact else 0.01)
-        return False
+        if 2 * n > self.window:
+            return False
+        try:
+            by_ours = change(causal=True)
+        except Exception:                                    # some take no such mask
+            return False
+        return by_ours <= 2 * by_transformers + tolerance
 
 
 OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, where there is a sidecar
@@ -1290,78 +1480,78 @@ OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, wher
 def draw_caption(text, rng, s):
     """One of a record's captions by the grammar (parse_caption), with the run's settings s; rng None: the
     first one, with all its tags."""
-    before, texts, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
-    texts = texts.split(OR)
-    text = parse_caption(texts[0] if rng is None else rng.choice(texts), rng, tag_dropout=s.tag_dropout,
-                             group_dropout=s.group_dropout, separator=s.tag_separator, spaces=s.spaces)
-    text = ", ".join(part for part in (before, text, after) if part)
-    return parse_caption(text, separator=s.tag_separator, spaces=s.spaces)            # what is beside it, too
+    before, captions, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
+    captions = captions.split(OR)
+    caption = captions[0] if rng is None else rng.choice(captions)
+    caption = parse_caption(caption, rng, tag_dropout=s.tag_dropout, group_dropout=s.group_dropout,
+                            separator=s.tag_separator, spaces=s.spaces)
+    if not before and not after:
+        return caption
+    whole = ", ".join(part for part in (before, caption, after) if part)
+    return parse_caption(whole, separator=s.tag_separator, spaces=s.spaces)
 
 
 def parse_caption(text, rng=None, *, tag_dropout=0.25, group_dropout=0.3, separator="$$", spaces=False):
-    """The caption grammar of HDM's data: `kept $$ kept ||| tag $$ tag %% tag $$ tag ||| kept` -> a line.
+    """A caption in the grammar of HDM's data -> the line that the text encoder reads.
 
-    Before the first `|||` and after the second everything stays, in order. Between them groups are split at
-    `%%` and tags at the separator: with rng (a random.Random) the groups are shuffled, the tags inside each
-    too, and a tag is dropped with probability tag_dropout, a group with group_dropout; rng None: all is kept,
-    in order. A plain sentence comes back as it is, but for runs of spaces and the backslashes of `\\(` and
-    `\\)`; with another separator beside `$$` a text without `|||` is a list of tags. spaces turns underscores
-    into them, but in words without two letters in a row: ^_^.
+    A line that was made here stays as it is (with rng None), and a sentence is such a line. Captions, prompts
+    and negative prompts all pass here, so that the same text always makes the same tokens.
 
-    Captions, prompts and negative prompts all pass here, so that the same text makes the same tokens. With
-    rng None it is idempotent: a line that was made here stays as it is.
+        a cat $$ indoors ||| red $$ fur %% tail ||| photo       the grammar: kept ||| tags, in groups ||| kept
+        a cat, indoors, red, fur, tail, photo                   with rng None: all, in order
+        a cat, indoors, tail, fur, photo                        with rng, for example
+
+    Before the first `|||` and after the second everything is kept, in order. Between them groups are split at
+    `%%` and tags at the separator; with rng (a random.Random) a group is dropped with probability
+    group_dropout, a tag with tag_dropout, and the groups are shuffled, and the tags inside each.
+    With another separator than `$$`, which separates as well, a text without `|||` is a list of tags. Runs of
+    spaces become one, `\\(` and `\\)` lose their backslashes. spaces: underscores become spaces, but not in
+    words without two letters in a row: ^_^.
     """
     text = " ".join(re.sub(r"\\+([()])", r"\1", text).split())
     separator = separator.strip() or "$$"
-    between, kept = rf"\$\$|{re.escape(separator)}", r"\$\$"
+    between_tags = between_kept = r"\$\$"
     if separator != "$$":
-        kept = between + "|%%"                               # else a line made here would not stay as it is
+        between_tags += "|" + re.escape(separator)
+        between_kept = between_tags + "|%%"                  # else a line made here would not stay as it is
         if "|||" not in text:                                # a list of tags has no groups to drop
-            text, group_dropout = "|||" + text, 0.0
-    head, middle, *tail = text.split("|||") + [""]
-    groups = [re.split(between, group) for group in middle.split("%%")]
+            text = "|||" + text
+            group_dropout = 0.0
+    head, _, rest = text.partition("|||")
+    middle, _, tail = rest.partition("|||")
+    groups = [re.split(between_tags, group) for group in middle.split("%%")]
     if rng is not None:
-        groups = [group for group in groups if rng.random() >= group_dropout]
-        groups = [[tag for tag in group if rng.random() >= tag_dropout] for group in groups]
-        for part in (groups, *groups):
-            rng.shuffle(part)
-    tags = re.split(kept, head) + [tag for group in groups for tag in group] + re.split(kept, "$$".join(tail))
+        groups = drop_and_shuffle(groups, rng, tag_dropout, group_dropout)
+    tags = re.split(between_kept, head)
+    for group in groups:
+        tags += group
+    tags += re.split(between_kept, tail.replace("|||", "$$"))
     if spaces:
-        tags = [re.sub(r"\S*[^\W\d_]{2}\S*", lambda word: word[0].replace("_", " "), tag) for tag in tags]
+        tags = [underscores_to_spaces(tag) for tag in tags]
     return ", ".join(" ".join(tag.split()) for tag in tags if tag.strip())
+
+
+def drop_and_shuffle(groups, rng, tag_dropout, group_dropout):
+    """Groups, each a list of tags, without what is dropped: the groups shuffled, and the tags in each."""
+    kept = []
+    for group in [group for group in groups if rng.random() >= group_dropout]:
+        kept.append([tag for tag in group if rng.random() >= tag_dropout])
+    shuffled = list(kept)
+    rng.shuffle(shuffled)
+    for group in kept:                                       # in their first order: seeds depend on it
+        rng.shuffle(group)
+    return shuffled
+
+
+def underscores_to_spaces(tag):
+    """Only in words that have two letters in a row: not in ^_^."""
+    return re.sub(r"\S*[^\W\d_]{2}\S*", lambda word: word[0].replace("_", " "), tag)
 
 
 # ---- Weights in and out ----------------------------------------------------------------------------------
 
 TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
 EQ_VAE = "KBlueLeaf/EQ-SDXL-VAE"                             # its VAE, for files that hold none
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextlib.contextmanager
-def naming(path, what):
-    """What the block raises becomes one line that names the path: what is broken can raise anything."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) and str(path) in str(error):
-            raise
-        raise UserError(f"{path}: {what} ({first_line(error)})") from error
-
-
-def looks_local(name):
-    """True for a path, even of something missing; False for what looks like a hub id (Qwen/Qwen3-0.6B)."""
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
-    return os.path.exists(name) or os.path.isdir(os.path.dirname(name)) or not hub_id
-
-
-def read_text(path):
-    """A person's text file: UTF-8, with a byte order mark or without. Its lines end at \\n and \\r\\n alone:
-    split("\\n") and strip them; splitlines would end them at eight other characters, too."""
-    return Path(path).read_bytes().decode("utf-8-sig")
 
 
 def fetch(name, filename, what):
@@ -1388,51 +1578,97 @@ class Inert:
 
 
 class InertUnpickler(pickle._Unpickler):
-    """Unpickles tensors in plain containers; nothing else that the file names is imported, or can run."""
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: lambda self: self.stack.pop()}   # sets nothing
+    """Unpickles tensors in simple containers; nothing else that the file names is imported, or can run.
+
+    pickle._Unpickler is private: it is the module's unpickler in Python, with a table of opcodes, in which
+    BUILD is replaced. The public one, in C, has no such table. A Python without it cannot import this file.
+    """
+    KNOWN = {("collections", "OrderedDict"): OrderedDict,
+             ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+             ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter}
 
     def find_class(self, module, name):
-        known = {"OrderedDict": OrderedDict, "_rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-                 "_rebuild_parameter": torch._utils._rebuild_parameter}
-        return known.get(name, Inert) if module in ("collections", "torch._utils") else Inert
+        return self.KNOWN.get((module, name), Inert)
+
+    def load_build(self):
+        """The opcode that sets an object's attributes: here it sets none."""
+        self.stack.pop()
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+
+
+class InertPickle:
+    """In torch.load the place of the module pickle, of which it uses two names."""
+    Unpickler = InertUnpickler
+
+    @staticmethod
+    def load(file, **settings):
+        return InertUnpickler(file, **settings).load()
+
+
+def read_pickle(path, zipped):
+    """What torch.save wrote, with Inerts in place of unknown objects.
+
+    weights_only=True would refuse unknown classes. Without it torch.load unpickles by InertUnpickler alone,
+    except for two kinds of files: it unpacks a tar, and TorchScript runs a zip that holds constants.pkl. Both
+    are refused first, by the readers that torch.load itself uses (torch's is private): to any other reader a
+    hostile file could look harmless.
+    """
+    if tarfile.is_tarfile(path):
+        raise ValueError("a tar archive, which is not read")
+    if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise ValueError("TorchScript, a program, which is not run")
+    mapped = zipped and path.suffix != ".safetensors"        # torch.load would go by such a name
+    with open(path, "rb") as file:
+        return torch.load(path if mapped else file, map_location="cpu", weights_only=False, mmap=mapped,
+                          pickle_module=InertPickle)
 
 
 def read_tensors(path):
     """-> {name: tensor as stored}, {metadata} of a safetensors file, shards by index.json, a pickle.
 
-    Where a pickle holds several state dicts, such as an EMA copy, their names go in front of their tensors'
-    names, but for state_dict's.
-
     All but old pickles are mapped, not read: they take no memory of the process's own.
     """
-    import safetensors
     path = Path(path)
     with naming(path, "not a complete file of weights"):
         with open(path, "rb") as file:
             head = file.read(9)
         if re.search(r"\.index(\.\w+)?\.json$", path.name):
-            names = json.loads(read_text(path))["weight_map"].values()
-            parts = [read_tensors(path.with_name(name))[0] for name in sorted(set(names))]
-            return {name: value for part in parts for name, value in part.items()}, {}
-        if head[:2] != b"PK" and head[:1] != b"\x80" or head[8:] == b"{":
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        # weights_only alone would refuse unknown classes; with it torch runs no TorchScript, unpacks no tar
-        mapped = head[:2] == b"PK" and path.suffix != ".safetensors"                  # torch would go by it
-        with open(path, "rb") as file, mock.patch("torch._weights_only_unpickler.Unpickler", InertUnpickler):
-            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-        parts = {f"{name}.": tensors_of(value) for name, value in content.items() if isinstance(value, dict)}
-        parts = {name: part for name, part in parts.items() if part}
-        tensors = tensors_of(content)
-        for name, part in parts.items():                     # state_dict is Lightning's
-            start = "" if name == "state_dict." or len(parts) == 1 else name
-            tensors |= {start + key: value for key, value in part.items()}
-        assert tensors, "no tensors by name, neither under state_dict nor directly"
-        return tensors, {}
+            return read_shards(path), {}
+        zipped, pickled = head[:2] == b"PK", head[:1] == b"\x80"
+        if head[8:] == b"{" or not (zipped or pickled):      # a safetensors file's first 8 bytes are a length
+            return read_safetensors(path)
+        return named_tensors(read_pickle(path, zipped)), {}
+
+
+def read_shards(index):
+    tensors = {}
+    for name in sorted(set(json.loads(read_text(index))["weight_map"].values())):
+        tensors |= read_tensors(index.with_name(name))[0]
+    return tensors
+
+
+def read_safetensors(path):
+    import safetensors
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def tensors_of(content):
     return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def named_tensors(content):
+    """{name: tensor} of a pickle's dict: its own, and those of state dicts in it, such as an EMA copy. Where
+    there are several their names go in front of their tensors' names, but for Lightning's state_dict."""
+    tensors = tensors_of(content)
+    dicts = [name for name, value in content.items() if isinstance(value, dict) and tensors_of(value)]
+    for name in dicts:
+        prefix = "" if name == "state_dict" or len(dicts) == 1 else f"{name}."
+        for key, tensor in tensors_of(content[name]).items():
+            tensors[prefix + key] = tensor
+    if not tensors:
+        raise ValueError("no tensors by name, neither under state_dict nor directly")
+    return tensors
 
 
 def part_of(tensors, prefix):
@@ -1444,56 +1680,79 @@ def is_finite(value):
     return value.is_floating_point() and (not value.numel() or all(map(math.isfinite, value.aminmax())))
 
 
+def misfits(module, tensors):
+    """What keeps these tensors from being the module's weights: a list of texts, one for each kind."""
+    want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    have = {name: tuple(value.shape) for name, value in tensors.items()}
+    other_shapes = [name for name in want if name in have and have[name] != want[name]]
+    kinds = {"missing": [name for name in want if name not in have],
+             "unexpected": [name for name in have if name not in want],
+             "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in other_shapes],
+             "not of finite floats": [name for name, value in tensors.items() if not is_finite(value)]}
+    texts = []
+    for kind, names in kinds.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            texts.append(f"{len(names)} {kind}: {', '.join(names[:3])}{more}")
+    return texts
+
+
 def load_strict(build, tensors, path, device, dtype):
     """build() filled with exactly these tensors; a file that does not fit is refused, naming why."""
     with torch.device("meta"):                               # no memory: the weights will come
         module = build()
-    want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    have = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = {"missing": [name for name in want if name not in have],
-             "unexpected": [name for name in have if name not in want],
-             "of another shape": [f"{name} {have[name]}, not {want[name]}" for name in want
-                                  if name in have and have[name] != want[name]],
-             "not of finite floats": [name for name, value in tensors.items() if not is_finite(value)]}
-    if any(wrong.values()):
-        raise UserError(f"{path} does not fit {type(module).__name__}: " + "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for kind, names in wrong.items() if names))
-    # RoPE's log frequencies stay float32: rounded to bf16 they alone turn far tokens by 0.2 rad.
-    tensors = {name: value.to(device, torch.float32 if name.endswith("rope.freqs") else dtype)
-               for name, value in tensors.items()}
-    if "time_emb.freqs" in tensors:                          # by formula: the file's may be rounded to fp16
-        tensors["time_emb.freqs"] = time_frequencies(2 * want["time_emb.freqs"][1]).to(device)
-    module.load_state_dict(tensors, strict=True, assign=True)
+    wrong = misfits(module, tensors)
+    if wrong:
+        raise UserError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong)}")
+    weights = {}
+    for name, value in tensors.items():
+        if name == "time_emb.freqs":                         # by formula: the file's may be rounded to fp16
+            weights[name] = time_frequencies(2 * value.shape[1]).to(device)
+        elif name.endswith("rope.freqs"):                    # in bf16 they alone turn far tokens by 0.2 rad
+            weights[name] = value.to(device, torch.float32)
+        else:
+            weights[name] = value.to(device, dtype)
+    module.load_state_dict(weights, strict=True, assign=True)
     return module.eval()
 
 
-def vae_from_tensors(tensors, path, device, dtype, **statistics):
-    """A VAE, its architecture read from names and shapes; statistics: VAE's normalisation arguments."""
-    if inner := part_of(tensors, "vae."):
-        keys = dict(latents_mean="vae_mean", latents_std="vae_std")                   # (1, C, 1, 1) each
-        statistics |= {name: tensors[key].flatten().tolist() for name, key in keys.items() if key in tensors}
-        tensors = inner
+def old_vae_names(tensors):
+    """The attention's names and shapes in older VAE files, 1x1 convolutions -> today's, linear layers."""
+    renamed = dict(tensors)
     for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
-        tensors = {name.replace(f"attentions.0.{old}.", f"attentions.0.{new}."):      # older files: 1x1 convs
-                   value.squeeze() if f"attentions.0.{old}.w" in name else value
-                   for name, value in tensors.items()}
-    name, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.bias", [], 0
-    while name.format(len(widths), 0) in tensors:
-        widths.append(tensors[name.format(len(widths), 0)].numel())
-    while name.format(0, layers) in tensors:
+        for name in tensors:
+            if f"attentions.0.{old}." in name:
+                value = renamed.pop(name)
+                renamed[name.replace(f".{old}.", f".{new}.")] = value.squeeze() if value.dim() > 1 else value
+    return renamed
+
+
+def vae_from_tensors(tensors, path, device, dtype, **statistics):
+    """A VAE, its architecture read from names and shapes; statistics: VAE's normalization arguments."""
+    inner = part_of(tensors, "vae.")
+    if inner:
+        for name, key in dict(latents_mean="vae_mean", latents_std="vae_std").items():
+            if key in tensors:
+                statistics[name] = tensors[key].flatten().tolist()                    # of (1, C, 1, 1)
+        tensors = inner
+    tensors = old_vae_names(tensors)
+    bias, widths, layers = "encoder.down_blocks.{}.resnets.{}.conv1.bias", [], 0
+    while bias.format(len(widths), 0) in tensors:
+        widths.append(tensors[bias.format(len(widths), 0)].numel())
+    while bias.format(0, layers) in tensors:
         layers += 1
     if not widths or "decoder.conv_in.weight" not in tensors:
         raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, decoder.conv_in)")
-    parts = dict(use_quant_conv="quant_conv.bias", use_post_quant_conv="post_quant_conv.bias",
-                 mid_block_add_attention="decoder.mid_block.attentions.0.to_q.weight")
-    parts = {name: key in tensors for name, key in parts.items()}
     if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
         dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
+
+    def build():
+        return VAE(widths, layers, tensors["decoder.conv_in.weight"].shape[1], **statistics,
+                   use_quant_conv="quant_conv.bias" in tensors,
+                   use_post_quant_conv="post_quant_conv.bias" in tensors,
+                   mid_block_add_attention="decoder.mid_block.attentions.0.to_q.weight" in tensors)
     with naming(path, "not a VAE"):
-        channels = tensors["decoder.conv_in.weight"].shape[1]
-        vae = load_strict(lambda: VAE(widths, layers, channels, **statistics, **parts), tensors, path, device,
-                          dtype)
+        vae = load_strict(build, tensors, path, device, dtype)
     if statistics.keys() <= {"norm_num_groups"}:
         print(f"vae {path}: no latents_mean, latents_std or scaling_factor: its latents are used as they are")
     return vae.to(memory_format=torch.channels_last)         # what 16-bit convolutions are fast in
@@ -1501,26 +1760,32 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
 
 def vae_config(file):
     """A VAE's config.json -> VAE's arguments in it; a VAE of another class or other blocks is refused."""
+    supported = dict(_class_name="AutoencoderKL", down_block_types="DownEncoderBlock2D",
+                     up_block_types="UpDecoderBlock2D", act_fn="silu")
+    names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
     with naming(file, "not a json file of settings"):
         config = json.loads(read_text(file))
-        for name, value in dict(_class_name="AutoencoderKL", down_block_types="DownEncoderBlock2D",
-                                up_block_types="UpDecoderBlock2D", act_fn="silu").items():
-            its = config.get(name, value)
-            if others := set(its if isinstance(its, list) else [its]) - {value}:
-                others = ", ".join(map(str, others))
+        for name, value in supported.items():
+            values = config.get(name, value)                 # of blocks: a list
+            if not isinstance(values, list):
+                values = [values]
+            others = ", ".join(sorted({str(other) for other in values if other != value}))
+            if others:
                 raise UserError(f"{file}: a VAE with {name} {others}: only {value} is read")
-        names = ("norm_num_groups", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
         return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
     """A VAE in the diffusers layout: a folder or hub repository with config.json and safetensors, a folder
-    that holds one as vae/, or a file (with a config.json beside it, where its latents are normalised)."""
+    that holds one as vae/, or a file (with a config.json beside it, where its latents are normalized)."""
     path, stem = Path(path_or_hub_id), "diffusion_pytorch_model"
     if path.is_file():
-        tensors, beside = tensors or read_tensors(path)[0], path.with_name("config.json")
-        its = beside.is_file() and not part_of(tensors, "vae.")                       # else it is a model's
-        return vae_from_tensors(tensors, path, device, dtype, **vae_config(beside) if its else {})
+        if tensors is None:
+            tensors, _ = read_tensors(path)
+        config_file, statistics = path.with_name("config.json"), {}
+        if config_file.is_file() and not part_of(tensors, "vae."):                    # else it is a model's
+            statistics = vae_config(config_file)
+        return vae_from_tensors(tensors, path, device, dtype, **statistics)
     name = str(path / "vae") if (path / "vae").is_dir() else path_or_hub_id
     config_file = fetch(name, "config.json", "vae")
     statistics = vae_config(config_file)
@@ -1535,18 +1800,23 @@ def list_checkpoints(out_dir):
 
 def weights_in(folder, stem):
     """folder/stem.safetensors, or the index of its shards, or .bin, or a variant in 16 bits, or None."""
-    ends = [end for variant in ("", ".fp16", ".bf16") for kind in (".safetensors", ".bin")
-            for end in (variant + kind, f"{kind}.index{variant}.json", f"{variant}{kind}.index.json")]
-    return next(filter(Path.is_file, (Path(folder, stem + end) for end in ends)), None)
+    for variant in ("", ".fp16", ".bf16"):
+        for kind in (".safetensors", ".bin"):
+            for end in (variant + kind, f"{kind}.index{variant}.json", f"{variant}{kind}.index.json"):
+                if Path(folder, stem + end).is_file():
+                    return Path(folder, stem + end)
+    return None
 
 
 def open_modes(path):
     """Give path, and all in it, the modes of the umask: safetensors writes for a file's owner alone."""
-    os.umask(mask := os.umask(0))                            # it can only be read by setting it
+    mask = os.umask(0)                                       # it can only be read by setting it
+    os.umask(mask)
     for one in (Path(path), *Path(path).rglob("*")):
+        mode = 0o777 if one.is_dir() else 0o666
         with contextlib.suppress(OSError):                   # a disk without modes
             special = one.stat().st_mode & 0o7000            # such as setgid, of a group's folders
-            one.chmod(special | (0o777 if one.is_dir() else 0o666) & ~mask)
+            one.chmod(special | mode & ~mask)
 
 
 def save_model(path, tensors, settings):
@@ -1558,102 +1828,312 @@ def save_model(path, tensors, settings):
     open_modes(path)
 
 
-def check_size(height, width, config, vae):
-    """Refuse an image that the model cannot do, naming the nearest that it can."""
-    step = config.patch_size * (vae.factor if vae is not None else 1)
-    if height < step or width < step or height % step or width % step:
-        near_h, near_w = (max(step, round(side / step) * step) for side in (height, width))
-        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
-                        f"factor), such as {near_w}x{near_h}")
+# ==== Not the method: errors, settings, devices, ranks, images, files =====================================
+
+# ---- Errors and warnings ---------------------------------------------------------------------------------
+
+def warn(line):
+    """A warning of any process: of all but the first stdout is closed (start_ranks)."""
+    stream = sys.stdout if os.environ.get("RANK", "0") == "0" else sys.stderr
+    print(f"warning: {line}", file=stream, flush=True)
 
 
-# ---- Plumbing: images, devices, settings ---------------------------------------------------------------
-
-# What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
-PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
-
-
-@functools.lru_cache(maxsize=64)
-def profile_transform(profile, mode):
-    """An embedded colour profile (bytes), the image's mode -> ImageCms's transform to sRGB; None where that
-    changes no colour by more than 2 of 255; False where the profile is broken or of other channels."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        own = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
-        channels = "CMYK" if mode == "CMYK" else "L" if mode[0] in "1LI" else "RGB"
-        assert own == channels or (own, channels) == ("RGB", "L")
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), own, "RGB")
-    except (ImageCms.PyCMSError, OSError, KeyError, AssertionError, TypeError, ValueError):
-        return False
-    cube = bytes(itertools.chain.from_iterable(itertools.product(range(0, 256, 51), repeat=3)))
-    probe = Image.frombytes("RGB", (216, 1), cube).convert(own)
-    changes = ImageChops.difference(transform.apply(probe), probe.convert("RGB")).getextrema()
-    return transform if max(most for _, most in changes) > 2 else None
-
-
-def colours_of(image):
-    """profile_transform of an open image; None where it has no profile."""
-    return profile_transform(image.info["icc_profile"], image.mode) if "icc_profile" in image.info else None
-
-
-def load_image(source, side=None):
-    """An upright RGB image from a path or a stream, in sRGB by its colour profile; a broken profile, or EXIF,
-    is ignored; what is transparent becomes white.
-
-    side: its short side is scaled to this length. A JPEG is then decoded in a half, a quarter or an eighth of
-    its size, several times as fast, as long as that leaves the short side twice as long as asked for.
-    """
-    with Image.open(source) as file:
-        (width, height), box, transform = file.size, None, colours_of(file)
-        if side is not None and (draft := file.draft(None, (2 * side, 2 * side))):
-            box = draft[1]                                   # what the image fills: 187.5 of 188 pixels
-        image, mode = file, transform.input_mode if transform else "RGB"
-        if image.mode.startswith("I"):                       # 16-bit grey: convert would clip it to white
-            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-        if image.mode not in (mode, "RGB") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        if image.mode != mode:
-            image = image.convert(mode)
-        if side is not None:
-            image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
-        if transform:                                        # of few pixels: it costs as much as decoding
-            image = transform.apply(image)
-        image.load()
-        image.info = file.info                               # with its EXIF rotation
-        image.info.pop("icc_profile", None)
-        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
-            image = ImageOps.exif_transpose(image)
-        return image
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
-def scratch_folder(parent, prefix):
-    """A temporary folder in parent; first, those that killed processes left there are deleted."""
-    from filelock import FileLock, Timeout
-    for old in Path(parent).iterdir():
-        if old.name.startswith(prefix) and (old / "lock").is_file():
-            with contextlib.suppress(Timeout, OSError, NotImplementedError):
-                with FileLock(old / "lock", timeout=0):      # free when its process ends, however it ends
-                    shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, NotImplementedError):       # a disk without locks: none is deleted
-            stack.enter_context(FileLock(Path(folder, "lock"), timeout=0))
-        yield Path(folder)
-
-
-def make_folder(path, flag):
+def naming(path, what):
+    """What the block raises becomes one line that names the path: what is broken can raise anything."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be a folder to write in ({error.strerror})") from error
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {what} ({first_line(error)})") from error
+
+
+def run(main):
+    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    try:
+        main(sys.argv[1:])
+        if is_distributed():
+            torch.distributed.destroy_process_group()
+            atexit._run_exitfuncs()                          # such as wandb's
+            sys.stdout.flush()
+            os._exit(0)                                      # gloo's threads abort a usual exit now and then
+    except (Exception, KeyboardInterrupt) as error:
+        exit_after(error)
+
+
+def exit_after(error):
+    """Prints the error that is being handled, and ends the process."""
+    code, text = 1, traceback.format_exc()
+    if isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    elif type(error) is ModuleNotFoundError:                 # an optional one, imported where it is asked for
+        code, text = 2, f"error: {missing_module(error)}"
+    elif isinstance(error, UserError):                       # of a loader process: at the end of a traceback
+        code, text = 2, f"error: {str(error).rpartition('UserError: ')[2].strip()}"
+    elif isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
+        code, text = 2, "error: out of memory: a lower --batch_size, a smaller image or --dtype=bfloat16"
+    if is_first_to_fail():
+        print(text, file=sys.stderr, flush=True)
+    if hasattr(signal, "SIGCHLD"):                           # torch's handler would raise as loaders die
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()                                        # they do not listen to a gentle end
+    if is_distributed():
+        os._exit(code)                                       # a usual exit would wait for the others
+    sys.exit(code)
+
+
+def is_first_to_fail():
+    """Of several ranks the first to fail prints its error: the others then fail because it is gone."""
+    if not is_distributed():
+        return True
+    key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1
+
+
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python", "sklearn": "scikit-learn",
+            "skimage": "scikit-image", "google.protobuf": "protobuf", "dateutil": "python-dateutil",
+            "attr": "attrs", "bs4": "beautifulsoup4", "dotenv": "python-dotenv"}    # module: its package
+
+
+def missing_module(error):
+    """-> the line of a ModuleNotFoundError; it names a package only where installing one is the mend."""
+    name = error.name or ""
+    top = name.partition(".")[0]
+    ours = top in ("hdm", "prepare", "sample", "train")
+    if not name or ours or top in sys.stdlib_module_names:   # the last: Python was built without it
+        return str(error)
+    if sys.modules.get(top) is not None and name not in PACKAGES:
+        return f"{error}; {top} is installed, but has no such part: another version may have it"
+    return f"{error}: pip install {PACKAGES.get(name) or PACKAGES.get(top, top)}"
+
+
+class Output:
+    """A stream whose errors end no run: what its encoding cannot hold is escaped, a failed write is dropped.
+
+    The encoding may be ASCII or cp1252, the reader of a pipe gone, a terminal closed, a disk full, or there
+    is no stream (None), as under pythonw.
+    """
+
+    def __init__(self, stream):
+        self.stream = open(os.devnull, "w") if stream is None else stream
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+# ---- Settings: command line and config files -------------------------------------------------------------
+
+def setting_types(classes):
+    """{name: type} over all fields of some dataclasses: settings are flat, a name means one thing."""
+    types = {}
+    for cls in classes:
+        for name, kind in typing.get_type_hints(cls).items():
+            assert name not in types, f"setting {name} stands in two dataclasses"
+            options = typing.get_args(kind)
+            types[name] = options[0] if type(None) in options else kind          # int | None: set by an int
+    return types
+
+
+def setting_value(where, value, kind):
+    """value (a flag's text, or a config file's object) in its setting's type; an error quotes where."""
+    text = isinstance(value, str)
+    if kind in (bool, bool | str) and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (str, bool | str) and text:
+        return value
+    if kind == list[str]:
+        return [value] if text else list(value)
+    if kind in (int, float) and not isinstance(value, bool):
+        for parse in (int, float):                           # int first: exact, however long
+            with contextlib.suppress(ValueError):
+                number = parse(str(value))
+                if abs(number) < 2 ** 63 and number == kind(number):                  # nan and inf are not
+                    return kind(number)
+    expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
+    raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
+
+
+def parse_args(argv, classes, positionals=(), doc="", aliases=MappingProxyType({})):
+    """Command line -> (positional words, {name: typed value} of the settings that were given).
+
+    The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
+    A `list[str]` may be given several times, a `bool | str` is True when bare. A last positional that ends in
+    `...` takes one word or more. aliases: {other flag: setting}. --help prints the settings' source.
+    """
+    if "--help" in argv or "-h" in argv:
+        print_help(doc, classes)
+        sys.exit(0)
+    types = setting_types(classes)
+    words, values, rest = [], {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") and flag not in aliases:
+            words.append(word)
+            continue
+        name = aliases.get(flag, flag[2:])
+        check_name(word, name, types)
+        kind = types[name]
+        if not equals:
+            value = next_value(word, kind, rest)
+        value = setting_value(f"--{name}={value}", value, kind)
+        if kind == list[str]:
+            value = values.get(name, []) + value
+        values[name] = value
+    one_or_more = len(words) > 0 and bool(positionals) and positionals[-1].endswith("...")
+    if len(words) != len(positionals) and not one_or_more:
+        raise UserError(f"{' '.join(positionals) or 'nothing'} expected beside the --settings, got "
+                        f"{' '.join(words) or 'nothing'} (quotes make one text of several words); see --help")
+    return words, values
+
+
+def next_value(word, kind, rest):
+    """The value of a flag without `=`: True where it is bare, else the next word, which is taken off rest."""
+    following = rest[0] if rest else "--"
+    is_flag = re.match(r"--(\w+(=|$)|$)", following)         # not any text with dashes
+    if kind is bool and following.lower() not in ("true", "false"):
+        return True
+    if kind == bool | str and (is_flag or following.endswith(".py")):
+        return True
+    if is_flag:
+        raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
+    return rest.pop(0)
+
+
+def print_help(doc, classes):
+    """The program's docstring and the source of its settings."""
+    print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
+          "Positive above 0, Share from 0 and below 1, Part above 0 and up to 1.\n")
+    for cls in classes:
+        fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
+        print("\n".join(line for line in fields if line.strip()), end="\n\n")
+
+
+def read_config(path, classes):
+    """A config file, plain Python `name = value` lines -> {name: typed value}; _names are its own."""
+    if not os.path.isfile(path):
+        raise UserError(f"config {path}: no such file")
+    names, types = {}, setting_types(classes)
+    try:
+        exec(compile(read_text(path), path, "exec"), names)
+    except Exception as error:                               # whatever the file's own lines raise
+        raise UserError(f"config {path}: {type(error).__name__}: {first_line(error)}") from error
+    values = {}
+    for name, value in names.items():
+        if not name.startswith("_") and not inspect.ismodule(value):
+            where = f"{path}: {name} = {value!r}"
+            check_name(where, name, types)
+            values[name] = setting_value(where, value, types[name])
+    return values
+
+
+def check_name(where, name, known, what="option"):
+    """Refuses a name that is not known, and suggests a near one, or ours for what other programs call so."""
+    if name in known:
+        return
+
+    def letters(word):
+        return re.sub("[-_]", "", word).lower()
+
+    hint = f"Known: {', '.join(known)}."
+    alike = {letters(one): one for one in known if abs(len(letters(one)) - len(letters(name))) <= 2}
+    near = difflib.get_close_matches(letters(name), alike, n=1, cutoff=0.75)          # 0.75: siez for size
+    if near:
+        hint = f"Did you mean {alike[near[0]]!r}?"
+    for ours, text in NEIGHBORS.items():
+        words, _, note = text.partition(":")
+        if ours in known and letters(name) in [letters(word) for word in words.split()]:
+            hint = f"Did you mean {ours!r}?"
+            if note:
+                hint += f" ({note.strip()})"
+    raise UserError(f"{where}: no {what} named {name!r}. {hint}")
+
+
+# What settings are called by diffusers' scripts, kohya's, AUTOMATIC1111 and their like; after a colon, how
+# ours differ. Each program suggests its own settings alone.
+NEIGHBORS = dict(
+    lr="learning_rate learn_rate unet_lr base_lr", schedule="lr_scheduler lr_schedule",
+    warmup="lr_warmup_steps warmup_steps learning_rate_warmup_steps warmup_iters",
+    clip="max_grad_norm gradient_clip gradient_clip_val gradient_clipping grad_clip",
+    weight_decay="adam_weight_decay wd", beta1="adam_beta1", beta2="adam_beta2",
+    ema="use_ema ema_decay: the decay, a number",
+    epochs="num_train_epochs max_train_epochs train_epochs max_epochs num_epochs",
+    images="max_train_steps num_train_steps train_steps total_steps: steps x global_batch, the length of run "
+           "and schedule; max_steps stops early and leaves the schedule as it is",
+    batch_size="train_batch_size", checkpointing="gradient_checkpointing",
+    global_batch="gradient_accumulation_steps accumulate_grad_batches grad_accum total_batch_size: images of "
+                 "one optimizer step, batch_size x processes x accumulation",
+    dtype="mixed_precision precision fp16 bf16 train_dtype torch_dtype: float32, bfloat16 or float16",
+    compile="torch_compile", log="report_to log_with", vae_chunk="vae_batch_size",
+    workers="num_workers dataloader_num_workers max_data_loader_n_workers",
+    data="train_data_dir instance_data_dir data_dir dataset_name dataset", image_size="resolution",
+    text_length="max_token_length max_sequence_length", latents="cache_latents cache_latents_to_disk",
+    vae="vae_path pretrained_vae_model_name_or_path",
+    out_dir="output_dir save_dir logging_dir workspace_dir output_model_destination",
+    out="output_dir outdir output save_dir", resume="resume_from_checkpoint",
+    init_from="pretrained_model_name_or_path pretrained_model pretrained_model_path model_path "
+              "base_model_name",
+    ckpt="pretrained_model_name_or_path model model_path model_id ckpt_path checkpoint",
+    log_every="logging_steps log_interval",
+    save_every="checkpointing_steps checkpoint_step_interval save_every_n_steps save_steps save_interval: in "
+               "steps",
+    keep_ckpts="checkpoints_total_limit checkpoints_rolling_limit save_total_limit",
+    eval_every="eval_steps eval_interval: in steps",
+    sample_every="validation_steps validation_epochs sample_every_n_steps: in steps",
+    preview_prompts="validation_prompt validation_prompts sample_prompts num_validation_images: a file",
+    caption_dropout="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
+    tag_dropout="caption_tag_dropout_rate", tag_separator="caption_separator",
+    t_shift="flow_shift discrete_flow_shift flow_schedule_shift timestep_shift",
+    caption="caption_column text_column", negative_prompt="negative neg_prompt n_prompt",
+    num_images="num_images_per_prompt n_samples batch_count n_iter num_samples", height="H",
+    width="resolution W", steps="num_inference_steps sampling_steps ddim_steps num_steps",
+    shift="flow_shift timestep_shift", cfg="guidance_scale cfg_scale guidance scale",
+    cfg_rescale="guidance_rescale", sampler="sampler_name scheduler",
+    strength="denoising_strength denoise", init_image="init_img init_images image input_image",
+    mask="mask_image",
+    prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen port")
+
+
+def warn_idle(given, calls, rules):
+    """Warns of each setting that was given, {name: value}, and has no effect in any of calls, objects of all
+    settings; rules: [(names, whether they have none in a call, why)]."""
+    for names, is_idle, why in rules:
+        for name in names.split():
+            is_given = given.get(name, "") != "" and given[name] is not False
+            if is_given and all(is_idle(call) for call in calls):
+                print(f"warning: --{name}={given[name]} has no effect {why}")
+
+
+# ---- Devices ---------------------------------------------------------------------------------------------
+
+def to_device(x, device):
+    """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
+    return x.to(device, non_blocking="cuda" in str(device))
 
 
 def pick_device(name):
     """"auto": CUDA, else MPS, else the CPU; any other name must be there."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        return next(kind for kind, is_there in there.items() if is_there)
+        return next(kind for kind in there if there[kind])
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name}: one of auto, cpu, mps, cuda, cuda:N")
     if not there[name.split(":")[0]]:
@@ -1672,24 +2152,6 @@ def pick_dtype(name, device):
     if "cuda" not in str(device):
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
-    """Images (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
-    of the columns above and of the rows to the left, where they are given."""
-    height = max(image.shape[0] for image in images) * scale + gap
-    width = max([image.shape[1] * scale + gap for image in images] + [7 * len(label) for label in tops])
-    left, top = 7 * max(map(len, sides), default=0) + gap, 14 * bool(tops) + gap      # pixels of a letter
-    size = left + columns * width, top + -(-len(images) // columns) * height
-    sheet = Image.new("RGB", size, "white")
-    for i, image in enumerate(images):
-        tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
-        sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
-    for i, label in enumerate(tops):
-        ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
-    for i, label in enumerate(sides):
-        ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
-    return sheet
 
 
 class SharedCPU:
@@ -1743,205 +2205,7 @@ class SharedCPU:
 SHARED_CPU = SharedCPU()       # one, as the number of threads is one for the process
 
 
-def setting_types(classes):
-    """{name: type} over all fields of some dataclasses: settings are flat, a name means one thing."""
-    types = {}
-    for cls in classes:
-        for name, kind in typing.get_type_hints(cls).items():
-            assert name not in types, f"setting {name} stands in two dataclasses"
-            options = typing.get_args(kind)
-            types[name] = options[0] if type(None) in options else kind          # int | None: set by an int
-    return types
-
-
-def setting_value(where, value, kind):
-    """value (a flag's text, or a config file's object) in its setting's type; an error quotes where."""
-    text = isinstance(value, str)
-    if kind in (bool, bool | str) and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in (str, bool | str) and text:
-        return value
-    if kind == list[str]:
-        return [value] if text else list(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        for parse in (int, float):                           # int first: exact, however long
-            with contextlib.suppress(ValueError):
-                number = parse(str(value))
-                if abs(number) < 2 ** 63 and number == kind(number):                  # nan and inf are not
-                    return kind(number)
-    expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
-    raise UserError(f"{where}: {expected.get(kind, 'text')} is needed")
-
-
-def check_bounds(settings):
-    """Refuses a value of a dataclass of settings that is beyond the bounds of its type."""
-    for name, kind in typing.get_type_hints(type(settings), include_extras=True).items():
-        value, options = getattr(settings, name), (kind, *typing.get_args(kind))      # Share | None has two
-        bounded = [option for option in options if hasattr(option, "__metadata__")]
-        if value is None or not bounded:
-            continue
-        least, most = bounded[0].__metadata__
-        if not least <= value <= most:
-            low = "above 0" if 0 < least < 1 else f"{least} or more"
-            high = {math.inf: "", math.nextafter(1, 0): ", below 1"}.get(most, f", at most {most}")
-            raise UserError(f"--{name}={value}: must be {low}{high}")
-
-
-# What settings are called by diffusers' scripts, kohya's, AUTOMATIC1111 and their like; after a colon, how
-# ours differ. Each program suggests its own settings alone.
-NEIGHBOURS = dict(
-    lr="learning_rate learn_rate unet_lr base_lr", schedule="lr_scheduler lr_schedule",
-    warmup="lr_warmup_steps warmup_steps learning_rate_warmup_steps warmup_iters",
-    clip="max_grad_norm gradient_clip gradient_clip_val gradient_clipping grad_clip",
-    weight_decay="adam_weight_decay wd", beta1="adam_beta1", beta2="adam_beta2",
-    ema="use_ema ema_decay: the decay, a number",
-    epochs="num_train_epochs max_train_epochs train_epochs max_epochs num_epochs",
-    images="max_train_steps num_train_steps train_steps total_steps: steps x global_batch, the length of run "
-           "and schedule; max_steps stops early and leaves the schedule as it is",
-    batch_size="train_batch_size", checkpointing="gradient_checkpointing",
-    global_batch="gradient_accumulation_steps accumulate_grad_batches grad_accum total_batch_size: images of "
-                 "one optimizer step, batch_size x processes x accumulation",
-    dtype="mixed_precision precision fp16 bf16 train_dtype torch_dtype: float32, bfloat16 or float16",
-    compile="torch_compile", log="report_to log_with", vae_chunk="vae_batch_size",
-    workers="num_workers dataloader_num_workers max_data_loader_n_workers",
-    data="train_data_dir instance_data_dir data_dir dataset_name dataset", image_size="resolution",
-    text_length="max_token_length max_sequence_length", latents="cache_latents cache_latents_to_disk",
-    vae="vae_path pretrained_vae_model_name_or_path",
-    out_dir="output_dir save_dir logging_dir workspace_dir output_model_destination",
-    out="output_dir outdir output save_dir", resume="resume_from_checkpoint",
-    init_from="pretrained_model_name_or_path pretrained_model pretrained_model_path model_path "
-              "base_model_name",
-    ckpt="pretrained_model_name_or_path model model_path model_id ckpt_path checkpoint",
-    log_every="logging_steps log_interval",
-    save_every="checkpointing_steps checkpoint_step_interval save_every_n_steps save_steps save_interval: in "
-               "steps",
-    keep_ckpts="checkpoints_total_limit checkpoints_rolling_limit save_total_limit",
-    eval_every="eval_steps eval_interval: in steps",
-    sample_every="validation_steps validation_epochs sample_every_n_steps: in steps",
-    preview_prompts="validation_prompt validation_prompts sample_prompts num_validation_images: a file",
-    caption_dropout="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
-    tag_dropout="caption_tag_dropout_rate", tag_separator="caption_separator",
-    t_shift="flow_shift discrete_flow_shift flow_schedule_shift timestep_shift",
-    caption="caption_column text_column", negative_prompt="negative neg_prompt n_prompt",
-    num_images="num_images_per_prompt n_samples batch_count n_iter num_samples", height="H",
-    width="resolution W", steps="num_inference_steps sampling_steps ddim_steps num_steps",
-    shift="flow_shift timestep_shift", cfg="guidance_scale cfg_scale guidance scale",
-    cfg_rescale="guidance_rescale", sampler="sampler_name scheduler",
-    strength="denoising_strength denoise", init_image="init_img init_images image input_image",
-    mask="mask_image",
-    prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen port")
-
-
-def check_name(where, name, known, what="option"):
-    """Refuses a name that is not known, and suggests a near one, or ours for what other programs call so."""
-    if name in known:
-        return
-    def letters(word):
-        return re.sub("[-_]", "", word).lower()
-    alike = {letters(one): one for one in known if abs(len(letters(one)) - len(letters(name))) <= 2}
-    near = difflib.get_close_matches(letters(name), alike, n=1, cutoff=0.75)          # 0.75: siez for size
-    hint = f"Did you mean {alike[near[0]]!r}?" if near else f"Known: {', '.join(known)}."
-    for ours, text in NEIGHBOURS.items():
-        words, _, note = text.partition(":")
-        if ours in known and letters(name) in map(letters, words.split()):
-            hint = f"Did you mean {ours!r}?" + (f" ({note.strip()})" if note else "")
-    raise UserError(f"{where}: no {what} named {name!r}. {hint}")
-
-
-def warn_idle(given, calls, rules):
-    """Warns of each setting that was given, {name: value}, and has no effect in any of calls, objects of all
-    settings; rules: [(names, whether they have none in a call, why)]."""
-    for names, idle, why in rules:
-        for name in names.split():
-            if given.get(name, "") != "" and given[name] is not False and all(map(idle, calls)):
-                print(f"warning: --{name}={given[name]} has no effect {why}")
-
-
-def parse_args(argv, classes, positionals=(), doc="", aliases=MappingProxyType({})):
-    """Command line -> (positional words, {name: typed value} of the settings that were given).
-
-    The settings are the fields of these dataclasses, flat: `--key=value`, `--key value`, booleans also bare.
-    A `list[str]` may be given several times, a `bool | str` is True when bare. A last positional that ends in
-    `...` takes one word or more. aliases: {other flag: setting}. --help prints the settings' source.
-    """
-    types = setting_types(classes)
-    if "--help" in argv or "-h" in argv:
-        print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
-              "Positive above 0, Share from 0 and below 1, Part above 0 and up to 1.\n")
-        for cls in classes:
-            fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
-            print("\n".join(line for line in fields if line.strip()), end="\n\n")
-        sys.exit(0)
-    words, values, rest = [], {}, list(argv)
-    while rest:
-        word = rest.pop(0)
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--") and flag not in aliases:
-            words.append(word)
-            continue
-        name = aliases.get(flag, flag[2:])
-        check_name(word, name, types)
-        kind, following = types[name], rest[0] if rest else "--"
-        if not equals and kind is bool and following.lower() not in ("true", "false"):
-            value = True
-        elif not equals and (re.match(r"--(\w+(=|$)|$)", following)        # a flag: not any text with dashes
-                             or kind == bool | str and following.endswith(".py")):
-            if kind != bool | str:
-                raise UserError(f"{word}: a value is needed, as in {word}=VALUE")
-            value = True
-        elif not equals:
-            value = rest.pop(0)
-        value = setting_value(f"--{name}={value}", value, kind)
-        values[name] = values.get(name, []) + value if kind == list[str] else value
-    some = len(words) > 0 and bool(positionals) and positionals[-1].endswith("...")
-    if len(words) != len(positionals) and not some:
-        raise UserError(f"{' '.join(positionals) or 'nothing'} expected beside the --settings, got "
-                        f"{' '.join(words) or 'nothing'} (quotes make one text of several words); see --help")
-    return words, values
-
-
-def read_config(path, classes):
-    """A config file, plain Python `name = value` lines -> {name: typed value}; _names are its own."""
-    if not os.path.isfile(path):
-        raise UserError(f"config {path}: no such file")
-    names, types = {}, setting_types(classes)
-    try:
-        exec(compile(read_text(path), path, "exec"), names)
-    except Exception as error:                               # whatever the file's own lines raise
-        raise UserError(f"config {path}: {type(error).__name__}: {first_line(error)}") from error
-    values = {}
-    for name, value in names.items():
-        if not name.startswith("_") and not inspect.ismodule(value):
-            where = f"{path}: {name} = {value!r}"
-            check_name(where, name, types)
-            values[name] = setting_value(where, value, types[name])
-    return values
-
-
-class Output:
-    """A stream whose errors end no run: what its encoding cannot hold is escaped, a failed write is dropped.
-
-    The encoding may be ASCII or cp1252, the reader of a pipe gone, a terminal closed, a disk full, or there
-    is no stream (None), as under pythonw.
-    """
-
-    def __init__(self, stream):
-        self.stream = open(os.devnull, "w") if stream is None else stream
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
+# ---- Ranks: the processes of torchrun --------------------------------------------------------------------
 
 def start_ranks():
     """-> rank, ranks. Under torchrun joins its processes, each on its own GPU; else 0, 1."""
@@ -1956,10 +2220,14 @@ def start_ranks():
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def is_distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def gather(thing):
     """What all processes of torchrun bring, in their order; each waits here for the others."""
     things = [thing]
-    if torch.distributed.is_initialized():
+    if is_distributed():
         things *= torch.distributed.get_world_size()
         torch.distributed.all_gather_object(things, thing)
     return things
@@ -1967,61 +2235,140 @@ def gather(thing):
 
 def share(things):
     """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
-    if not torch.distributed.is_initialized():
+    if not is_distributed():
         return things
     return things[torch.distributed.get_rank()::torch.distributed.get_world_size()]
 
 
-PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python", "sklearn": "scikit-learn",
-            "skimage": "scikit-image", "google.protobuf": "protobuf", "dateutil": "python-dateutil",
-            "attr": "attrs", "bs4": "beautifulsoup4", "dotenv": "python-dotenv"}    # module: its package
+# ---- Images ----------------------------------------------------------------------------------------------
+
+# What else is written in a PNG costs no image: Pillow's own limits are 1 MB and 64 MB.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28, 2 ** 29
 
 
-def missing_module(error):
-    """-> the line of a ModuleNotFoundError; it names a package only where installing one is the mend."""
-    name = error.name or ""
-    top = name.partition(".")[0]
-    ours = top in ("hdm", "prepare", "sample", "train")
-    if not name or ours or top in sys.stdlib_module_names:   # the last: Python was built without it
-        return str(error)
-    if sys.modules.get(top) is not None and name not in PACKAGES:
-        return f"{error}; {top} is installed, but has no such part: another version may have it"
-    return f"{error}: pip install {PACKAGES.get(name) or PACKAGES.get(top, top)}"
+def load_image(source, side=None):
+    """An upright RGB image from a path or a stream, in sRGB by its color profile; a broken profile, or EXIF,
+    is ignored; what is transparent becomes white.
+
+    side: its short side is scaled to this length. A JPEG is then decoded in a half, a quarter or an eighth of
+    its size, several times as fast, as long as that leaves the short side twice as long as asked for.
+    """
+    with Image.open(source) as file:
+        (width, height), box, transform = file.size, None, colours_of(file)
+        if side is not None:
+            draft = file.draft(None, (2 * side, 2 * side))
+            if draft:
+                box = draft[1]                               # what the image fills: 187.5 of 188 pixels
+        image, mode = file, transform.input_mode if transform else "RGB"
+        if image.mode.startswith("I"):                       # 16-bit gray: convert would clip it to white
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        if image.mode not in (mode, "RGB") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if image.mode != mode:
+            image = image.convert(mode)
+        if side is not None:
+            image = image.resize(scaled_sides(width, height, side), Image.BICUBIC, box)      # antialiased
+        if transform:                                        # of few pixels: it costs as much as decoding
+            image = transform.apply(image)
+        image.load()
+        image.info = file.info                               # with its EXIF rotation
+        image.info.pop("icc_profile", None)
+        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
+            image = ImageOps.exif_transpose(image)
+        return image
 
 
-def warn(line):
-    """A warning of any process: of all but the first stdout is closed (start_ranks)."""
-    stream = sys.stdout if os.environ.get("RANK", "0") == "0" else sys.stderr
-    print(f"warning: {line}", file=stream, flush=True)
+def colours_of(image):
+    """profile_transform of an open image; None where it has no profile."""
+    return profile_transform(image.info["icc_profile"], image.mode) if "icc_profile" in image.info else None
 
 
-def run(main):
-    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+@functools.lru_cache(maxsize=64)
+def profile_transform(profile, mode):
+    """An embedded color profile (bytes), the image's mode -> ImageCms's transform to sRGB; None where that
+    changes no color by more than 2 of 255; False where the profile is broken or of other channels."""
+    channels = "RGB"
+    if mode == "CMYK":
+        channels = "CMYK"
+    elif mode[0] in "1LI":
+        channels = "L"
     try:
-        main(sys.argv[1:])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            atexit._run_exitfuncs()                          # such as wandb's
-            sys.stdout.flush()
-            os._exit(0)                                      # gloo's threads abort a usual exit now and then
-    except (Exception, KeyboardInterrupt) as error:
-        if re.search("out of memory|can't allocate memory", str(error)) and isinstance(error, RuntimeError):
-            error = UserError("out of memory: a lower --batch_size, a smaller image or --dtype=bfloat16")
-        code = {KeyboardInterrupt: 130, UserError: 2, ModuleNotFoundError: 2}.get(type(error), 1)
-        if isinstance(error, ModuleNotFoundError):           # an optional one, imported where it is asked for
-            error = missing_module(error)
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # Of several ranks the first to fail prints its error: the others then fail because it is gone.
-        key = "failed" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-        if not together or torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1:
-            line = str(error).rpartition("UserError: ")[2].strip()                    # of a loader process
-            text = {1: traceback.format_exc(), 2: f"error: {line}", 130: "interrupted"}[code]
-            print(text, file=sys.stderr, flush=True)
-        if hasattr(signal, "SIGCHLD"):                       # torch's handler would raise as loaders die
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():
-            worker.kill()                                    # they do not listen to a gentle end
-        if together:
-            os._exit(code)                                   # a usual exit would wait for the others
-        sys.exit(code)
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        own = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        if (own, channels) != ("RGB", "L") and own != channels:
+            return False
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), own, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError, TypeError, ValueError):
+        return False
+    cube = bytes(itertools.chain.from_iterable(itertools.product(range(0, 256, 51), repeat=3)))
+    probe = Image.frombytes("RGB", (216, 1), cube).convert(own)
+    changes = ImageChops.difference(transform.apply(probe), probe.convert("RGB")).getextrema()
+    return transform if max(most for _, most in changes) > 2 else None
+
+
+def check_size(height, width, config, vae):
+    """Refuse an image that the model cannot do, naming the nearest that it can."""
+    step = config.patch_size * (vae.factor if vae is not None else 1)
+    if height < step or width < step or height % step or width % step:
+        near_w, near_h = (max(step, round(side / step) * step) for side in (width, height))
+        raise UserError(f"{width}x{height}: width and height must be multiples of {step} (patch x VAE "
+                        f"factor), such as {near_w}x{near_h}")
+
+
+def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
+    """Images (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
+    of the columns above and of the rows to the left, where they are given."""
+    letter = 7                                               # pixels
+    height = max(image.shape[0] for image in images) * scale + gap
+    width = max([image.shape[1] * scale + gap for image in images] + [letter * len(label) for label in tops])
+    left = letter * max([len(label) for label in sides], default=0) + gap
+    top = gap
+    if tops:
+        top += 2 * letter
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (left + columns * width, top + rows * height), "white")
+    for i, image in enumerate(images):
+        tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
+        sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
+    for i, label in enumerate(tops):
+        ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
+    for i, label in enumerate(sides):
+        ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
+    return sheet
+
+
+# ---- Files -----------------------------------------------------------------------------------------------
+
+def looks_local(name):
+    """True for a path, even of something missing; False for what looks like a hub id (Qwen/Qwen3-0.6B)."""
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    return os.path.exists(name) or os.path.isdir(os.path.dirname(name)) or not hub_id
+
+
+def read_text(path):
+    """A person's text file: UTF-8, with a byte order mark or without. Its lines end at \\n and \\r\\n alone:
+    split("\\n") and strip them; splitlines would end them at eight other characters, too."""
+    return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def make_folder(path, flag):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be a folder to write in ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(parent, prefix):
+    """A temporary folder in parent; first, those that killed processes left there are deleted."""
+    from filelock import FileLock, Timeout
+    for old in Path(parent).iterdir():
+        if old.name.startswith(prefix) and (old / "lock").is_file():
+            with contextlib.suppress(Timeout, OSError, NotImplementedError):
+                with FileLock(old / "lock", timeout=0):      # free when its process ends, however it ends
+                    shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):       # a disk without locks: none is deleted
+            stack.enter_context(FileLock(Path(folder, "lock"), timeout=0))
+        yield Path(folder)

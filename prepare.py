@@ -7,8 +7,31 @@
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
     python prepare.py judge --ckpt=out/demo                  # how many unseen captions are drawn right
 
-In order: the settings; captioned images as they lie on people's disks; the index; the order of training; the
-cache of latents; training examples; commands. Then extras: a dry run, a text encoder for captions, the demo.
+What is read, and how:
+  captions beside images   a/7.jpg with a/7.txt, .caption or .json, or a/7.jpg.txt, a/7.jpg.json (gallery-dl,
+                           Hydrus)
+  a .json for each image   its text, caption, prompt, tags or tag_string; a text; a list of tags; groups of
+                           tags, {"tags": {"general": ["solo"]}}
+  kohya's repeats          10_cat/7.png: ten times an epoch (1_ to 999_, at the top of PATH)
+  kohya's metadata         meta_cap.json, {"7": {"caption": "a cat", "tags": "cat, mat"}}: tags are shuffled
+  imagefolder              metadata.jsonl or .csv, {"file_name": "7.jpg", "text": "a cat"}; of a list of texts
+                           one is drawn
+  WebDataset               00000.tar with 007.jpg, 007.txt, as img2dataset writes it, is read in place
+  parquet                  train-00000.parquet with image and text, by pyarrow; an image reads its row group
+  tables, where named      csv, tsv, jsonl, json (also COCO's), parquet; images lie anywhere below its folder
+
+A table's row is for the image that it names as file_name, file, path, filename, image, img_path, image_path
+or filepath, with or without its suffix and, in a table that is named, its folder; without these columns, as
+id (1 and 1.0 are 1.jpg). --name_column=X takes column X. A row that names a file only in another column is
+left out, and the report names the flag that reads it. Several rows of one image are alternatives. In a tsv "
+is a letter; in a csv a quote that is closed late costs its row alone. Columns of tags are split at commas,
+else at spaces.
+PATH=0.5 is a weight: half of these images, drawn anew, stand in each epoch; PATH=2.5 is each twice and half
+of them once more.
+
+In order: the settings; sources, which are folders, tars and tables of captioned images; the index; the order
+of training; the cache of latents; training examples; commands. Then extras: a dry run, a text encoder for
+captions, the demo.
 """
 import bisect
 import contextlib
@@ -28,11 +51,11 @@ import textwrap
 import time
 import unicodedata
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -57,15 +80,15 @@ class DemoSettings:
 class TextEncoderSettings:
     out: str = "data/text_encoder"  # folder for the tokenizer and the model
     vocab: Annotated[int, 257, math.inf] = 4096  # most tokens; the least: 256 bytes and the pad
-    tag_separator: str = "$$"       # this and the next as train.py has them
-    spaces: bool = False            # likewise
+    tag_separator: str = "$$"       # between the tags of a caption, as for train.py
+    spaces: bool = False            # underscores in tags become spaces, as for train.py
 
 
 @dataclass
 class DataSettings:
     out: str = "data/index"         # folder for the index; latents go beside it
     caption: str = ""               # by columns of tables and .json: '{characters} $$ {artist} ||| {tags}'
-    name_column: str = ""           # of tables: has the images' names; default: file_name ... filepath, or id
+    name_column: str = ""           # of tables, with the images' names; default: as above
     caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
@@ -97,29 +120,43 @@ class JudgeSettings:
     camera: bool = False            # measure instead how far shifts and zooms move the shape
 
 
-# ---- captioned images as they lie on people's disks --------------------------------------------------------
+# ---- sources: captioned images as they lie on people's disks -----------------------------------------------
+# A source is a folder, a tar or a table. In order: an image's Record; reading images; captions and names in
+# rows; kinds of tables; which row is for which image; text files; folders and tars; scan, which joins them.
+# A span (file, offset, length) says where an image or a text lies, as open_at reads it.
 IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".avif")
 OTHERS = tuple(".arw .cr2 .dng .exr .heic .heif .ico .jp2 .jxl .nef .psd .svg .tga .tif .tiff".split())
-TEXTS = (".txt", ".caption", ".json")            # of the caption beside an image: the first one there counts
+TEXTS = (".txt", ".caption", ".json")            # beside an image: the first that is there has its caption
 TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+# Ends of names: gz and bz2 without a dot are those of .tgz and .tbz2, too.
 ARCHIVES = tuple(".7z .arrow bz2 .cbz gz .h5 .lmdb .lz4 .parquet .rar .tar .tfrecord xz .zip zst".split())
 KINDS = {OTHERS: "format not read", ARCHIVES: "archive not read", TABLES: "table or json that is no source",
-         TEXTS: "caption without an image"}      # of what is passed over
-IMAGE_HEAD = rb"(?s)II\*\0|MM\0\*|\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
+         TEXTS: "caption without an image"}      # in the report, of files that were not read
 SYSTEM = ("$recycle.bin,$windows.~bt,#recycle,#snapshot,~snapshot,@eadir,@recently-snapshot,@recycle,@tmp,"
           "__macosx,desktop.ini,ehthumbs.db,ehthumbs_vista.db,found.000,lost.dir,lost+found,network "
           "trash folder,recycled,recycler,system volume information,temporary items,thumbs.db").split(",")
 FILE_COLUMNS = ("file_name", "file", "path", "filename", "image", "img_path", "image_path", "filepath")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags", "tag_string", "tag_groups")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
-# name: path below the source, its identity; file: the image, or the tar that holds it at offset; texts: other
-# files that its caption comes from; stamp: of these three; image: of file alone; lines: of its caption file;
-# source: its number in the call; place: in [0, 1), a hash of the name, so that no added data move an image
-# across the split; colours: 1 where its profile makes other colours of them, 2 where that is broken.
-Record = namedtuple(
-    "Record",
-    "name file texts caption offset length width height weight stamp image lines source place colours",
-    defaults=[0])
+
+
+class Record(NamedTuple):
+    """What the index says of one image."""
+    name: str         # its path below the source, by which it is known
+    file: str         # the image; or the tar or parquet file that holds it
+    texts: tuple      # other files that its caption comes from
+    caption: str      # as hdm.draw_caption takes it
+    offset: int       # where it lies in the file, as open_at takes it; 0: it is the file
+    length: int       # bytes
+    width: int        # pixels, upright
+    height: int       # likewise
+    weight: float     # how often it stands in an epoch
+    stamp: int        # stamp_of its names, its file and its texts: the same means not edited
+    image: int        # stamp_of(file) alone
+    lines: int        # in its caption file that are not empty
+    source: int       # the source's number in the call
+    place: float      # in [0, 1), a hash of the name: no added data move an image across the split
+    colours: int = 0  # 1: its profile makes other colours of its values; 2: its profile is broken
 
 
 class Report(dict):
@@ -128,10 +165,12 @@ class Report(dict):
     def add(self, kind, path):
         entry = self.setdefault(str(kind), {"count": 0, "paths": []})
         entry["count"] += 1
-        entry["paths"] += [printable(path)] * (len(entry["paths"]) < 1000)
+        if len(entry["paths"]) < 1000:
+            entry["paths"].append(printable(path))
 
     @contextlib.contextmanager
-    def leaving_out(self, path):                 # what stops the block is counted, and stops nothing else
+    def leaving_out(self, path):
+        """An error of a user's file ends the block, is counted by its kind and stops nothing else."""
         try:
             yield
         except hdm.UserError as error:
@@ -148,13 +187,15 @@ def printable(text):
 
 def stamp_of(*files, key=()):
     """64 bits of a key and of the sizes and times of files: unchanged means not edited."""
-    stats = [*key, *((info.st_size, info.st_mtime_ns) for info in map(os.stat, files))]
+    infos = [os.stat(file) for file in files]
+    stats = [*key] + [(info.st_size, info.st_mtime_ns) for info in infos]
     return int.from_bytes(hashlib.blake2b(repr(stats).encode(), digest_size=8).digest(), "little")
 
 
+# ---- reading an image --------------------------------------------------------------------------------------
 def open_at(file, offset, length):
-    """A span: a plain file; a member of a tar, which is read whole; or an image of a parquet file, where
-    offset is 1 + its row in a row group + 2^32 x the group."""
+    """Opens a span: a plain file, where offset is 0; a member of a tar, which is read at once; or an image of
+    a parquet file, where offset is 1 + its row in a row group + 2^32 x the group."""
     if offset and file.lower().endswith(".parquet"):
         group, row = divmod(offset - 1, 2 ** 32)
         return io.BytesIO(image_bytes(read_row_group(file, stamp_of(file), group)[row]))
@@ -166,85 +207,144 @@ def open_at(file, offset, length):
         return io.BytesIO(stream.read(length))
 
 
-def measure_image(stream, length, verify=False):
-    """-> upright width and height of an image file of this length, from its header, or, verify, decoded; and
-    Record's colours.
+def starts_as_image(data):
+    """Whether a file of any name begins as an image does: TIFF (of either byte order), JPEG, PNG, GIF, WebP,
+    BMP, AVIF or HEIF. data: at least 16 bytes of it."""
+    heads = rb"II\*\0|MM\0\*|\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM....\0\0\0\0|....ftyp(avi|hei|mif)"
+    return re.match(heads, data, re.DOTALL) is not None
 
-    UserError, in words: zero bytes, no readable header, too large, truncated (JPEG, PNG and GIF have an end,
-    a cut WebP has no readable header, BMP and AVIF do not tell), does not decode.
-    """
-    ends = dict(JPEG=rb"\xff\xd9", MPO=rb"\xff\xd9", PNG=rb"IEND\xaeB`\x82", GIF=rb"\0;[\0\r\n ]*\Z")
-    trouble, turned = "no readable header" if length else "zero bytes", False
+
+@contextlib.contextmanager
+def refusing(kind):
+    """An image that makes the block fail is of this kind. A broken one can raise anything in Pillow."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # Pillow's, about what is judged here
-            image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
-            start, end, transform = stream.tell(), ends.get(image.format, b""), hdm.colours_of(image)
-            with contextlib.suppress(Exception):             # a broken EXIF turns nothing
-                # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
-                turned = Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
-        trouble = "truncated"
-        # An end before start is that of a JPEG's thumbnail.
-        stream.seek(max(start, length - 2 ** 16))
-        if not re.search(end, stream.read()):                # cut, or much lies behind it: a phone's film
-            stream.seek(start)
-            assert re.search(end.removesuffix(rb"[\0\r\n ]*\Z"), stream.read())
-            for i in range(image.n_frames if image.format == "GIF" else 1):
-                image.seek(i)
-                image.load()
-        trouble = "does not decode"
-        stream.seek(0)
-        sides = hdm.load_image(stream).size if verify else image.size[::-1] if turned else image.size
-        return *sides, 2 if transform is False else int(transform is not None)
-    except Exception as error:                               # what is broken can raise anything
-        bomb = isinstance(error, Image.DecompressionBombError)
-        raise hdm.UserError("too large" if bomb else trouble) from error
+        yield
+    except Image.DecompressionBombError as error:
+        raise hdm.UserError("too large") from error
+    except Exception as error:
+        raise hdm.UserError(kind) from error
+
+
+def measure_image(stream, length, verify=False):
+    """-> upright width and height of an image file of this length, from its header; and Record's colours.
+
+    verify: decode it, too. UserError: zero bytes, no readable header, too large, truncated (JPEG, PNG and GIF
+    have an end, a cut WebP has no readable header, BMP and AVIF do not tell), does not decode.
+    """
+    if length == 0:
+        raise hdm.UserError("zero bytes")
+    with refusing("no readable header"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # Pillow's, about what is judged here
+        image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
+        header = stream.tell()
+        transform = hdm.colours_of(image)
+        width, height = image.size
+        with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
+            # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
+            if Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8):
+                width, height = height, width
+    with refusing("truncated"):
+        check_end(image, stream, header, length)
+    if verify:
+        with refusing("does not decode"):
+            stream.seek(0)
+            width, height = hdm.load_image(stream).size
+    if transform is False:
+        return width, height, 2
+    return width, height, int(transform is not None)
+
+
+def check_end(image, stream, header, length):
+    """Raises where an open image's file is cut. header: the bytes read so far, the thumbnail's among them:
+    an end in these is the thumbnail's."""
+    end = {"JPEG": rb"\xff\xd9", "MPO": rb"\xff\xd9", "PNG": rb"IEND\xaeB`\x82", "GIF": rb"\0;"}
+    if image.format not in end:
+        return                                               # nothing to look for
+    # A GIF's end is two bytes that any pixels may hold: it counts where only padding is behind it.
+    last = rb"[\0\r\n ]*\Z" if image.format == "GIF" else b""
+    stream.seek(max(header, length - 2 ** 16))
+    if re.search(end[image.format] + last, stream.read()):
+        return
+    # Cut, or much lies behind the end, such as a phone's film: then it is somewhere, and all frames decode.
+    stream.seek(header)
+    if not re.search(end[image.format], stream.read()):
+        raise ValueError("no end")
+    frames = image.n_frames if image.format == "GIF" else 1
+    for i in range(frames):
+        image.seek(i)
+        image.load()
+
+
+# ---- captions and names in a row ---------------------------------------------------------------------------
+def texts_in(name, value):
+    """-> the texts in the column `name`: one, those of a list, or the tags of groups {group: tags}. A string
+    of tags is split at commas, else at spaces."""
+    found = []
+    if isinstance(value, dict):
+        for group in value.values():
+            if isinstance(group, (str, list, dict)):         # numbers are taggers' scores
+                found += texts_in(name, group)
+        return found
+    of_tags = re.search(r"(^|_)tags?(_|$)", name.lower())
+    if of_tags and isinstance(value, str) and "$$" not in value:
+        value = value.split("," if "," in value else None)
+    if not isinstance(value, list):
+        value = [value]
+    for part in value:
+        if isinstance(part, (str, int, float)) and str(part) != "nan":
+            found.append(" ".join(str(part).split()))
+    return [text for text in found if text]
+
+
+def as_row(thing):
+    """A table's row or an image's .json, which may also be a text or a list of tags -> {column: value}."""
+    if isinstance(thing, str):
+        return {"caption": thing}
+    if isinstance(thing, list) and all(isinstance(tag, str) for tag in thing):
+        return {"tags": thing}
+    if not isinstance(thing, dict):
+        raise hdm.UserError("json without a caption: no text, list of texts or object")
+    groups = {}                                  # Danbooru's tag_string_general, gallery-dl's tags_general
+    for name, value in thing.items():
+        if re.match("(tag_string|tags)_", name) and isinstance(value, (str, list)):
+            groups[name] = value
+    return {**thing, "tag_groups": groups} if groups else thing
 
 
 def row_caption(row, template):
-    """The caption in a table's row or an image's .json: of the first of TEXT_COLUMNS that holds one, or the
-    template filled in; " $$ " between tags, in a list, in groups of them, or in a string with commas or else
-    spaces. A .json may also be a text or a list of tags."""
-    def texts(name, value):
-        if isinstance(value, dict):
-            groups = [group for group in value.values() if isinstance(group, (str, list, dict))]
-            return [text for group in groups for text in texts(name, group)]  # numbers are taggers' scores
-        if re.search(r"(^|_)tags?(_|$)", name.lower()) and isinstance(value, str) and "$$" not in value:
-            value = value.split("," if "," in value else None)
-        values = [str(one) for one in (value if isinstance(value, list) else [value])
-                  if isinstance(one, (str, int, float))]
-        return [" ".join(one.split()) for one in values if one.split() and one != "nan"]
-    if isinstance(row, str):
-        row = {"caption": row}
-    elif isinstance(row, list) and all(isinstance(tag, str) for tag in row):
-        row = {"tags": row}
-    if not isinstance(row, dict):
-        raise hdm.UserError("json without a caption: no text, list of texts or object")
-    groups = {name: value for name, value in row.items()  # Danbooru's tag_string_general, gallery-dl's
-              if re.match("(tag_string|tags)_", name) and isinstance(value, (str, list))}  # tags_general
-    row = {**row, "tag_groups": groups} if groups else row
-    if not row.keys() & set(re.findall(COLUMN, template) or TEXT_COLUMNS):
+    """The caption of a row, as as_row takes it: the template filled in, " $$ " between tags; or without one
+    the alternatives in the first of TEXT_COLUMNS that holds texts."""
+    row = as_row(row)
+    wanted = re.findall(COLUMN, template) or TEXT_COLUMNS
+    if not row.keys() & set(wanted):
         raise hdm.UserError(f"json or row without a caption: keys {', '.join(list(row)[:3]) or '(none)'}")
-    if template:                                 # in one pass: braces in a caption name no column
-        return re.sub(COLUMN, lambda match: " $$ ".join(texts(match[1], row.get(match[1]))), template)
-    name = next((name for name in TEXT_COLUMNS if texts(name, row.get(name))), "")
-    odd = [other for other in TEXT_COLUMNS if not isinstance(row.get(other) or "", (str, int, float))]
-    if odd and not name:
-        raise hdm.UserError(f"json or row without a caption: no texts in {odd[0]}")
-    return (" $$ " if name.startswith("tag") else hdm.OR).join(texts(name, row.get(name)))
+    if template:
+        # In one pass: braces in a caption name no column.
+        return re.sub(COLUMN, lambda match: " $$ ".join(texts_in(match[1], row.get(match[1]))), template)
+    for name in TEXT_COLUMNS:
+        texts = texts_in(name, row.get(name))
+        if texts:
+            return (" $$ " if name.startswith("tag") else hdm.OR).join(texts)
+    for name in TEXT_COLUMNS:
+        if row.get(name) and not isinstance(row[name], (str, int, float)):
+            raise hdm.UserError(f"json or row without a caption: no texts in {name}")
+    return ""
 
 
 def row_name(row, column):
     """What a row calls its image: in the column, else in the first of FILE_COLUMNS that it fills; its id only
     where no other column names a file. UserError where it does not say."""
     names = [column] if column else [name for name in FILE_COLUMNS if name in row]
-    others = {name: str(row[name]).rstrip("'\"]}") for name in row if name not in TEXT_COLUMNS}  # lists, too
-    files = [name for name, text in others.items() if text.lower().endswith(IMAGES) and "://" not in text]
-    if files and not names:
-        raise hdm.UserError(f"row that names a file in another column: --name_column={files[0]}, or =id")
-    for name in names or ["id"]:
+    if not names:
+        names = ["id"]
+        for name, value in row.items():
+            text = str(value).rstrip("'\"]}").lower()        # the last of a list, too
+            if name not in TEXT_COLUMNS and text.endswith(IMAGES) and "://" not in text:
+                raise hdm.UserError(f"row that names a file in another column: --name_column={name}, or =id")
+    for name in names:
         value = row.get(name)
-        value = value.get("path") if isinstance(value, dict) else value  # Hugging Face's, beside "bytes"
+        if isinstance(value, dict):              # Hugging Face's, beside "bytes"
+            value = value.get("path")
         if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:  # above it is rounded
             value = int(value)
         if isinstance(value, (str, int)) and str(value).strip():
@@ -252,7 +352,231 @@ def row_name(row, column):
     raise hdm.UserError(f"row without a file_name, path or id: columns {', '.join(map(str, list(row)[:5]))}")
 
 
-def plain(path):
+# ---- kinds of tables ---------------------------------------------------------------------------------------
+# Each *_rows yields (where, row, offset): "line 5" or "row 5", for the report; {column: value}, or anything
+# else for a broken row; and where a parquet file holds the row's image (open_at), else 0.
+def kind_of_name(text):
+    """"file" for an image's file name; else whether the text is one word, and whether it has digits."""
+    text = text.strip(' "')
+    if text.lower().endswith(IMAGES):
+        return "file"
+    return len(text.split()) == 1, re.search(r"\d", text) is not None
+
+
+def holds_other_rows(lines, cells, at, width):
+    """Whether a csv record of several lines took in other rows, behind a quote that is closed late.
+
+    It did if it has not a cell for each of width columns, if its name, cells[at], has several lines, or if
+    another of its lines looks like a row: as many cells, and such a name. (A caption may have lines that look
+    so: none can say what is meant.)
+    """
+    if len(cells) != width or "\n" in cells[at]:
+        return True
+    own = sum(cell.count("\n") for cell in cells[:at])       # the line with its name
+    spots = [at, at - width]                     # from the left and the right: a caption may have commas
+    if at == 0:
+        spots = [0]
+    if at == width - 1:
+        spots = [-1]
+    for line in lines[:own] + lines[own + 1:]:
+        row = line.strip().split(",")
+        for spot in spots:
+            if len(row) >= width and kind_of_name(row[spot]) in ("file", kind_of_name(cells[at])):
+                return True
+    return False
+
+
+def csv_rows(lines, column, **how):
+    """Rows of a csv file. Where a quote is not closed, or a record of several lines holds others, its first
+    line is a broken row, and the second begins the next one: a broken row costs no other its caption."""
+    header = None
+    start = 0                                    # of a record in lines
+    while start < len(lines):
+        reader = csv.reader((lines[i] for i in range(start, len(lines))), strict=True, **how)
+        cells = None                             # a quote is wrong
+        with contextlib.suppress(csv.Error):
+            cells = next(reader)
+        taken = lines[start:start + reader.line_num]
+        if cells is not None and not "".join(cells).strip():
+            pass                                 # lines without text
+        elif header is None:
+            if cells is None:
+                raise hdm.UserError("broken first line")
+            header = [cell.strip() for cell in cells]
+            names = [column] if column else [*FILE_COLUMNS, "id"]
+            known = [name for name in names if name in header]
+            name_at = header.index(known[0]) if known else 0
+        else:
+            if len(taken) > 1 and (cells is None or holds_other_rows(taken, cells, name_at, len(header))):
+                cells, taken = None, taken[:1]
+            complete = cells is not None and len(cells) <= len(header)
+            yield f"line {start + 1}", dict(zip(header, cells)) if complete else None, 0
+        start += len(taken)
+
+
+def json_rows(text):
+    """Rows of a .json file: a list of them, COCO's, or an object by image."""
+    table = json.loads(text)
+    if isinstance(table, dict) and isinstance(table.get("images"), list):
+        table = coco_rows(table)
+    elif isinstance(table, dict):                # kohya's {image: {"caption": , "tags": }}, {image: caption}
+        rows = []
+        for name, row in table.items():
+            if not isinstance(row, dict):
+                row = {"caption": row}
+            rows.append({"file_name": name, **row})
+        table = rows
+    elif not isinstance(table, list):
+        table = [table]
+    for number, row in enumerate(table, 1):
+        yield f"row {number}", row, 0
+
+
+def coco_rows(table):
+    """The rows of COCO's captions, each under the file name of its image."""
+    names = {}
+    for image in objects_in(table["images"]):
+        key, name = str(image.get("id")), image.get("file_name")
+        if "id" in image and names.get(key, name) != name:
+            raise hdm.UserError(f"COCO's, where {names[key]} and {name} have one id, {key}")
+        names[key] = name
+    notes = objects_in(table.get("annotations"))
+    rows = []
+    for note in notes:
+        if "caption" in note:
+            rows.append({**note, "file_name": names.get(str(note.get("image_id")))})
+    if not rows:
+        what = f"annotations with {', '.join(sorted(notes[0])[:5])}" if notes else "a list of images"
+        raise hdm.UserError(f"COCO's, without captions: {what}")
+    return rows
+
+
+def objects_in(value):
+    """The objects in a json list; none in anything else."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def jsonl_rows(lines):
+    for number, line in enumerate(lines, 1):
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if line.strip():
+            yield f"line {number}", row, 0
+
+
+def parquet_rows(path):
+    """Rows of a parquet file, without the images that it may hold."""
+    file, image_column = open_parquet(path)
+    paths = [file.schema.column(i).path for i in range(len(file.schema))]      # image.path of a struct image
+    columns = [path for path in paths if path != image_column and not path.endswith(".bytes")]
+    number = 0                                   # of the row in the file
+    for group in range(file.num_row_groups):
+        offset = group * 2 ** 32                 # as open_at has it: the group's first row is 1 more
+        for batch in file.iter_batches(row_groups=[group], columns=columns, use_threads=False):
+            for row in batch.to_pylist() or [{}] * batch.num_rows:
+                offset += 1
+                yield f"row {number:06d}", row, offset if image_column else 0
+                number += 1
+
+
+def open_parquet(path):
+    """-> a pyarrow ParquetFile, and its column of image files or None: it may have their names."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise hdm.UserError("parquet is read by pyarrow, which is not here: pip install pyarrow") from error
+    file = ParquetFile(path, buffer_size=2 ** 20)
+    blobs = []
+    for i in range(len(file.schema)):
+        leaf = file.schema.column(i)
+        of_bytes = leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
+        if of_bytes and not leaf.max_repetition_level:       # no list
+            blobs.append(leaf.path)
+    blobs.sort(key=lambda path: path.split(".")[0] != "image")     # False first: the column image
+    for column in blobs:
+        if holds_images(file, column):
+            return file, column
+    return file, None
+
+
+def holds_images(file, column):
+    """Whether one of a column's first 16 values is an image: bytes may be a hash or an embedding, too."""
+    checked = 0
+    for batch in file.iter_batches(16, columns=[column], use_threads=False):
+        for data in [image_bytes(cell) for cell in batch[0]]:
+            if starts_as_image(data):
+                return True
+            checked += len(data) > 0
+            if checked == 16:
+                return False
+    return False
+
+
+def image_bytes(cell):
+    value = cell.as_py()
+    while isinstance(value, dict):               # structs that hold the bytes and nothing else
+        (value,) = value.values()
+    return value or b""
+
+
+@functools.lru_cache(maxsize=1)
+def read_row_group(path, stamp, group):
+    """The images of a row group, the least that parquet can read; the last one stays in memory. stamp: of the
+    file, so that an edited one is read anew."""
+    file, image_column = open_parquet(path)
+    return file.read_row_group(group, columns=[image_column], use_threads=False).column(0)
+
+
+def table_rows(path, span, column):
+    """The rows of a table of any kind."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == ".parquet":
+        yield from parquet_rows(path)
+        return
+    with open_at(*span) as file:
+        lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
+        if suffix == ".json":
+            yield from json_rows("".join(lines))
+        elif suffix == ".jsonl":
+            yield from jsonl_rows(lines)
+        elif suffix == ".tsv":                   # a quote is a letter there
+            yield from csv_rows(list(lines), column, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            yield from csv_rows(list(lines), column)
+
+
+def read_table(path, span, s, rows, report):
+    """Adds the captions of a table to rows -> {path/row: span} of images that it holds itself."""
+    columns = set()                              # of all rows
+    captions = []                                # (name, caption)
+    images = {}
+    for where, row, offset in table_rows(path, span, s.name_column):
+        with report.leaving_out(f"{path}, {where}"):
+            if not isinstance(row, dict):
+                raise hdm.UserError("broken table row")
+            columns.update(row)
+            if offset:
+                name = os.path.join(path, where.removeprefix("row "))
+            else:
+                name = os.path.join(os.path.dirname(path), row_name(row, s.name_column))
+            name = os.path.normpath(name)
+            template = s.caption
+            if not template and path.lower().endswith(".json") and {"caption", "tags"} <= row.keys():
+                template = "{caption} ||| {tags}"            # as kohya uses them
+            captions.append((name, row_caption(row, template)))
+            if offset:
+                images[name] = path, offset, 0
+    missing = {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}
+    if missing:
+        raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
+    for name, caption in captions:
+        rows.add(name, caption, span[0])
+    return images
+
+
+# ---- which row is for which image --------------------------------------------------------------------------
+def comparable(path):
     """How names are compared that are not the same letter by letter: é as one letter (a Mac has two), 0012
     and 12.0 as 12."""
     folder, name = os.path.split(unicodedata.normalize("NFC", path))
@@ -262,6 +586,11 @@ def plain(path):
 
 @dataclass(slots=True)
 class Row:
+    """What tables say of one name, and the image that it is for.
+
+    The line `cat.png,a cat` of /data/t.csv makes Row("a cat", ("/data/t.csv",)) of the name /data/cat.png; a
+    line `cat.png,a tabby` after it makes the caption two alternatives, "a cat" and "a tabby".
+    """
     caption: str = ""       # alternatives, if several rows have its name
     tables: tuple = ()      # the files that they are from
     nearness: int = 9       # of the image that it is for, as in Rows.candidates
@@ -270,38 +599,57 @@ class Row:
 
 
 class Rows(dict):
-    """{path of an image, with or without suffix, as tables have it: Row}. A row is for the image that is
-    nearest to its name, and for none where two are."""
+    """{path of an image, with or without suffix, as tables have it: Row}.
+
+    A name may fit several images, and an image several names. So all images are shown to `claim` first: each
+    row keeps the nearest and is for none where two are as near. Then `take` gives an image the rows that kept
+    it. Names are matched in this order, here for the image /data/s/cat.png and the table /data/t.csv:
+      0  its path, with suffix or without:           s/cat.png, s/cat
+      1  its name alone, where t.csv is the source:  cat.png, cat
+      2  as 0, but as `comparable` has it, if this is so of one row only: s/0012 would be for s/12.png
+      3  as 1, likewise
+    So the row `cat.png` is for s/cat.png. Where there is a t/cat.png, too, it is for none; where there is a
+    /data/cat.png, it is for that one, which is nearer. The rows `s/cat.png` and `s/cat` are both for
+    s/cat.png, as alternatives.
+    """
     base = None                                  # folder of the table, where that is the source
 
     def __init__(self):
-        self.alike = {}                          # {plain form: names that have it}
+        self.alike = {}                          # {comparable form: the other names that have it}
 
     def add(self, name, caption, table):
         row = self.setdefault(name, Row())
-        if caption not in row.caption.split(hdm.OR):
-            row.caption += hdm.OR * bool(row.caption) + caption
-        row.tables = (*row.tables, table) if table not in row.tables else row.tables
-        if plain(name) != name:
-            self.alike.setdefault(plain(name), {name}).add(name)
+        if not row.caption:
+            row.caption = caption
+        elif caption not in row.caption.split(hdm.OR):
+            row.caption += hdm.OR + caption
+        if table not in row.tables:
+            row.tables = (*row.tables, table)
+        form = comparable(name)
+        if form != name:
+            self.alike.setdefault(form, set()).add(name)
 
     def candidates(self, image):
-        """Yields (nearness, row) of the rows that an image may have: 0 by its path, 1 by its name alone in a
-        table that is the source; 2 and 3 likewise, but as plain() compares them, if one row has that form."""
+        """Yields (nearness, row) of the rows that an image may have."""
+        if not self:                             # as mostly, then it costs nothing
+            return
         stem = os.path.splitext(image)[0]
-        names = {image: 0} if stem.lower().endswith(IMAGES) else {image: 0, stem: 0}
+        names = {image: 0}
+        if not stem.lower().endswith(IMAGES):    # 7.jpg is no name of 7.jpg.png
+            names[stem] = 0
         if self.base:
             names = {os.path.join(self.base, os.path.basename(name)): 1 for name in names} | names
         for name, nearness in names.items():
             if name in self:
                 yield nearness, self[name]
-            like = plain(name)
-            alike = {like} & self.keys() | self.alike.get(like, set())
+            form = comparable(name)
+            alike = {form} & self.keys() | self.alike.get(form, set())
             if len(alike) == 1:
                 yield nearness + 2, self[alike.pop()]
 
     def claim(self, images):
-        for image in images if self else ():
+        """Shows images to the rows, before any of them takes its own."""
+        for image in images:
             stem = os.path.splitext(image)[0]
             for nearness, row in self.candidates(image):
                 if nearness < row.nearness:
@@ -312,187 +660,112 @@ class Rows(dict):
     def take(self, image):
         """-> the captions of an image's nearest rows, as alternatives, or "", and their tables' files."""
         stem = os.path.splitext(image)[0]
-        rows = [row for nearness, row in (self.candidates(image) if self else ())
-                if (nearness, stem) == (row.nearness, row.image)]
-        nearest = min((row.nearness for row in rows), default=0)
-        rows = [row for row in rows if row.nearness == nearest]
+        own = [row for near, row in self.candidates(image) if (near, stem) == (row.nearness, row.image)]
+        nearest = min((row.nearness for row in own), default=0)
+        rows = [row for row in own if row.nearness == nearest]
+        tables = set()
         for row in rows:
             row.used = True
-        return hdm.OR.join(row.caption for row in rows), {table for row in rows for table in row.tables}
+            tables.update(row.tables)
+        return hdm.OR.join(row.caption for row in rows), tables
 
 
-def swallows(lines, cells, place, width):
-    """Whether a csv record of several lines took in others, behind a quote that is closed late: it has not a
-    cell for each column, its name at place has several lines, or another line looks like a row: as many
-    cells, and such a name. (Captions may have lines that look so: none can say what is meant.)"""
-    def look(name):                              # True: a file's; else whether it is one word, has digits
-        name = name.strip(' "')
-        return name.lower().endswith(IMAGES) or (len(name.split()) == 1, bool(re.search(r"\d", name)))
-    if len(cells) != width or "\n" in cells[place]:
-        return True
-    own = sum(cell.count("\n") for cell in cells[:place])  # the line with its name
-    rows = [line.strip().split(",") for line in lines[:own] + lines[own + 1:]]
-    spots = {0: [0], width - 1: [-1]}.get(place, [place, place - width])  # a caption may have commas
-    looks = True, look(cells[place])
-    return any(look(row[spot]) in looks for row in rows if len(row) >= width for spot in spots)
-
-
-def csv_rows(lines, column, **how):
-    """Yields (where, row) of a csv file, None for a broken row. Where a quote is not closed, or a record of
-    several lines swallows others, its first line is the broken row, and the second begins the next one."""
-    header, at = None, 0
-    while at < len(lines):
-        reader = csv.reader((lines[i] for i in range(at, len(lines))), strict=True, **how)
-        cells = None
-        with contextlib.suppress(csv.Error):
-            cells = next(reader)
-        taken = lines[at:at + reader.line_num]
-        if cells is not None and not "".join(cells).strip():
-            pass                                 # a line without text
-        elif header is None:
-            if cells is None:
-                raise hdm.UserError("broken first line")
-            header, names = [cell.strip() for cell in cells], [column] if column else [*FILE_COLUMNS, "id"]
-            place = next((header.index(name) for name in names if name in header), 0)
-        else:
-            if len(taken) > 1 and (cells is None or swallows(taken, cells, place, len(header))):
-                cells, taken = None, taken[:1]
-            broken = cells is None or len(cells) > len(header)
-            yield f"line {at + 1}", None if broken else dict(zip(header, cells))
-        at += len(taken)
-
-
-def coco_rows(table):
-    """The rows of COCO's captions, each under the file name of its image."""
-    lists = [table["images"], table["annotations"] if isinstance(table.get("annotations"), list) else []]
-    images, notes = ([one for one in some if isinstance(one, dict)] for some in lists)
-    names = {str(image.get("id")): image.get("file_name") for image in images}
-    rows = [{**note, "file_name": names.get(str(note.get("image_id")))}
-            for note in notes if "caption" in note]
-    if not rows:
-        what = f"annotations with {', '.join(sorted(notes[0])[:5])}" if notes else "a list of images"
-        raise hdm.UserError(f"COCO's, without captions: {what}")
-    return rows
-
-
-def open_parquet(path):
-    """-> a pyarrow ParquetFile, and its column of image files or None: it may have their names."""
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise hdm.UserError("parquet is read by pyarrow, which is not here: pip install pyarrow") from error
-    file = ParquetFile(path, buffer_size=2 ** 20)
-    leaves = [file.schema.column(i) for i in range(len(file.schema))]  # such as image.bytes
-    def holds_images(path):                      # a hash or an embedding, too, is bytes
-        batches = file.iter_batches(16, columns=[path], use_threads=False)
-        values = filter(None, (image_bytes(cell) for batch in batches for cell in batch[0]))
-        return any(re.match(IMAGE_HEAD, value) for value in itertools.islice(values, 16))
-    blobs = [leaf.path for leaf in leaves if not leaf.max_repetition_level
-             and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")]
-    blobs.sort(key=lambda path: path.split(".")[0] != "image")
-    return file, next(filter(holds_images, blobs), None)
-
-
-def image_bytes(cell):
-    value = cell.as_py()
-    while isinstance(value, dict):               # structs that hold the bytes and nothing else
-        (value,) = value.values()
-    return value or b""
-
-
-def parquet_rows(path):
-    """Yields (where, row without its image, offset of its image for open_at, if it has a column of them)."""
-    file, images = open_parquet(path)
-    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    columns = [leaf for leaf in leaves if leaf != images and not leaf.endswith(".bytes")]
-    number = itertools.count()
-    for group in range(file.num_row_groups):
-        batches = file.iter_batches(row_groups=[group], columns=columns, use_threads=False)
-        rows = itertools.chain.from_iterable(batch.to_pylist() or [{}] * batch.num_rows for batch in batches)
-        for i, row in enumerate(rows, 1):
-            yield f"row {next(number):06d}", row, images and group * 2 ** 32 + i
-
-
-@functools.lru_cache(maxsize=1)
-def read_row_group(path, stamp, group):
-    """The images of a row group, the least that parquet can read; the last one stays in memory."""
-    file, images = open_parquet(path)
-    return file.read_row_group(group, columns=[images], use_threads=False).column(0)
-
-
-def table_rows(path, span, column):
-    """Yields (where, row) of a table, or parquet_rows; a row that is no dict is broken."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix == ".parquet":
-        yield from parquet_rows(path)
-        return
-    with open_at(*span) as file:
-        lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
-        if suffix == ".json":
-            table = json.loads("".join(lines))
-            if isinstance(table, dict) and isinstance(table.get("images"), list):
-                table = coco_rows(table)
-            elif isinstance(table, dict):        # kohya's {image: {"caption": , "tags": }}, {image: caption}
-                table = [{"file_name": name, **(row if isinstance(row, dict) else {"caption": row})}
-                         for name, row in table.items()]
-            for number, row in enumerate(table if isinstance(table, list) else [table], 1):
-                yield f"row {number}", row
-        elif suffix == ".jsonl":
-            for number, line in enumerate(lines, 1):
-                row = None
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                if line.strip():
-                    yield f"line {number}", row
-        elif suffix == ".tsv":                   # a quote is a letter there
-            yield from csv_rows(list(lines), column, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            yield from csv_rows(list(lines), column)
-
-
-def read_table(path, span, s, rows, report):
-    """Adds the captions of a table to rows -> {path/row: span} of images that it holds itself."""
-    columns, new, images = set(), [], {}
-    for where, row, *offset in table_rows(path, span, s.name_column):
-        with report.leaving_out(f"{path}, {where}"):
-            if not isinstance(row, dict):
-                raise hdm.UserError("broken table row")
-            columns.update(row)
-            name = where[4:] if any(offset) else row_name(row, s.name_column)
-            name = os.path.normpath(os.path.join(path if any(offset) else os.path.dirname(path), name))
-            both = path.lower().endswith(".json") and {"caption", "tags"} <= row.keys()  # as kohya uses them
-            new.append((name, row_caption(row, s.caption or "{caption} ||| {tags}" * both)))
-            if any(offset):
-                images[name] = path, offset[0], 0
-    if missing := {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}:
-        raise hdm.UserError(f"table without a column {' '.join(sorted(missing))}")
-    for name, caption in new:
-        rows.add(name, caption, span[0])
-    return images
-
-
+# ---- text files --------------------------------------------------------------------------------------------
 def read_texts(caption, spans, s):
     """A row's caption or "", the spans of text files by suffix -> the caption, lines of its file."""
-    extra, lines = "", []
+    sidecar = ""
+    lines = []
     for suffix, span in spans.items():
-        if span[2] > 2 ** 20:                   # a guess
-            raise hdm.UserError("caption over 1 MB")
-        with open_at(*span) as file:
-            text = file.read().decode("utf-8-sig", "surrogateescape")
-        text = re.sub(f"[{hdm.OR}{hdm.BESIDE}]", " ", text)  # ours, which people's files hold by chance alone
+        text = read_caption_file(span)
         if suffix == s.sidecar:
-            extra = " ".join(text.split())
+            sidecar = " ".join(text.split())
         elif suffix == ".json":
             caption = row_caption(json.loads(text), s.caption)
         else:
             lines = [line.strip() for line in text.split("\n") if line.strip()]
             caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
-    whole = hdm.OR.join(one.strip() for one in caption.split(hdm.OR) if hdm.parse_caption(one))
-    if extra:
-        whole = hdm.BESIDE.join((extra, whole, "") if s.sidecar_place == "before" else ("", whole, extra))
-    if not whole or "\0" in whole or printable(whole) != whole:  # such as UTF-16, cp1252
-        raise hdm.UserError("caption is not UTF-8" if whole else "empty caption")
-    return whole, len(lines)
+    alternatives = [text.strip() for text in caption.split(hdm.OR) if hdm.parse_caption(text)]
+    caption = hdm.OR.join(alternatives)          # less those of separators alone
+    if sidecar:
+        parts = [sidecar, caption, ""] if s.sidecar_place == "before" else ["", caption, sidecar]
+        caption = hdm.BESIDE.join(parts)
+    if not caption:
+        raise hdm.UserError("empty caption")
+    if "\0" in caption or printable(caption) != caption:     # such as UTF-16, cp1252
+        raise hdm.UserError("caption is not UTF-8")
+    return caption, len(lines)
+
+
+def read_caption_file(span):
+    if span[2] > 2 ** 20:                        # a guess
+        raise hdm.UserError("caption over 1 MB")
+    with open_at(*span) as file:
+        text = file.read().decode("utf-8-sig", "surrogateescape")
+    return re.sub(f"[{hdm.OR}{hdm.BESIDE}]", " ", text)  # ours, which people's files hold by chance alone
+
+
+# ---- folders and tars --------------------------------------------------------------------------------------
+class Group:
+    """The files of a folder or a tar, out of (path, span or None: no plain file)."""
+
+    def __init__(self, files, report):
+        self.files = {}                          # {path, its suffix in lower case: (path, span)}
+        for path, span in files:
+            stem, suffix = os.path.splitext(path)
+            key = stem + suffix.lower()
+            if span is None:
+                report.add("not a plain file", path)
+            elif key in self.files:              # a.TXT beside a.txt
+                report.add("duplicate name", path)
+            else:
+                self.files[key] = path, span
+        self.read = set()                        # keys of captions and tables
+        self.images = {path: span for key, (path, span) in self.files.items() if key.endswith(IMAGES)}
+        self.stems = {os.path.splitext(path)[0] for path in self.images}
+        self.composed = {unicodedata.normalize("NFC", key): key for key in self.files if not key.isascii()}
+
+    def beside(self, image, end):
+        """-> the key of an image's file with this end, such as 7.txt, else 7.jpg.txt, of 7.jpg; or None."""
+        bases = [os.path.splitext(image)[0]]
+        if image not in self.stems:              # else 7.jpg.txt is that of a 7.jpg.png
+            bases.append(image)
+        for base in bases:
+            if base + end in self.files:
+                return base + end
+            if not self.composed:                # all names are ASCII, as most are: nothing to normalize
+                continue
+            key = self.composed.get(unicodedata.normalize("NFC", base + end))
+            if key and key[:-len(end)] not in self.stems and key[:-len(end)] not in self.images:
+                return key                       # and no other image's
+        return None
+
+    def has_beside(self, key, suffix):
+        """Whether a file with this suffix is beside an image, as 7.json or 7.jpg.json is beside 7.jpg."""
+        base = key.removesuffix(suffix)
+        return base != key and (base in self.stems or base in self.images)
+
+    def rest(self):
+        """Yields (kind, path) of what has not been read."""
+        for key, (path, span) in self.files.items():
+            walked = os.path.splitext(key)[1] == ".tar" and not span[1]      # it is a group of its own
+            if path not in self.images and key not in self.read and not walked:
+                yield self.kind(key, span), path
+
+    def kind(self, key, span):
+        """What is passed over, in words."""
+        suffix = os.path.splitext(key)[1]
+        if suffix in TEXTS and self.has_beside(key, suffix):
+            return "extra caption file"
+        for ends, kind in KINDS.items():
+            if key.endswith(ends):
+                return kind
+        try:
+            with open_at(span[0], span[1], min(span[2], 16)) as stream:
+                if starts_as_image(stream.read(16)):
+                    return "image without a known suffix"
+        except OSError:
+            return "unreadable"
+        return "not an image"
 
 
 def is_hidden(name):
@@ -500,99 +773,113 @@ def is_hidden(name):
     return name.startswith(".") or name.lower() in SYSTEM
 
 
+def visible(folder, names, report):
+    """The names that are not hidden, sorted; the others are reported."""
+    kept = []
+    for name in sorted(names):
+        if not is_hidden(name):
+            kept.append(name)
+        elif name != ".prepare":                 # our own mark
+            report.add("hidden or system file", os.path.join(folder, name))
+    return kept
+
+
+def folders_below(top, report):
+    """Yields (folder, names of its files) of top and all below it, each once: links may run in circles."""
+    seen = set()
+    for folder, below, names in os.walk(
+            top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
+        real = os.path.realpath(folder)
+        # Scratch: that of whole_folder, in use or of a killed run.
+        is_scratch = re.search(r"[^/\\]\.tmp[a-z0-9_]{8}$", folder) and "lock" in names
+        if real in seen or folder != top and is_scratch:
+            below.clear()                        # os.walk goes where this list says
+            continue
+        seen.add(real)
+        names = visible(folder, names, report)
+        below[:] = visible(folder, below, report)
+        below.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))   # own names before links'
+        yield folder, names
+
+
 def tar_files(path, report):
     """Yields (path, span or None: no plain file) for a tar's members, as far as its headers can be read."""
+    # Broken headers raise errors of many kinds.
     with contextlib.suppress(Exception), tarfile.open(path, "r:", encoding="utf-8") as tar:
         size = os.path.getsize(path)
-        for member in itertools.takewhile(lambda member: member.offset_data + member.size <= size, tar):
-            plain = member.isreg() and not member.issparse()
-            name = os.path.normpath("/" + member.name)  # no ../ leads out of the tar
+        for member in tar:
+            if member.offset_data + member.size > size:
+                break
+            name = os.path.normpath("/" + member.name)       # no ../ leads out of the tar
             if any(map(is_hidden, name.split("/"))):
                 report.add("hidden or system file", path + name)
+            elif member.isreg() and not member.issparse():
+                yield path + name, (path, member.offset_data, member.size)
             elif not member.isdir():
-                yield path + name, (path, member.offset_data, member.size) if plain else None
+                yield path + name, None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) == bytes(512):  # tarfile is silent about some ends that are none
             return
     report.add("tar cut short", path)
 
 
-class Group:
-    """The files of a folder or a tar: {path, its suffix in lower case: (path, span)}."""
-
-    def __init__(self, files):
-        self.files, self.read = files, set()     # read: keys of captions and tables
-        self.images = {path: span for key, (path, span) in files.items() if key.endswith(IMAGES)}
-        self.stems = {os.path.splitext(path)[0] for path in self.images}
-        self.composed = {unicodedata.normalize("NFC", key): key for key in files if not key.isascii()}
-
-    def beside(self, image, end):
-        """-> the key of an image's file with this end, such as 7.txt, else 7.jpg.txt, of 7.jpg; or None."""
-        stem = os.path.splitext(image)[0]
-        for base in (stem,) if image in self.stems else (stem, image):  # 7.jpg.txt is that of a 7.jpg.png
-            if base + end in self.files:
-                return base + end
-            key = self.composed and self.composed.get(unicodedata.normalize("NFC", base + end))
-            if key and key[:-len(end)] not in self.stems and key[:-len(end)] not in self.images:
-                return key                       # and no other image's
-        return None
-
-    def rest(self):
-        """Yields (kind, path) of what has not been read."""
-        for key, (path, span) in self.files.items():
-            stem, suffix = os.path.splitext(key)
-            if path in self.images or key in self.read or suffix == ".tar" and not span[1]:
-                continue
-            kind = next((kind for ends, kind in KINDS.items() if key.endswith(ends)), None)
-            if suffix in TEXTS and (stem in self.stems or stem in self.images):
-                kind = "extra caption file"
-            elif kind is None:
-                kind = "not an image"
-                try:
-                    with open_at(span[0], span[1], min(span[2], 16)) as stream:
-                        if re.match(IMAGE_HEAD, stream.read(16)):
-                            kind = "image without a known suffix"
-                except OSError:
-                    kind = "unreadable"
-            yield kind, path
-
-
 def walk(top, report):
-    """Yields a Group for each folder below top, and for each tar (top may be a file); of a.txt and a.TXT only
-    the first."""
-    single = [(os.path.dirname(top), [], [os.path.basename(top)])] if os.path.isfile(top) else []
-    seen = set()                                 # links may run in circles
-    for folder, below, names in single or os.walk(
-            top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
-        below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        if (real := os.path.realpath(folder)) in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        hidden = set() if single else set(filter(is_hidden, [*below, *names]))  # a source may have any name
-        for name in hidden - {".prepare"}:       # our own mark
-            report.add("hidden or system file", os.path.join(folder, name))
-        below[:] = [name for name in below if name not in hidden]
-        paths = [os.path.join(folder, name) for name in sorted(names) if name not in hidden]
-        plain = [(path, (path, 0, os.path.getsize(path)) if os.path.isfile(path) else None) for path in paths]
-        tars = [path for path, span in plain if span and path.lower().endswith(".tar")]
-        for group in plain, *(tar_files(path, report) for path in tars):
-            files = {}
-            for path, span in group:
-                stem, suffix = os.path.splitext(path)
-                key = stem + suffix.lower()
-                if span and key not in files:
-                    files[key] = path, span
-                else:
-                    report.add("duplicate name" if span else "not a plain file", path)
-            yield Group(files)
+    """Yields a Group for each folder below top, and for each tar. Top may be a file, of any name."""
+    folders = folders_below(top, report)
+    if os.path.isfile(top):
+        folders = [(os.path.dirname(top), [os.path.basename(top)])]
+    for folder, names in folders:
+        files, tars = [], []
+        for name in names:
+            path = os.path.join(folder, name)
+            span = None
+            if os.path.isfile(path):
+                span = path, 0, os.path.getsize(path)
+                if name.lower().endswith(".tar"):
+                    tars.append(path)
+            files.append((path, span))
+        yield Group(files, report)
+        for path in tars:
+            yield Group(tar_files(path, report), report)
+
+
+# ---- scan --------------------------------------------------------------------------------------------------
+@dataclass
+class Source:
+    """A source, opened: what is walked, what its images' names are relative to, and what tables say."""
+    top: str                # folder, tar or file that is walked
+    root: str               # folder
+    rows: Rows
+    table: str | None = None  # the table that was named, whose rows alone have captions then
+
+
+def open_source(source, s, report):
+    """Reads the table that is the source, if it is one: which images it names is known before the walk."""
+    top = os.path.abspath(source)
+    if os.path.isdir(top):
+        return Source(top, top, Rows())
+    if not top.lower().endswith((".tar", *TABLES)):
+        raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
+    root = os.path.dirname(top)
+    rows = Rows()
+    with hdm.naming(source, "not a table of images"):
+        if top.lower().endswith(".tar") or top.lower().endswith(".parquet") and open_parquet(top)[1]:
+            return Source(top, root, rows)                   # it holds its images itself
+        read_table(top, (top, 0, 0), s, rows, report)
+    rows.base = root
+    if os.path.basename(root) == "annotations":              # as COCO's
+        root = os.path.dirname(root)
+    for group in walk(root, Report()):
+        rows.claim(group.images)
+    return Source(root, root, rows, top)
 
 
 def read_tables(group, s, rows, report):
     """The tables that go with the images of a folder or a tar, and the images that they hold themselves."""
-    own = {base + ".json" for image in group.images for base in (image, os.path.splitext(image)[0])}
     for key, (path, span) in group.files.items():
-        named = re.fullmatch(r"metadata\.(jsonl|csv)|meta.*\.json", os.path.basename(key)) and key not in own
+        named = re.fullmatch(r"metadata\.(jsonl|csv)|meta.*\.json", os.path.basename(key))
+        if named and group.has_beside(key, ".json"):
+            named = None                         # the caption of an image called meta...
         if named or key.endswith(".parquet") and not span[1]:
             group.read.add(key)
             with report.leaving_out(path):
@@ -603,85 +890,105 @@ def find_captions(image, group, rows, s):
     """-> the caption in an image's rows, or "", the files of these tables, and {end: span} of its text files:
     the first of TEXTS that is there, the last one for --caption; none if it has rows; and a sidecar."""
     caption, tables = rows.take(image)
+    ends = TEXTS[::-1] if s.caption else TEXTS
+    if tables:
+        ends = ()
     keys = {}
-    for end in () if tables else TEXTS[::-1] if s.caption else TEXTS:
+    for end in ends:
         key = group.beside(image, end)
         if key and not (s.sidecar and key.endswith(s.sidecar)):
             keys[end] = key
             break
-    if s.sidecar and (key := group.beside(image, s.sidecar)):
-        keys[s.sidecar] = key
+    if s.sidecar:
+        key = group.beside(image, s.sidecar)
+        if key:
+            keys[s.sidecar] = key
     group.read.update(keys.values())
     return caption, tables, {end: group.files[key][1] for end, key in keys.items()}
 
 
-def scan(source, report, s, known=lambda stamp: None, weight=1.0, number=0):
+def new_record(name, span, texts, stamp, caption, spans, s):
+    """Opens an image and the text files in spans -> its Record. caption: of its rows, or ""."""
+    file, offset, length = span
+    caption, lines = read_texts(caption, spans, s)
+    with open_at(file, offset, length) as stream:
+        if length == 0:
+            length = stream.seek(0, 2)           # of a parquet's image it is known only now
+        stream.seek(0)
+        width, height, colours = measure_image(stream, length, s.verify)
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
+    return Record(name, file, texts, caption, offset, length, width, height, weight=1.0, stamp=stamp,
+                  image=stamp_of(file), lines=lines, source=0, place=place, colours=colours)
+
+
+def scan_image(path, group, source, s, known):
+    """-> the Record of an image of a group, with its weight by kohya's folders; how its caption was found, in
+    words. UserError where it is left out."""
+    span = group.images[path]
+    file = span[0]
+    caption, tables, spans = find_captions(path, group, source.rows, s)
+    name = os.path.relpath(path, source.root).replace(os.sep, "/")
+    if printable(path) != path:
+        raise hdm.UserError("name is not UTF-8")
+    if source.table and not tables:
+        raise hdm.UserError("not in the table")
+    if not tables and not spans:
+        raise hdm.UserError("no caption")
+    texts = tables | {text for text, _, _ in spans.values()}
+    texts = tuple(sorted(texts - {file}))        # in a tar they are of one file
+    stamp = stamp_of(file, *texts, key=(name, file, texts))
+    record = known(stamp) if known else None
+    if record is None:
+        record = new_record(name, span, texts, stamp, caption, spans, s)
+    check_filters(record, s)
+    how = " and ".join([*sorted(map(os.path.basename, tables)), *spans])
+    weight = 1.0
+    if file == path:
+        kohya = re.match(r"([1-9]\d{0,2})_[^/]*/", name)     # 10_cat/7.png, but not 2020_trip/7.png
+        if kohya:
+            weight = float(kohya[1])
+            how += f" in {kohya[0]}"
+    elif not file.lower().endswith(".parquet"):
+        how += " in a tar"
+    return record._replace(weight=weight), how
+
+
+def scan(source, report, s, known=None, weight=1.0, number=0):
     """Yields a Record for each captioned image of a folder, a tar or a table; others go into the report.
 
     known: from a stamp to the Record of an earlier scan, whose files are not opened again, or None. weight,
     number: the source's.
     """
-    top = os.path.abspath(source)
-    root = top if os.path.isdir(top) else os.path.dirname(top)
-    if root != top and not top.lower().endswith((".tar", *TABLES)):
-        raise hdm.UserError(f"{source}: no folder, and no {' '.join(TABLES)} or .tar file")
-    rows, counts, given = Rows(), Counter(), root != top and top.lower().endswith(TABLES)
-    with hdm.naming(source, "not a table of images"):
-        given = given and not (top.lower().endswith(".parquet") and open_parquet(top)[1])
-        if given:
-            read_table(top, (top, 0, 0), s, rows, report)
-            rows.base = root
-            root = os.path.dirname(root) if os.path.basename(root) == "annotations" else root  # as COCO's
-    for group in walk(root, Report()) if given else ():
-        rows.claim(group.images)
-    for group in walk(root if given else top, report):
-        if given:
-            group.read.update(key for key in group.files if group.files[key][0] == top)
+    opened = open_source(source, s, report)
+    counts = Counter()                           # {how captions were found: images}
+    for group in walk(opened.top, report):
+        if opened.table:
+            group.read.update(key for key, (path, _) in group.files.items() if path == opened.table)
         else:
-            read_tables(group, s, rows, report)
-            rows.claim(group.images)
-        for path, (file, offset, length) in group.images.items():
+            read_tables(group, s, opened.rows, report)
+            opened.rows.claim(group.images)
+        for path in group.images:
+            record = None
             with report.leaving_out(path):
-                caption, tables, spans = find_captions(path, group, rows, s)
-                name = os.path.relpath(path, root).replace(os.sep, "/")
-                if printable(path) != path:
-                    raise hdm.UserError("name is not UTF-8")
-                if not tables and (given or not spans):
-                    raise hdm.UserError("not in the table" if given else "no caption")
-                texts = tuple(sorted({*tables, *(span[0] for span in spans.values())} - {file}))  # of a tar
-                stamp = stamp_of(file, *texts, key=(name, file, texts))
-                if (record := known(stamp)) is None:
-                    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
-                    caption, lines = read_texts(caption, spans, s)
-                    with open_at(file, offset, length) as stream:
-                        length = length or stream.seek(0, 2)  # of a parquet's image it is known only now
-                        stream.seek(0)
-                        width, height, colours = measure_image(stream, length, s.verify)
-                    record = Record(name, file, texts, caption, offset, length, width, height, weight,
-                                      stamp, stamp_of(file), lines, number, place, colours)
-                if kind := refusal(record, s):
-                    raise hdm.UserError(kind)
+                record, how = scan_image(path, group, opened, s, known)
+            if record is not None:
                 if record.colours == 2:
                     report.add("kept: broken colour profile", path)
-                kohya = file == path and re.match(r"([1-9]\d{0,2})_[^/]*/", name)  # not 2020_trip/
-                how = " and ".join([*sorted(map(os.path.basename, tables)), *spans])
-                counts[how + " in a tar" * (file != path and not file.lower().endswith(".parquet"))
-                       + (f" in {kohya[0]}" if kohya else "")] += 1
-                yield record._replace(weight=weight * float(kohya[1] if kohya else 1), source=number)
-        with report.leaving_out(root):
-            for kind, path in group.rest():
-                report.add(kind, path)
-    for name, row in rows.items():
+                counts[how] += 1
+                yield record._replace(weight=weight * record.weight, source=number)
+        for kind, path in group.rest():
+            report.add(kind, path)
+    for name, row in opened.rows.items():
         if not row.used:
-            report.add("row without an image", f"{row.tables[0]}: {os.path.relpath(name, root)}")
-    how = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
-    print(printable(f"images: {how} in {source}"))
+            report.add("row without an image", f"{row.tables[0]}: {os.path.relpath(name, opened.root)}")
+    found = ", ".join(f"{n:,} with {how}" for how, n in counts.most_common()) or "none"
+    print(printable(f"images: {found} in {source}"))
 
 
 # ---- the index: what training reads; images stay where they are ------------------------------------------
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
-RECORD = np.dtype([(name, "<f8" if name in ("weight", "place") else "<u8")
-                   for name in (*Record._fields[4:], "text", "bytes")])
+FIELDS = dict.fromkeys((*Record._fields[4:], "text", "bytes"), "<u8") | {"weight": "<f8", "place": "<f8"}
+RECORD = np.dtype(list(FIELDS.items()))
 RECORD_4 = np.dtype([(name, kind) for name, kind in RECORD.descr if name != "colours"])   # of format 4
 
 
@@ -695,15 +1002,19 @@ class Index:
     def open(cls, folder):
         with hdm.naming(folder, "not a whole index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
-            kind = {4: RECORD_4, 5: RECORD}.get(about["format"])
-            assert kind, "of another format"
+            if about["format"] not in (4, 5):
+                raise ValueError("of another format")
+            kind = RECORD_4 if about["format"] == 4 else RECORD
             records = np.memmap(Path(folder, "records.bin"), kind, "r").view(np.ndarray)
             text = np.memmap(Path(folder, "text.bin"), np.uint8, "r").view(np.ndarray)
-            assert about["sizes"] == [len(records), len(text)], "its files are not of one size"
+            if about["sizes"] != [len(records), len(text)]:
+                raise ValueError("its files are not of one size")
         return cls(records, text, about, folder)
 
     def __reduce__(self):                        # to a loader process that is spawned goes the path alone
-        return (Index.open, (self.folder,)) if self.folder else (Index, (self.records, self.text, self.about))
+        if self.folder:
+            return Index.open, (self.folder,)
+        return Index, (self.records, self.text, self.about)
 
     def __len__(self):
         return len(self.records)
@@ -715,13 +1026,18 @@ class Index:
         return Record(name, file, tuple(texts), caption, *numbers)
 
     def split(self, validation):
-        """-> the training part, [(first record, number, weight)], and at most 512 held-out records."""
+        """-> the training part, [(first record, number, weight)], and at most 512 held-out records.
+
+        Records of one weight stand in order of place: those below validation are the first of them.
+        """
         parts, held = [], []
+        places = self.records["place"]
         for weight, first, stop in self.about["groups"]:
-            middle = bisect.bisect_left(self.records["place"], validation, first, stop)
-            parts += [(middle, stop - middle, weight)] if middle < stop else []
+            middle = bisect.bisect_left(places, validation, first, stop)
+            if middle < stop:
+                parts.append((middle, stop - middle, weight))
             held += range(first, min(middle, first + 512))
-        return parts, sorted(held, key=lambda i: self.records[i]["place"])[:512]
+        return parts, sorted(held, key=lambda i: places[i])[:512]
 
     def changed(self, i):
         """Whether the files of an image are not as they were indexed, or gone."""
@@ -732,59 +1048,90 @@ class Index:
 
     def read(self, i, side=None):
         """-> an image (3, height, width) uint8, its short side scaled to side."""
-        name, file, texts, _, offset, length, *_ = record = self[i]
-        with hdm.naming(file if file.endswith(name) else f"{file}: {name}", "not a whole image"):
-            if offset and stamp_of(file) != record.image:   # what lies there now may be another image
-                raise hdm.UserError(f"{file}: {name}: the file has changed since it was indexed")
-            with open_at(file, offset, length) as stream:
-                return torch.from_numpy(np.array(hdm.load_image(stream, side))).permute(2, 0, 1)
+        record = self[i]
+        file = record.file
+        where = file if file.endswith(record.name) else f"{file}: {record.name}"
+        with hdm.naming(where, "not a whole image"):
+            if record.offset and stamp_of(file) != record.image:     # another image may lie there now
+                raise hdm.UserError(f"{where}: the file has changed since it was indexed")
+            with open_at(file, record.offset, record.length) as stream:
+                image = hdm.load_image(stream, side)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def refusal(record, s):
-    """Why the filters leave an image out, or None."""
-    def plain(tags):
-        return {tag.strip().replace("_", " ").lower() for tag in tags}
+def check_filters(record, s):
+    """UserError with the name of the filter that leaves an image out."""
     short, long = sorted((record.width, record.height))
-    tags = plain(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", record.caption))
-    wrong = {"below --min_size": short < s.min_size, "beyond --max_ratio": long > s.max_ratio * short,
-             "without --require_tag": plain(s.require_tag) - tags,
-             "with --drop_tag": plain(s.drop_tag) & tags}
-    return next((kind for kind, is_so in wrong.items() if is_so), None)
+    if short < s.min_size:
+        raise hdm.UserError("below --min_size")
+    if long > s.max_ratio * short:
+        raise hdm.UserError("beyond --max_ratio")
+    tags = plain_tags(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", record.caption))
+    if plain_tags(s.require_tag) - tags:
+        raise hdm.UserError("without --require_tag")
+    if plain_tags(s.drop_tag) & tags:
+        raise hdm.UserError("with --drop_tag")
+
+
+def plain_tags(tags):
+    return {tag.strip().replace("_", " ").lower() for tag in tags}
+
+
+def earlier_records(old, options):
+    """-> a function from a stamp to the Record that an earlier index by the same options has of it, or None;
+    None where there is no such index."""
+    if old is None or old.about["format"] != 5 or old.about["options"] != options:
+        return None
+    stamps, numbers = np.unique(old.records["stamp"], return_index=True)
+
+    def known(stamp):
+        stamp = np.uint64(stamp)
+        i = np.searchsorted(stamps, stamp)
+        if i == len(stamps) or stamps[i] != stamp:
+            return None
+        return old[numbers[i]]
+
+    return known
+
+
+def scan_sources(sources, s, report, known, text):
+    """Scans (path, weight) pairs; texts go into the stream `text` -> records (n,) RECORD, as they come."""
+    raw = io.BytesIO()                           # 104 bytes an image
+    for number, (source, weight) in enumerate(sources):
+        for record in scan(source, report, s, known, weight, number):
+            entry = "\0".join([record.name, record.file, record.caption, *record.texts])
+            entry = entry.encode(errors="surrogateescape")   # a table's path can be any bytes
+            values = *record[4:], text.tell(), len(entry)
+            raw.write(np.array(values, RECORD).tobytes())
+            text.write(entry)
+    return np.frombuffer(raw.getbuffer(), RECORD)
 
 
 def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
     options = [s.caption, s.name_column, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
-    same = old and (old.about["format"], old.about["options"]) == (5, options)
-    stamps, numbers = np.unique(old.records["stamp"] if same else np.zeros(0, "<u8"), return_index=True)
-    def known(stamp):
-        i = np.searchsorted(stamps, np.uint64(stamp))
-        return old[numbers[i]] if np.uint64(stamp) in stamps[i:i + 1] else None
-
-    report, raw = Report(), io.BytesIO()         # raw: 104 bytes an image, until they are sorted
-    with open(Path(folder, "text.bin"), "wb") if folder else io.BytesIO() as text:
-        for number, (source, weight) in enumerate(sources):
-            for record in scan(source, report, s, known, weight, number):
-                entry = "\0".join([record.name, record.file, record.caption, *record.texts])
-                entry = entry.encode(errors="surrogateescape")  # a table's path can be any bytes
-                values = *record[4:], text.tell(), len(entry)
-                raw.write(np.array(values, RECORD).tobytes())
-                text.write(entry)
+    report = Report()
+    data = None
+    text = io.BytesIO() if folder is None else open(Path(folder, "text.bin"), "wb")
+    with text:
+        records = scan_sources(sources, s, report, earlier_records(old, options), text)
         size = text.tell()
-        data = None if folder else np.frombuffer(text.getvalue(), np.uint8)
+        if folder is None:
+            data = np.frombuffer(text.getvalue(), np.uint8)
     for kind, entry in sorted(report.items()):
         what = kind if kind.startswith("kept: ") else f"left out: {kind}"
         print(printable(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}"))
-    records = np.frombuffer(raw.getbuffer(), RECORD)
-    if several := (records["lines"] > 1).sum():
+    several = (records["lines"] > 1).sum()
+    if several:
         print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
     if not len(records):
         raise hdm.UserError(f"{' '.join(source for source, _ in sources)}: no image with a caption (.txt, "
                             f".caption, .json, a table of them) is left to train on")
     records = records[np.lexsort((records["place"], records["weight"]))]
     weights, firsts = np.unique(records["weight"], return_index=True)
-    groups = list(zip(weights.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(records)]))
+    stops = [*firsts[1:].tolist(), len(records)]
+    groups = list(zip(weights.tolist(), firsts.tolist(), stops))
     identity = hashlib.sha256(records["place"].tobytes() + json.dumps(groups).encode()).hexdigest()
     about = dict(format=5, identity=identity, options=options, groups=groups, sizes=[len(records), size])
     if folder is None:
@@ -809,7 +1156,7 @@ def whole_folder(out):
     """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
     never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
     out = Path(os.path.abspath(out))
-    mark = out / ".prepare"  # how many files we wrote
+    mark = out / ".prepare"                      # how many files we wrote
     ours = mark.is_file() and mark.read_text() == str(len(os.listdir(out)) - 1)
     if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
         raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
@@ -825,16 +1172,21 @@ def whole_folder(out):
 
 
 # ---- the order of training ---------------------------------------------------------------------------------
-# An example: of records a and b of weight 1 and c of weight 1.5 the stream with seed 0 begins
-#   a c b | b c a c | c b a | a c c b
-# In each epoch (between the bars) each stands as often as its weight says: c once, then twice, and so on.
 def shuffled(i, n, *key):
-    """Item i of a random order of range(n), one for each key, that stands nowhere in memory: a Feistel
-    network over the cells of a grid; from a cell past n it walks on."""
+    """Item i of a random order of range(n), one for each key.
+
+    The order stands nowhere in memory: any process finds any item of 10^9 at once, after a resume, too.
+    range(n) is laid out on a grid of about sqrt(n) rows. Each turn moves a cell along its column by a hash of
+    that column, then along its row by a hash of that row. Such a move can be undone, so no two cells meet: a
+    Feistel network, of four turns as is usual. The grid may have a few cells more than n: from one of these
+    the cell moves on until it is below n, where again no two meet.
+    """
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
+
     def number(*words):
         return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
+
     while True:
         row, column = divmod(i, columns)
         for turn in range(4):
@@ -847,7 +1199,15 @@ def shuffled(i, n, *key):
 
 class Epochs:
     """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
-    weight says; of weights with fractions some stand once more, drawn anew each time."""
+    weight says; of weights with fractions some stand once more, drawn anew each time.
+
+    Of records a and b of weight 1 and c of weight 1.5, numbers 0 to 2, the stream with seed 0 begins
+        a c b | b c a c | c b a | a c c b
+    with epochs between the bars. c stands once, then twice, and so on: int(1.5 e) times in e epochs.
+    epochs[6] is (1, 1, 2): in epoch 1 the second copy, 1, of record 2. Steps run over the bars: with a global
+    batch of 4 step 0 takes a c b b, step 1 c a c c. Of two ranks with batches of 2 the first has a c and c a,
+    the second b b and c c (if captions are of one length: train.order_of_rank sorts each step's items by it).
+    """
 
     def __init__(self, parts, seed):
         self.parts, self.seed = parts, seed      # [(first record, number, weight)]
@@ -860,20 +1220,24 @@ class Epochs:
 
     def next_epoch(self, i):
         """The first epoch that starts at item i or later."""
-        return bisect.bisect_left(range(2 + int((i + len(self.parts)) / self.length)), i, key=self.start)
+        most = int((i + len(self.parts)) / self.length) + 2  # int() costs each part less than one item
+        return bisect.bisect_left(range(most), i, key=self.start)
 
     def __getitem__(self, i):
         """-> epoch, which copy of the record in it, the record's number."""
         epoch = self.next_epoch(i + 1) - 1
-        index = shuffled(i - self.start(epoch), self.start(epoch + 1) - self.start(epoch), self.seed, epoch)
+        first_item, end = self.start(epoch), self.start(epoch + 1)
+        index = shuffled(i - first_item, end - first_item, self.seed, epoch)
         for first, number, weight in self.parts:
-            places = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
-            if index < places:
-                copy, index = divmod(index, number)
-                if copy == int(weight):                      # the fraction's: as many as there are, drawn
-                    index = shuffled(index, number, self.seed, epoch, first)
-                return epoch, copy, first + index
-            index -= places
+            # The epoch in order: all records of a part once, once more, ..., then its fraction.
+            items = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
+            if index >= items:
+                index -= items
+                continue
+            copy, index = divmod(index, number)
+            if copy == int(weight):              # the fraction's: as many as there are, drawn
+                index = shuffled(index, number, self.seed, epoch, first)
+            return epoch, copy, first + index
 
 
 # ---- the cache of latents ----------------------------------------------------------------------------------
@@ -888,8 +1252,10 @@ def latents_folder(data, index, vae, image_size):
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
-    if "colours" in index.records.dtype.names and (converted := index.records["colours"] == 1).any():
-        digest.update(converted.tobytes())       # others are as before profiles were read
+    if "colours" in index.records.dtype.names:
+        converted = index.records["colours"] == 1
+        if converted.any():                      # without, the name is as before profiles were read
+            digest.update(converted.tobytes())
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
 
 
@@ -898,23 +1264,30 @@ def shard(folder, i):
     return Path(folder, f"{i // SHARD:06d}.safetensors")
 
 
-def is_whole(file):
-    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt"):
-        return True
-    return False
+def missing_shards(folder, n):
+    """-> the records of each shard of n records that is not there or not complete."""
+    missing = []
+    for first in range(0, n, SHARD):
+        try:
+            with safe_open(shard(folder, first), "pt"):
+                pass
+        except (OSError, SafetensorError):
+            missing.append(range(first, min(first + SHARD, n)))
+    return missing
 
 
 class Latents:
     """The cache of a run; a UserError names the command that makes the right one."""
 
     def __init__(self, s, index, vae):
-        folder = latents_folder(s.data, index, vae, s.image_size)
-        for self.folder in folder, folder + "_mean":
-            if all(is_whole(shard(self.folder, i)) for i in range(0, len(index), SHARD)):
+        expected = latents_folder(s.data, index, vae, s.image_size)
+        for folder in (expected, expected + "_mean"):
+            if not missing_shards(folder, len(index)):
+                self.folder = folder
                 return
         then = "" if index.folder else ", then --data=data/index"
         raise hdm.UserError(
-            f"--latents: {folder}, of these images and this VAE, is not there or not whole: "
+            f"--latents: {expected}, of these images and this VAE, is not there or not whole: "
             f"python prepare.py {s.data} --latents --image_size={s.image_size} --vae={s.vae}{then}")
 
     def read(self, i, side=None):
@@ -934,55 +1307,83 @@ def half_moments(vae, pixels, channels):
     return moments
 
 
-def encode_latents(s, vae, device, rank, ranks):
-    """Writes the shards that are not there; the ranks take them in turns."""
-    index = Index.open(s.out)
-    folder = latents_folder(s.out, index, vae, s.image_size) + "_mean" * s.mean_only
-    hdm.make_folder(folder, "--out")
-    channels = vae.latent_channels * (1 if s.mean_only else 2)
+def latent_sizes(index, image_size, factor):
+    """-> (n, 2) height and width of each record's latent, in cells."""
     sides = np.stack([index.records[name].astype(int) for name in ("height", "width")], axis=1)
-    cells = sides * s.image_size // sides.min(1, keepdims=True) // vae.factor  # (n, 2): the latents' sides
-    def whole(i):                                # i, its image, scaled and cut to whole cells; or None
-        try:
-            image = index.read(i, s.image_size)
-            if index.changed(i):
-                raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
-        except hdm.UserError as error:
-            return hdm.warn(f"{error}; no latents of it")
-        height, width = (side // vae.factor * vae.factor for side in image.shape[1:])
-        return i, image[:, :height, :width]
+    return sides * image_size // sides.min(1, keepdims=True) // factor
 
-    todo = [range(first, min(first + SHARD, len(index))) for first in range(0, len(index), SHARD)
-            if not is_whole(shard(folder, first))]
-    gb = 2e-9 * channels * sum(cells[numbers].prod(1).sum() for numbers in todo)
-    free, images = shutil.disk_usage(folder).free / 1e9, sum(map(len, todo))
-    if gb > free:
-        raise hdm.UserError(f"--latents: {gb:.2f} GB are needed in {folder}, {free:.2f} are free")
+
+def read_cells(i, index, image_size, factor):
+    """-> i, its image (3, height, width) uint8, scaled and cut to whole cells; None, with a warning, where it
+    cannot be read."""
+    try:
+        image = index.read(i, image_size)
+        if index.changed(i):
+            raise hdm.UserError(f"{index[i].name} is not as it was indexed; run prepare.py again")
+    except hdm.UserError as error:
+        hdm.warn(f"{error}; no latents of it")
+        return None
+    height, width = image.shape[1:]
+    return i, image[:, :height // factor * factor, :width // factor * factor]
+
+
+def encode_shard(loaded, index, vae, channels, batch_size, device):
+    """Encodes (i, image) pairs, in batches of neighbours with one shape -> {str(i): moments}."""
+    latents = {}
+    for _, pairs in itertools.groupby(loaded, key=lambda pair: pair[1].shape):
+        while batch := list(itertools.islice(pairs, batch_size)):
+            pixels = torch.stack([image for _, image in batch]).to(device).float() / 127.5 - 1
+            for (i, _), moments in zip(batch, half_moments(vae, pixels, channels)):
+                if moments.isfinite().all():
+                    latents[str(i)] = moments.clone()
+                else:
+                    hdm.warn(f"{index[i].name}: its latent is not finite in float16, also if encoded in "
+                             f"float32; no latents of it")
+    return latents
+
+
+def seconds_per_image(s, vae, device):
+    """How long the VAE encodes, by a batch of blank images."""
     trial = torch.zeros(s.batch_size, 3, s.image_size, s.image_size, device=device)
     for _ in range(2):                           # the first one warms up
         clock = time.perf_counter()
         vae.moments(trial)[0].sum().item()
-    hours = images / s.batch_size * (time.perf_counter() - clock) / 3600 / ranks
+        seconds = time.perf_counter() - clock
+    return seconds / s.batch_size
+
+
+def encode_latents(s, vae, device, rank, ranks):
+    """Writes the shards that are not there; the ranks take them in turns."""
+    index = Index.open(s.out)
+    folder = latents_folder(s.out, index, vae, s.image_size)
+    channels = 2 * vae.latent_channels
+    if s.mean_only:
+        folder += "_mean"
+        channels = vae.latent_channels
+    hdm.make_folder(folder, "--out")
+    sizes = latent_sizes(index, s.image_size, vae.factor)
+    todo = missing_shards(folder, len(index))
+    images = sum(map(len, todo))
+    gb = 2e-9 * channels * sum(sizes[numbers].prod(1).sum() for numbers in todo)
+    free = shutil.disk_usage(folder).free / 1e9
+    if gb > free:
+        raise hdm.UserError(f"--latents: {gb:.2f} GB are needed in {folder}, {free:.2f} are free")
+    hours = images * seconds_per_image(s, vae, device) / 3600 / ranks
     print(f"latents: {images:,} of {len(index):,} images to encode into {folder}: {gb:.3f} GB, "
           f"{free:.0f} are free; about {hours:.2f} h on {ranks} x {device} if the disk keeps up", flush=True)
-    hdm.gather(None)                                 # all have seen the same files
+
+    hdm.gather(None)                             # all have seen the same files
+    load = functools.partial(read_cells, index=index, image_size=s.image_size, factor=vae.factor)
     with ThreadPoolExecutor(s.workers) as pool:  # Pillow works outside of Python's lock
         for numbers in tqdm(todo[rank::ranks], disable=rank > 0):
-            alike = sorted(numbers, key=lambda i: tuple(cells[i]))
-            latents, ready = {}, filter(None, pool.map(whole, alike))
-            for _, same in itertools.groupby(ready, key=lambda pair: pair[1].shape):
-                while batch := list(itertools.islice(same, s.batch_size)):
-                    pixels = torch.stack([image for _, image in batch]).to(device).float() / 127.5 - 1
-                    for (i, _), moment in zip(batch, half_moments(vae, pixels, channels)):
-                        if moment.isfinite().all():
-                            latents[str(i)] = moment.clone()
-                        else:
-                            hdm.warn(f"{index[i].name}: its latent is not finite in float16, also if encoded "
-                                     f"in float32; no latents of it")
-            partial = shard(folder, numbers[0]).with_suffix(".partial")
-            save_file(latents, partial)
-            hdm.open_modes(partial)
-            partial.replace(shard(folder, numbers[0]))
+            by_size = sorted(numbers, key=lambda i: tuple(sizes[i]))
+            loaded = (pair for pair in pool.map(load, by_size) if pair is not None)
+            latents = encode_shard(loaded, index, vae, channels, s.batch_size, device)
+            file = shard(folder, numbers[0])
+            temporary = file.with_suffix(".partial")
+            save_file(latents, temporary)
+            hdm.open_modes(temporary)
+            temporary.replace(file)              # a killed run leaves no file that looks complete
     hdm.gather(None)
 
 
@@ -1000,8 +1401,8 @@ class Samples(Dataset):
 
     def __getitem__(self, i):
         unreadable = []
-        for at in range(i, i + 100):                         # one bad file of millions must not end the run:
-            try:                                             # the next in order takes its place
+        for at in range(i, i + 100):             # one bad file of millions must not end the run:
+            try:                                 # the next in order takes its place
                 example, changed = self.example(at)
                 return dict(example, trouble=("\n".join(unreadable), changed))
             except hdm.UserError as error:
@@ -1011,9 +1412,14 @@ class Samples(Dataset):
     def example(self, i):
         """-> the training example; the image's name if its files are not as they were indexed, else ""."""
         training = self.seed is not None
-        epoch, copy, number = self.places[i] if training else (0, 0, self.places[i % len(self.places)])
+        if training:
+            epoch, copy, number = self.places[i]
+        else:
+            number = self.places[i % len(self.places)]
         record = self.index[number]
-        key = f"{record.source}/{record.name}" if record.source > 0 else record.name  # its own in all sources
+        key = record.name
+        if record.source > 0:
+            key = f"{record.source}/{key}"       # two sources may have one name
         if training:
             key = f"{self.seed} {epoch} {copy} {key}"
         size = self.s.image_size
@@ -1026,19 +1432,28 @@ class Samples(Dataset):
                                     bool(self.latents), training), changed
 
 
-def open_data(s):
-    """-> the Index of s.data, its training stream, the held-out records, an identity of all these."""
-    index = open_index(s.data)
-    least = math.nextafter(index.records["place"].min(), 1)  # holds out one, or all that have this name
-    for share in (0.02, least, 0.0) if s.validation is None else (s.validation,):
+def split_data(index, validation):
+    """-> the share to hold out, then Index.split of it.
+
+    None: 2 %; of few images, where that holds out none or all, the least share that holds out one, or all
+    that have its name; of a single image none.
+    """
+    least = math.nextafter(index.records["place"].min(), 1)
+    shares = (0.02, least, 0.0) if validation is None else (validation,)
+    for share in shares:
         parts, held = index.split(share)
-        if parts and (held or not share):
-            s.validation = share
-            break
-    else:
-        least = math.ceil(1000 * least) / 1000
-        raise hdm.UserError(f"--validation={s.validation}: holds out {len(held)} of {len(index):,} images; "
-                            f"{f'least is {least}' if parts else 'none is left'}; 0: no held-out loss")
+        if parts and (held or share == 0):
+            return share, parts, held
+    hint = f"least is {math.ceil(1000 * least) / 1000}" if parts else "none is left"
+    raise hdm.UserError(f"--validation={validation}: holds out {len(held)} of {len(index):,} images; {hint}; "
+                        f"0: no held-out loss")
+
+
+def open_data(s):
+    """-> the Index of s.data, its training stream, the held-out records, an identity of all these. Sets
+    s.validation and, by s.epochs, s.images."""
+    index = open_index(s.data)
+    s.validation, parts, held = split_data(index, s.validation)
     some = index.records[::1 + len(index) // 100_000]        # of very many a sample
     small = np.minimum(some["width"], some["height"]) < s.image_size
     if small.any():
@@ -1048,7 +1463,8 @@ def open_data(s):
     if len(set(hdm.gather((identity, str(s.resume))))) > 1:
         raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
     epochs = Epochs(parts, s.seed)
-    s.images = max(1, round(s.epochs * epochs.length)) if s.epochs else s.images
+    if s.epochs:
+        s.images = max(1, round(s.epochs * epochs.length))
     return index, epochs, held, identity
 
 
@@ -1057,12 +1473,26 @@ def say_what_is_cut(index, te, s):
     some = range(0, len(index), 1 + len(index) // 2000)      # the index is in order of a hash
     texts = [hdm.draw_caption(index[i].caption, random.Random(i), s) for i in some]
     lengths = np.array([len(ids) for ids in te.tokenizer(texts)["input_ids"]])
-    if share := (lengths > te.max_length).mean():
+    share = (lengths > te.max_length).mean()
+    if share:
         print(f"captions: --text_length={s.text_length} cuts {share:.2%} of a sample of {len(texts):,}, of "
               f"up to {lengths.max()} tokens; a higher one keeps their ends, shorter captions cost less")
 
 
 # ---- the command line -----------------------------------------------------------------------------------
+def read_sources(paths):
+    """PATH or PATH=WEIGHT ... -> [(path, weight)]"""
+    sources = []
+    for path in paths:
+        head, weight = path, "1"
+        if not os.path.exists(path):
+            head, _, weight = path.rpartition("=")
+        if not os.path.exists(head) or hdm.setting_value(path, weight, float) <= 0:
+            raise hdm.UserError(f"{path}: no such file or folder, or a weight that is not above 0")
+        sources.append((head, float(weight)))
+    return sources
+
+
 def prepare(s, *paths):
     hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
     hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
@@ -1070,19 +1500,16 @@ def prepare(s, *paths):
         raise hdm.UserError("--mean_only: says how to write --latents, which is missing")
     if s.caption and not re.search(COLUMN, s.caption):
         raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
-    sources = []
-    for path in paths:                           # PATH or PATH=WEIGHT
-        head, weight = (path, "1") if os.path.exists(path) else path.rpartition("=")[::2]
-        if not os.path.exists(head) or hdm.setting_value(path, weight, float) <= 0:
-            raise hdm.UserError(f"{path}: no such file or folder, or a weight that is not above 0")
-        sources.append((head, float(weight)))
+    sources = read_sources(paths)
     ready = len(paths) == 1 and Path(paths[0], "index.json").is_file()  # an index, for --latents or a dry run
-    s.out, old = os.path.normpath(paths[0] if ready else s.out), None
+    s.out = os.path.normpath(paths[0] if ready else s.out)
+    old = None
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
         old = Index.open(s.out)
     if s.dry_run:
         tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
-        return dry_run(Index.open(s.out) if ready else build_index(sources, s, old=old), s, tokenizer)
+        index = Index.open(s.out) if ready else build_index(sources, s, old=old)
+        return dry_run(index, s, tokenizer)
     rank, ranks = hdm.start_ranks()
     if s.latents:                                # first: a mistake is an error before an hour's work
         device = hdm.pick_device(s.device)
@@ -1094,18 +1521,27 @@ def prepare(s, *paths):
             n = len(build_index(sources, s, folder, old))
             old = None                           # unmapped: Windows renames no folder of mapped files
         print(f"{n:,} images in {s.out}; report.json there names what was left out")
-    hdm.gather(None)                                 # the others wait for it
+    hdm.gather(None)                             # the others wait for it
     if s.latents:
         encode_latents(s, vae, device, rank, ranks)
 
 
+def writes_no_latents(s):
+    return not s.latents or s.dry_run
+
+
+def without(*names):
+    """-> a function of the settings: whether all of these are off."""
+    return lambda s: not any(getattr(s, name) for name in names)
+
+
 IDLE = [  # settings, when they have no effect, and why
-    ("vae batch_size workers device dtype", lambda s: not s.latents or s.dry_run, "without --latents"),
+    ("vae batch_size workers device dtype", writes_no_latents, "without --latents"),
     ("text_encoder text_length tag_separator spaces caption_dropout tag_dropout group_dropout",
-     lambda s: not s.dry_run, "without --dry_run"),
-    ("text_lengths mask_padding tread_rate t_shift vae_chunk", lambda s: True, "here: it is train.py's"),
-    ("image_size", lambda s: not s.latents and not s.dry_run, "without --latents or --dry_run"),
-    ("sidecar_place", lambda s: not s.sidecar, "without --sidecar")]
+     without("dry_run"), "without --dry_run"),
+    ("text_lengths mask_padding tread_rate t_shift vae_chunk", without(), "here: it is train.py's"),
+    ("image_size", without("latents", "dry_run"), "without --latents or --dry_run"),
+    ("sidecar_place", without("sidecar"), "without --sidecar")]
 
 
 def judge(settings):
@@ -1116,16 +1552,18 @@ def judge(settings):
 def main(argv):
     commands = {"demo": (make_demo, DemoSettings, []), "judge": (judge, JudgeSettings, []),
                 "text_encoder": (text_encoder, TextEncoderSettings, ["SOURCE"])}
-    name, *rest = argv or [""]
+    name = argv[0] if argv else ""
+    path = name.rpartition("=")[0] or name       # PATH or PATH=WEIGHT
+    if not name.startswith("-") and not os.path.exists(path):
+        hdm.check_name(f"prepare.py {name}", name, commands, "path or command")
     if name in commands:
         command, kind, positionals = commands[name]
+        argv = argv[1:]
         classes, idle = [kind], []
     else:
-        if not name.startswith("-") and not os.path.exists(name.rpartition("=")[0] or name):
-            hdm.check_name(f"prepare.py {name}", name, commands, "path or command")
-        command, kind, positionals, rest = prepare, PrepareSettings, ["PATH ..."], argv
+        command, kind, positionals = prepare, PrepareSettings, ["PATH ..."]
         classes, idle = [DataSettings, hdm.Example], IDLE
-    words, values = hdm.parse_args(rest, classes, positionals, doc=__doc__)
+    words, values = hdm.parse_args(argv, classes, positionals, doc=__doc__)
     settings = kind(**values)
     hdm.check_bounds(settings)
     hdm.warn_idle(values, [settings], idle)
@@ -1137,48 +1575,85 @@ def main(argv):
 def dry_run(index, s, tokenizer):
     """prepare.py --dry_run, with its settings s: prints what training will meet; OUT.png shows the first 48
     images with their crops and captions."""
-    n, epochs, lengths = len(index), Epochs(index.split(0.0)[0], 0), index.records["length"]
-    sides = np.stack([index.records[name].astype(int) for name in ("width", "height")])
-    print(f"{n:,} images, {lengths.sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an epoch")
-    for what, values, edges in (("width / height", sides[0] / sides[1], [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01]),
-                                ("short side", sides.min(0), sorted({0, 256, 512, 768, 1024, s.image_size}))):
-        counts = np.histogram(values, [*edges, np.inf])[0]
-        print(f"{what}: " + ", ".join(f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n))
-    cells = (sides * s.image_size // sides.min(0) // 8).prod(0).sum()
+    epochs = Epochs(index.split(0.0)[0], seed=0)
+    print(f"{len(index):,} images, {index.records['length'].sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an "
+          f"epoch")
+    print_sizes(index, s)
+    print_captions(index, s, tokenizer)
+    print(f"exact duplicates: {count_duplicates(index):,} images")
+    draw_sheet(index, epochs, s)
+
+
+def print_sizes(index, s):
+    """Histograms of the images' sizes, and what their latents will take."""
+    width, height = (index.records[name].astype(int) for name in ("width", "height"))
+    short = np.minimum(width, height)
+    print_histogram("width / height", width / height, [0, 0.5, 0.75, 1, 1.01, 1.34, 2.01])
+    print_histogram("short side", short, sorted({0, 256, 512, 768, 1024, s.image_size}))
+    cells = latent_sizes(index, s.image_size, 8).prod(1).sum()
     print(f"--latents at {s.image_size} px: {16e-9 * cells:.3f} GB, with --mean_only half (4 channels, f8)")
-    some = np.random.default_rng(0).permutation(n)[:20_000].tolist()
+
+
+def print_histogram(what, values, edges):
+    counts = np.histogram(values, [*edges, np.inf])[0]
+    parts = [f"{n:,} from {edge:g}" for edge, n in zip(edges, counts) if n]
+    print(f"{what}: {', '.join(parts)}")
+
+
+def print_captions(index, s, tokenizer):
+    """How long the captions of a sample are, and their commonest tags."""
+    some = np.random.default_rng(0).permutation(len(index))[:20_000].tolist()
     texts = [hdm.draw_caption(index[i].caption, None, s) for i in some]
     tokens = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
     print(f"tokens of {len(texts):,} captions: median {np.median(tokens):.0f}, 95 % below "
           f"{np.quantile(tokens, 0.95):.0f}, at most {tokens.max()}; --text_length={s.text_length} cuts "
           f"{100 * (tokens > s.text_length).mean():.1f} %")
-    tags = Counter(tag for text in texts for tag in {tag.strip() for tag in text.split(",")})
+    tags = Counter()
+    for text in texts:
+        tags.update({tag.strip() for tag in text.split(",")})
     print("most common tags: " + ", ".join(f"{tag} {count:,}" for tag, count in tags.most_common(20)))
-    hashes, (_, which, counts) = [], np.unique(lengths, return_inverse=True, return_counts=True)
-    for i in np.flatnonzero(counts[which] > 1).tolist():     # others are alone with their length
+
+
+def count_duplicates(index):
+    """How many images are byte for byte another one: only those of one length are read."""
+    lengths = index.records["length"]
+    _, which, counts = np.unique(lengths, return_inverse=True, return_counts=True)
+    hashes = []
+    for i in np.flatnonzero(counts[which] > 1).tolist():
         record = index[i]
         with contextlib.suppress(OSError), open_at(record.file, record.offset, record.length) as stream:
             hashes.append(hashlib.sha256(stream.read()).digest())
-    print(f"exact duplicates: {len(hashes) - len(set(hashes)):,} images")
-    config, tiles = hdm.XUTConfig(patch_size=s.image_size, in_channels=1), []
+    return len(hashes) - len(set(hashes))
+
+
+def draw_sheet(index, epochs, s):
+    """Writes OUT.png: the first 48 images of the stream as training takes them."""
+    # There is no model here. hdm.training_example takes from its config the sizes of noise and positions,
+    # which no sheet shows: one channel, and one patch as large as the crop, cost least and fit any size.
+    config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
     samples = Samples(index, epochs, None, replace(s, tread_rate=0.0), config, None, seed=0)
-    for i in range(min(48, n)):
-        tiles.append(Image.new("RGB", (201, 270), "white"))
+    tiles = []
+    for i in range(min(48, len(index))):
+        tile = Image.new("RGB", (201, 270), "white")
         with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
-            draw_example(tiles[-1], samples.example(i)[0], index.read(epochs[i][2], s.image_size))
+            example, _ = samples.example(i)
+            draw_example(tile, example, index.read(epochs[i][2], s.image_size))
+        tiles.append(np.asarray(tile))
     hdm.make_folder(Path(s.out).parent, "--out")
-    hdm.image_grid(list(map(np.asarray, tiles)), columns=8, gap=10).save(f"{s.out}.png")
+    hdm.image_grid(tiles, columns=8, gap=10).save(f"{s.out}.png")
     print(f"{s.out}.png: {len(tiles)} images as training takes them: crop in red, caption below")
 
 
 def draw_example(tile, example, image):
     """Draws on a PIL tile: the image (3, height, width), in it what training sees, framed; the caption."""
-    (left, top, side), canvas = example["crop"], ImageDraw.Draw(tile)
+    left, top, side = example["crop"]
+    canvas = ImageDraw.Draw(tile)
     image = image.clone()
     image[:, top:top + side, left:left + side] = example["pixels"]                    # so that a flip shows
     shown = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     scale = 200 / max(shown.size)
-    tile.paste(shown.resize([round(length * scale) or 1 for length in shown.size]))
+    width, height = (max(1, round(length * scale)) for length in shown.size)
+    tile.paste(shown.resize((width, height)))
     canvas.rectangle([scale * x for x in (left, top, left + side, top + side)], outline="red")
     canvas.text((0, 203), "\n".join(textwrap.wrap(example["caption"], 34)[:5]) or "(dropped)", "black")
 
@@ -1226,21 +1701,38 @@ CENTRED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
 CENTRED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
            "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (245,) * 3, "black": (20,) * 3}
-# In radii from the centre: the reach up, down and to either side; whether (y, x), y downwards, is inside.
-SHAPES = {
-    "circle": (1, 1, 1, lambda y, x: x**2 + y**2 <= 1),
-    "square": (0.86, 0.86, 0.86, lambda y, x: np.fmax(abs(x), abs(y)) <= 0.86),
-    "triangle": (1, 0.8, 1, lambda y, x: (y <= 0.8) & (1.8 * abs(x) <= y + 1)),
-    "diamond": (1, 1, 0.75, lambda y, x: abs(x) / 0.75 + abs(y) <= 1),
-    "cross": (1, 1, 1, lambda y, x: (np.fmax(abs(x), abs(y)) <= 1) & (np.fmin(abs(x), abs(y)) <= 0.33)),
-    "ring": (1, 1, 1, lambda y, x: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.62**2))}
+
+
+def in_circle(y, x):
+    return x**2 + y**2 <= 1
+
+def in_square(y, x):
+    return np.fmax(abs(x), abs(y)) <= 0.86
+
+def in_triangle(y, x):
+    return (y <= 0.8) & (1.8 * abs(x) <= y + 1)
+
+def in_diamond(y, x):
+    return abs(x) / 0.75 + abs(y) <= 1
+
+def in_cross(y, x):
+    return (np.fmax(abs(x), abs(y)) <= 1) & (np.fmin(abs(x), abs(y)) <= 0.33)
+
+def in_ring(y, x):
+    return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.62**2)
+
+
+# In radii from the center: the reach up, down and to either side; whether (y, x), y downwards, is inside.
+SHAPES = {"circle": (1, 1, 1, in_circle), "square": (0.86, 0.86, 0.86, in_square),
+          "triangle": (1, 0.8, 1, in_triangle), "diamond": (1, 1, 0.75, in_diamond),
+          "cross": (1, 1, 1, in_cross), "ring": (1, 1, 1, in_ring)}
 BACKGROUNDS = {"gray": (128, 128, 128), "navy": (25, 30, 80), "pink": (250, 190, 205), "teal": (20, 120, 120)}
 ATTRIBUTES = {"size": RADIUS, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
 CAPTION = "a {} {} {} on a {} background"
 COMBINATIONS = list(itertools.product(*ATTRIBUTES.values()))  # 384 of (size, colour, shape, background)
 # The test of composing: 32 combinations stay out of training, though each of their words is in it.
-UNSEEN = [words for words, (size, colour, shape, background) in zip(COMBINATIONS, np.ndindex(2, 8, 6, 4))
-          if (size + colour + 2 * shape + 3 * background) % 12 == 0]
+UNSEEN = [words for words, numbers in zip(COMBINATIONS, np.ndindex(2, 8, 6, 4))
+          if np.dot(numbers, (1, 1, 2, 3)) % 12 == 0]
 
 
 def centre_range(size, shape, height, width):
@@ -1258,7 +1750,8 @@ def random_centre(rng, size, shape, height, width):
 
 def coverage(size, shape, height, width, cy, cx, r=None):
     """(height, width) share of each pixel inside the shape: drawn at four times the size, then averaged."""
-    r = RADIUS[size] * min(height, width) if r is None else r                         # pixels
+    if r is None:
+        r = RADIUS[size] * min(height, width)    # pixels
     y = ((np.arange(4 * height) + 0.5) / 4 - cy) / r
     x = ((np.arange(4 * width) + 0.5) / 4 - cx) / r
     return SHAPES[shape][3](y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
@@ -1284,10 +1777,12 @@ def make_demo(settings):
             rng = np.random.default_rng((settings.seed, i))
             words = seen[order[i % len(seen)]]
             height, width = rng.choice(list(canvases), p=list(canvases.values()))
-            place = random_centre(rng, words[0], words[2], height, width)
+            cy, cx = random_centre(rng, words[0], words[2], height, width)
+            radius = None                        # its size's
             if settings.centred:
-                place = height / 2, width / 2, CENTRED_RADIUS[words[0]] * max(height, width)
-            Image.fromarray(draw(*words, height, width, *place)).save(folder / f"{i:05d}.png")
+                cy, cx = height / 2, width / 2
+                radius = CENTRED_RADIUS[words[0]] * max(height, width)
+            Image.fromarray(draw(*words, height, width, cy, cx, radius)).save(folder / f"{i:05d}.png")
             (folder / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
     Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
     print(f"{settings.count} images in {settings.out}; beside it _unseen.txt and _te, the text encoder")

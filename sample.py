@@ -9,8 +9,8 @@
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In order: the settings; prompts; the text in an image's file; drawing; the weights of other programs, in and
-out; commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge.
+In order: the settings; prompts; the text in an image's file; drawing; weights of and for other programs;
+commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge.
 """
 import contextlib
 import hashlib
@@ -28,10 +28,13 @@ import struct
 import sys
 import tempfile
 import threading
+import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -43,51 +46,49 @@ from tqdm import tqdm
 import hdm
 import prepare
 
+# One name for each kind of settings: `job` is an image's, `defaults` those of every job (ImageSettings),
+# `options` the program's (Sampling), `settings` the checkpoint's (the dict of load_model).
 RELEASED = "KBlueLeaf/HDM-xut-340M-anime"                    # the published model; CC-BY-NC-SA 4.0
 RELEASED_FILE = "hdm-xut-340M-1024px-note.safetensors"
-SAMPLING = dict(image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0,    # ours hold their own
-                tag_separator="$$", spaces=False)            # of parse_caption
+PUBLISHED = dict(              # the published model's settings; our own checkpoints hold theirs
+    image_size=1024, steps=24, cfg=3.0, cfg_low=0.0, t_shift=1.0, tag_separator="$$", spaces=False)
 
 
 @dataclass
-class ImageSettings:                     # a line of --prompts may end in any of these, such as --cfg=2
+class ImageSettings:           # of one image; a line of --prompts may end in any of these, such as --cfg=2
     ckpt: str = RELEASED       # train.py's OUT_DIR, one checkpoint, a published file or a hub id
-    negative_prompt: str = ""      # what guidance moves away from
-    num_images: int = 1            # -n: images for each prompt
-    seed: int = 0                  # of the first image of each prompt, the next one's is one more; -1: any
-    width: int | None = None       # pixels; None: the checkpoint's training size, or init_image's
-    height: int | None = None      # likewise
-    sampler: str = "euler"         # of those above; heun takes two evaluations a step, the others one
-    steps: int | None = None       # None: the checkpoint's own (published: 24)
-    shift: float | None = None     # of time (train.py's t_shift); None: the checkpoint's own (published: 1)
-    cfg: float | None = None       # guidance, 1 is none; None: the checkpoint's own (published: 3)
-    cfg_low: float | None = None   # guidance acts at times t, 1 noise to 0 image, from cfg_low (None: the
-                                   # checkpoint's own; published: 0) ...
-    cfg_high: float = 1.0          # ... to cfg_high
-    cfg_rescale: float = 0.0       # 0 .. 1: how far guided contrast goes back to the unguided
-    zoom: float = 1.0              # camera: above 1 nearer
-    x_shift: float = 0.0           # camera to the right, y_shift down; 1 is half of the longer side
-    y_shift: float = 0.0           # likewise
-    tread_cond: float = 0.0        # share of the tokens that skip the U, with the prompt: [0, 1)
-    tread_uncond: float = 0.0      # with the negative one: a weaker self to move away from (0.25 to 0.5)
+    negative_prompt: str = ""  # what guidance moves away from
+    num_images: Annotated[int, 1, 10_000] = 1           # -n: images for each prompt
+    seed: Annotated[int, -1, 2 ** 62] = 0               # of a prompt's first image, then one more; -1: random
+    width: Annotated[int, 1, 16384] | None = None       # pixels; None: init_image's, else the training size
+    height: Annotated[int, 1, 16384] | None = None      # likewise
+    sampler: str = "euler"     # a name in hdm.SAMPLERS; heun takes two evaluations a step, the others one
+    steps: Annotated[int, 1, 1000] | None = None        # None: the checkpoint's own (published: 24)
+    shift: Annotated[float, 0.001, 1000] | None = None  # of time, train.py's t_shift; likewise (1)
+    cfg: Annotated[float, -100, 100] | None = None      # guidance, 1 is none; likewise (3)
+    cfg_low: Annotated[float, 0, 1] | None = None       # least time t, 1 noise to 0 image, with guidance;
+    cfg_high: Annotated[float, 0, 1] = 1.0              # ... likewise (0). Greatest t with guidance
+    cfg_rescale: Annotated[float, 0, 1] = 0.0           # how far guided contrast goes back to the unguided
+    zoom: Annotated[float, 0.001, 1000] = 1.0           # camera: above 1 nearer
+    x_shift: Annotated[float, -100, 100] = 0.0          # camera to the right; 1 is half of the longer side
+    y_shift: Annotated[float, -100, 100] = 0.0          # camera down, likewise
+    tread_cond: hdm.Share = 0.0    # share of the tokens that skip the U, with the prompt
+    tread_uncond: hdm.Share = 0.0  # with the negative one: a weaker self to move away from (0.25 to 0.5)
     init_image: str = ""           # image to start from
-    strength: float = 0.6          # share of the steps that are done on it
-    mask: str = ""                 # image of the same size: white is drawn anew, black stays
+    strength: Annotated[float, 0, 1] = 0.6              # share of the steps that are done on it
+    mask: str = ""                 # image of the same size: white is redrawn, black stays
 
     def __post_init__(self):
         hdm.check_name(f"--sampler={self.sampler}", self.sampler, hdm.SAMPLERS, "sampler")
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise hdm.UserError(f"--{name}={value}: from {low} to {high}")
+        hdm.check_bounds(self)
         if self.mask and not self.init_image:
-            raise hdm.UserError(f"--mask={self.mask}: says what to draw anew in --init_image; it is missing")
+            raise hdm.UserError(f"--mask={self.mask}: says what to redraw in --init_image, which is missing")
 
 
 @dataclass
-class Job(ImageSettings):                # one image to draw
+class Job(ImageSettings):      # one image to draw
     prompt: str = ""
-    number: int = 0                # of its file
+    number: int = 0            # of its file
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Sampling:
     tipo: bool | str = False       # expand short prompts by TIPO; a folder or hub id of another one
     from_image: str = ""           # take prompt and settings from an image that was drawn here
     sheet: str = ""                # "steps=8,16;cfg=1,2": one PNG, rows and columns, of the first prompt
-    batch_size: int = 4            # images at a time: memory, not result
+    batch_size: hdm.Count = 4      # images at a time: memory, not result
     out: str = "out/samples"       # folder for the images
     file_type: str = "png"         # png, webp, jpg
     no_metadata: bool = False      # leave prompt and settings out of the files
@@ -115,52 +116,54 @@ class Sampling:
     force: bool = False            # ... also of a model that other programs cannot read
     ui: bool | str = False         # a local web page; HOST:PORT in place of 127.0.0.1:7860
 
+    def __post_init__(self):
+        hdm.check_bounds(self)
+        hdm.check_name(f"--file_type={self.file_type}", self.file_type, FORMATS, "type")
 
-# The names that diffusers has
-ALIASES = {"-n": "num_images", "--num_inference_steps": "steps", "--guidance_scale": "cfg"}
-LIMITS = dict(  # both allowed
-    num_images=(1, 10_000), seed=(-1, 2 ** 62), steps=(1, 1000), shift=(0.001, 1000), zoom=(0.001, 1000),
-    x_shift=(-100, 100), y_shift=(-100, 100), cfg=(-100, 100), width=(-16384, 16384), height=(-16384, 16384),
-    cfg_low=(0, 1), cfg_high=(0, 1), cfg_rescale=(0, 1), strength=(0, 1), tread_cond=(0, 0.999),
-    tread_uncond=(0, 0.999))
-IDLE = [  # settings, when they have no effect, and why
-    ("strength", lambda p: not p.init_image, "without --init_image"),
-    ("negative_prompt", lambda p: p.cfg == 1 and not p.tipo, "with --cfg=1"),
-    ("cfg_low cfg_high cfg_rescale tread_uncond", lambda p: p.cfg == 1, "with --cfg=1"),
-    ("cfg_low cfg_high", lambda p: p.cfg_low > p.cfg_high, "as cfg_low is above cfg_high: no guidance"),
-    ("format", lambda p: not p.slots, "without --slots"),
-    ("force", lambda p: not p.export, "without --export"),
-    ("prompt prompts slots sheet tipo num_images ui device dtype", lambda p: p.export, "with --export")]
+
+IMAGE_SETTINGS = [one.name for one in fields(ImageSettings)]
+ALIASES = {"-n": "num_images", "--num_inference_steps": "steps", "--guidance_scale": "cfg"}     # diffusers'
 FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
-TIPO = "KBlueLeaf/TIPO-200M-ft"    # a LLaMA that was trained on tags and captions of the same images
-TIPO_TOKENS = 512                  # at most, of its words
-ENDING = dict(                     # tags that end a prompt: a guess at the common ones
-    quality="masterpiece, best quality, high quality, low quality, worst quality",
-    rating="safe, sfw, general, sensitive, questionable, nsfw, explicit",
-    meta="absurdres, highres, lowres, newest, recent")
+# Where the settings of a prompt's line begin: --any= or a known flag.
+FLAG = re.compile(rf"(?:^|\s+)(?=--\w+=|(?:{'|'.join(ALIASES)}|--(?:{'|'.join(IMAGE_SETTINGS)}))(?![\w-]))")
+
+
+# Conditions on a call: an object with all settings of one image and of the program.
+def without(name):
+    def condition(call):
+        return not getattr(call, name)
+    return condition
+
+
+def unguided(call):
+    return call.cfg == 1
+
+
+def unguided_without_tipo(call):                             # TIPO reads the negative prompt, too
+    return call.cfg == 1 and not call.tipo
+
+
+def never_guided(call):
+    return call.cfg_low > call.cfg_high
+
+
+IDLE = [  # settings, the condition on which they have no effect, its words
+    ("strength", without("init_image"), "without --init_image"),
+    ("negative_prompt", unguided_without_tipo, "with --cfg=1"),
+    ("cfg_low cfg_high cfg_rescale tread_uncond", unguided, "with --cfg=1"),
+    ("cfg_low cfg_high", never_guided, "as cfg_low is above cfg_high: no guidance"),
+    ("format", without("slots"), "without --slots"),
+    ("force", without("export"), "without --export"),
+    ("prompt prompts slots sheet tipo num_images ui device dtype", attrgetter("export"), "with --export")]
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------
-def prompt_line(line, p):
-    """'PROMPT --key=value ...' -> the Job of this prompt, p with these values, quoted as in a shell."""
-    known = "|".join([*ALIASES, *(f"--{one.name}" for one in fields(ImageSettings))])
-    text, *flags = re.split(rf"(?:^|\s+)(?=--\w+=|(?:{known})(?![\w-]))", line, maxsplit=1)
-    with hdm.naming(f"--prompts, {line!r}", "settings in it that will not do"):
-        values = hdm.parse_args(shlex.split(" ".join(flags)), [ImageSettings], aliases=ALIASES)[1]
-        return Job(**vars(p) | values, prompt=text)
-
-
-def fill_slots(template, slots):
-    """'<|name|>, ...' filled from {name: text}; an empty one takes the punctuation behind it along."""
-    known, text = re.findall(r"<\|(.+?)\|>([^<]*)", template), ""
-    for name in slots:
-        hdm.check_name(f"--slots: {name}", name, dict(known), "slot in --format")
-    for name, between in known:
-        words = slots.get(name, "").strip().rstrip(",.")
-        if name != "natural language":                       # in its words underscores would be meant
-            words = hdm.parse_caption(words.replace(",", "$$"), spaces=True)
-        text += words + between if words else ""
-    return text.rstrip(", ")
+def prompt_line(line, defaults):
+    """'PROMPT --key=value ...' -> its Job: defaults with these values, which are quoted as in a shell."""
+    prompt, *flags = FLAG.split(line, maxsplit=1)
+    with hdm.naming(f"--prompts, {line!r}", "wrong settings in it"):
+        _, values = hdm.parse_args(shlex.split(" ".join(flags)), [ImageSettings], aliases=ALIASES)
+        return Job(**vars(defaults) | values, prompt=prompt)
 
 
 def prompt_lines(text):
@@ -169,110 +172,161 @@ def prompt_lines(text):
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def read_jobs(s, p, load_tipo):
-    """-> a Job for each image, in order, each with its own seed."""
-    lines, slots = [Job(**vars(p), prompt=prompt) for prompt in s.prompt], {}
-    if s.prompts:
-        with hdm.naming(f"--prompts={s.prompts}", "no readable file of one prompt a line"):
-            text = sys.stdin.read() if s.prompts == "-" else hdm.read_text(s.prompts)
-        lines += [prompt_line(line, p) for line in prompt_lines(text)]
-    if s.slots:
-        with hdm.naming(f"--slots={s.slots}", 'neither a json file nor json such as {"artist": "..."}'):
-            given = s.slots.lstrip().startswith("{")
-            slots = json.loads(s.slots if given else hdm.read_text(s.slots))
-            assert all(isinstance(words, str) for words in slots.values()), "each part must be a text"
-        lines.append(Job(**vars(p), prompt=fill_slots(s.format, slots)))
-        print(f"prompt: {lines[-1].prompt}")
-    if not lines:
-        raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
-    texts = [text for line in lines for text in (line.prompt, line.negative_prompt)]
+def read_slots(source):
+    """The text of --slots, json or the path of a json file -> {slot: its text}."""
+    with hdm.naming(f"--slots={source}", 'neither a json file nor json such as {"artist": "..."}'):
+        is_json = source.lstrip().startswith("{")
+        slots = json.loads(source if is_json else hdm.read_text(source))
+        if not all(isinstance(text, str) for text in slots.values()):
+            raise ValueError("each part must be a text")
+    return slots
+
+
+def fill_slots(template, slots):
+    """'<|name|>, ...' filled from {name: text}; an empty one takes the punctuation behind it along."""
+    pairs = re.findall(r"<\|(.+?)\|>([^<]*)", template)      # each slot and the punctuation behind it
+    for name in slots:
+        hdm.check_name(f"--slots: {name}", name, dict(pairs), "slot in --format")
+    prompt = ""
+    for name, punctuation in pairs:
+        text = slots.get(name, "").strip().rstrip(",.")
+        if name != "natural language":                       # in its words underscores would be meant
+            text = hdm.parse_caption(text.replace(",", "$$"), spaces=True)
+        if text:
+            prompt += text + punctuation
+    return prompt.rstrip(", ")
+
+
+def report_foreign_syntax(lines):
+    """Prints what in the prompts means something to other programs, and is plain text here."""
+    texts = [line.prompt for line in lines] + [line.negative_prompt for line in lines]
     if any(re.search(r"\\[()]", text) for text in texts):
         print(r"prompts: \( and \) are taken for ( and )")
     if any(re.search(r"\([^()]+:\d*\.?\d+\)", text) for text in texts):
         print("prompts: weights as in (tag:1.2) are not known here, and read as text")
-    jobs = []
-    for line in lines:
-        if line.seed == -1:
-            line = replace(line, seed=random.SystemRandom().randrange(2 ** 32))
-            print(f"seed {line.seed}: {line.prompt}")
-        prompt, negative = (text.encode(errors="replace").decode()   # argv can hold any bytes
-                            for text in (line.prompt, line.negative_prompt))
-        jobs += [replace(line, prompt=prompt, negative_prompt=negative, num_images=1, seed=line.seed + i)
-                 for i in range(line.num_images)]
-    if s.tipo:
-        expand = load_tipo(s.tipo)
-        jobs = [replace(job, prompt=expand(job, slots)) for job in jobs]
-        print("\n".join(f"prompt: {job.prompt}" for job in jobs))
+
+
+def encodable(text):
+    """Text of the command line or a file's name, which can hold any bytes: ? in place of those not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def jobs_of(line):
+    """A prompt's Job -> one for each of its images, each with its own seed."""
+    seed = line.seed
+    if seed == -1:
+        seed = random.SystemRandom().randrange(2 ** 32)
+        print(f"seed {seed}: {line.prompt}")
+    line = replace(line, prompt=encodable(line.prompt), negative_prompt=encodable(line.negative_prompt))
+    return [replace(line, num_images=1, seed=seed + i) for i in range(line.num_images)]
+
+
+def read_jobs(options, defaults, load_tipo):
+    """-> a Job for each image, in order, each with its own seed. load_tipo is called for --tipo alone."""
+    lines = [Job(**vars(defaults), prompt=prompt) for prompt in options.prompt]
+    if options.prompts:
+        with hdm.naming(f"--prompts={options.prompts}", "no readable file of one prompt a line"):
+            text = sys.stdin.read() if options.prompts == "-" else hdm.read_text(options.prompts)
+        lines += [prompt_line(line, defaults) for line in prompt_lines(text)]
+    slots = {}
+    if options.slots:
+        slots = read_slots(options.slots)
+        lines.append(Job(**vars(defaults), prompt=fill_slots(options.format, slots)))
+        print(f"prompt: {lines[-1].prompt}")
+    if not lines:
+        raise hdm.UserError('no prompt: give --prompt "a red circle", once or more, or --prompts=FILE')
+    report_foreign_syntax(lines)
+    jobs = [job for line in lines for job in jobs_of(line)]
+    if options.tipo:
+        expand = load_tipo(options.tipo)
+        for job in jobs:
+            job.prompt = expand(job, slots)
+            print(f"prompt: {job.prompt}")
     return jobs
 
 
 # ---- the text in an image's file --------------------------------------------------------------------------
-def parameters(job, digest):
+def parameters(job, model_hash):
     """Prompt and settings in AUTOMATIC1111's form, which many programs show."""
-    model = Path(job.ckpt).name.removesuffix(".safetensors")
     sampler = getattr(hdm.SAMPLERS[job.sampler], "title", job.sampler)
-    pairs = {"Steps": job.steps, "Sampler": sampler, "CFG scale": f"{job.cfg:g}",
-             "Seed": job.seed, "Size": f"{job.width}x{job.height}", "Model hash": digest[:10], "Model": model}
-    line = ", ".join(f"{key}: " + (json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", str(value))
-                                   else str(value)) for key, value in pairs.items())
-    negative = [f"Negative prompt: {job.negative_prompt}"] if job.negative_prompt else []
-    text = "\n".join([job.prompt, *negative, line])
-    return text.encode(errors="replace").decode()            # a file's name can hold any bytes
+    pairs = {"Steps": job.steps, "Sampler": sampler, "CFG scale": f"{job.cfg:g}", "Seed": job.seed,
+             "Size": f"{job.width}x{job.height}", "Model hash": model_hash[:10],
+             "Model": Path(job.ckpt).name.removesuffix(".safetensors")}
+    items = []
+    for key, value in pairs.items():
+        if re.search("[,:\n]", str(value)):                  # would end the value
+            value = json.dumps(value, ensure_ascii=False)
+        items.append(f"{key}: {value}")
+    lines = [job.prompt]
+    if job.negative_prompt:
+        lines.append(f"Negative prompt: {job.negative_prompt}")
+    lines.append(", ".join(items))
+    return encodable("\n".join(lines))
 
 
-def exif_block(about, text):
-    """EXIF bytes with about, ASCII as our json is, as ImageDescription, and text as UserComment.
+def exif_block(description, comment):
+    """EXIF bytes with description, ASCII, as ImageDescription, and comment as UserComment.
 
     Pillow would write the UserComment as BYTE; readers such as AUTOMATIC1111's take UNDEFINED (7) alone.
+    An entry of a directory is its tag, type, number of bytes, and its value or where that begins.
     """
-    about, comment = about.encode("ascii") + b"\0", b"UNICODE\0" + text.encode("utf-16-be")
-    gap = bytes(len(about) % 2)                              # values start at even places
-    inner = 8 + 2 + 2 * 12 + 4 + len(about) + len(gap)       # where the second directory is
-    first = struct.pack(">HHHIIHHIII", 2, 0x010E, 2, len(about), 38, 0x8769, 4, 1, inner, 0)
+    description = description.encode("ascii") + b"\0"
+    comment = b"UNICODE\0" + comment.encode("utf-16-be")
+    gap = bytes(len(description) % 2)                        # values start at even places
+    inner = 8 + 2 + 2 * 12 + 4 + len(description) + len(gap)     # where the second directory is
+    first = struct.pack(">HHHIIHHIII", 2, 0x010E, 2, len(description), 38, 0x8769, 4, 1, inner, 0)
     second = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), inner + 2 + 12 + 4, 0)
-    return b"Exif\0\0MM\0\x2a\0\0\0\x08" + first + about + gap + second + comment
+    return b"Exif\0\0MM\0\x2a\0\0\0\x08" + first + description + gap + second + comment
 
 
-def encode_file(image, kind, text="", about=""):
-    """(height, width, 3) uint8 -> a file's bytes; with text in it: `parameters`, and about, our own json."""
-    options = dict(quality=95) if kind != "png" else {}
-    if text and kind == "png":
+def encode_file(image, file_type, text="", record=""):
+    """(height, width, 3) uint8 -> a file's bytes; with text in it: `parameters`, and record, our own json."""
+    options = {} if file_type == "png" else dict(quality=95)
+    if text and file_type == "png":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("parameters", text)      # as iTXt where Latin-1 does not do
-        options["pnginfo"].add_text("hdm", about)
+        options["pnginfo"].add_text("hdm", record)
     elif text:
-        options["exif"] = exif_block(about, text)
+        options["exif"] = exif_block(record, text)
     file = io.BytesIO()
-    with hdm.naming(f"--file_type={kind}", "cannot hold this image with its settings; png can"):
-        Image.fromarray(image).save(file, FORMATS[kind], **options)
+    with hdm.naming(f"--file_type={file_type}", "cannot hold this image with its settings; png can"):
+        Image.fromarray(image).save(file, FORMATS[file_type], **options)
     return file.getvalue()
 
 
 def read_settings(path):
-    """-> {name: value} of the settings in an image's file, no others than are written; its model's hash."""
+    """-> {name: value} of the settings that an image's file holds, and the hash of the model that drew it."""
     with hdm.naming(f"--from_image={path}", "not an image that can be read"), Image.open(path) as image:
-        about = image.info.get("hdm") or image.getexif().get(0x010E)
-    if not str(about).startswith("{"):                       # cameras, too, write a description
+        record = image.info.get("hdm") or image.getexif().get(0x010E)
+    if not str(record).startswith("{"):                      # cameras, too, write a description
         raise hdm.UserError(f"--from_image={path}: no settings of sample.py in it; it was drawn elsewhere "
                             f"or with --no_metadata, or another program has saved it")
+    types = hdm.setting_types([ImageSettings, Sampling])
     with hdm.naming(f"--from_image={path}", "broken settings in it"):
-        about, types = json.loads(about), hdm.setting_types([ImageSettings, Sampling])
-        known = [one.name for one in fields(ImageSettings)] + ["ema", "text_encoder", "vae", "dtype"]
-        values = {name: hdm.setting_value(name, about[name], types[name]) for name in known if name in about}
-        return values | dict(prompt=[str(about["prompt"])]), str(about["model_hash"])
+        record = json.loads(record)
+        names = [name for name in (*IMAGE_SETTINGS, "ema", "text_encoder", "vae", "dtype") if name in record]
+        values = {name: hdm.setting_value(name, record[name], types[name]) for name in names}
+        values["prompt"] = [str(record["prompt"])]
+        return values, str(record["model_hash"])
 
 
 def write_new(path, content):
-    """Writes a new file, whole or not at all: path, or, where that is there, STEM-1, ... -> its path."""
-    with hdm.naming("--out", f"{path} cannot be written"), contextlib.ExitStack() as undo:
-        for i in itertools.count():
-            new = path.with_stem(f"{path.stem}-{i}") if i else path
-            with contextlib.suppress(FileExistsError), open(new, "xb") as file:
-                undo.callback(new.unlink)                    # after a full disk, Ctrl-C
+    """Writes a new file, complete or not at all: path, or, where that is there, STEM-1, ... -> its path."""
+    new = path
+    with hdm.naming("--out", f"{path} cannot be written"):
+        for i in itertools.count(1):
+            try:
+                file = open(new, "xb")
+                break
+            except FileExistsError:
+                new = path.with_stem(f"{path.stem}-{i}")
+        try:
+            with file:                                       # some disks say as it closes that they are full
                 file.write(content)
-                file.close()                                 # some disks say only here that they are full
-                undo.pop_all()
-                return new
+        except BaseException:                                # Ctrl-C, too
+            new.unlink()
+            raise
+    return new
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -281,194 +335,268 @@ def to_uint8(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def number(jobs, out):
+def file_number(path):
+    """41 of 00041-7.png; -1 of other names."""
+    match = re.match(r"(\d+)-", path.name)
+    return int(match[1]) if match else -1
+
+
+def number_files(jobs, folder):
     """jobs with the numbers of their files, above those in the folder, so that none is overwritten."""
-    taken = [int(match[1]) for path in out.iterdir() if (match := re.match(r"(\d+)-", path.name))]
-    return [replace(job, number=i) for i, job in enumerate(jobs, max(taken, default=-1) + 1)]
+    first = 1 + max(map(file_number, folder.iterdir()), default=-1)
+    return [replace(job, number=i) for i, job in enumerate(jobs, first)]
+
+
+def vae_factor(vae):
+    """Pixels on the side of a latent cell; 1 where the model draws pixels."""
+    return 1 if vae is None else vae.factor
 
 
 @lru_cache(maxsize=1)              # images of one call share it: draw_files forgets it
 def load_source(init_image, mask):
     """-> init_image and mask as PIL images of the same size, or None for what is not given."""
-    with hdm.naming(f"--init_image={init_image}", "not an image that can be read"):
-        image = hdm.load_image(init_image) if init_image else None
-    with hdm.naming(f"--mask={mask}", "not an image that can be read"):
-        anew = hdm.load_image(mask).convert("L") if mask else None
-    if anew is not None and anew.size != image.size:
-        raise hdm.UserError(f"--mask={mask}: {anew.width}x{anew.height} pixels, but --init_image has "
-                            f"{image.width}x{image.height}; they must be the same")
-    return image, anew
+    image = mask_image = None
+    if init_image:
+        with hdm.naming(f"--init_image={init_image}", "not an image that can be read"):
+            image = hdm.load_image(init_image)
+    if mask:
+        with hdm.naming(f"--mask={mask}", "not an image that can be read"):
+            mask_image = hdm.load_image(mask).convert("L")
+        if mask_image.size != image.size:
+            raise hdm.UserError(f"--mask={mask}: {mask_image.width}x{mask_image.height} pixels, but "
+                                f"--init_image has {image.width}x{image.height}; they must be the same")
+    return image, mask_image
 
 
-def fitted(image, p, method):
-    """A PIL image in the size of p. Of a slightly larger one the middle is taken as it is, pixel by pixel;
-    others are scaled to cover and cut."""
-    over = image.width - p.width, image.height - p.height
-    if 0 <= min(over) and max(over) < min(64, p.width / 4, p.height / 4):
-        left, top = over[0] // 2, over[1] // 2
-        return image.crop((left, top, left + p.width, top + p.height))
-    return ImageOps.fit(image, (p.width, p.height), method)
+def fitted(image, width, height, method):
+    """A PIL image in this size. Of a slightly larger one the middle is taken as it is, pixel by pixel; others
+    are scaled to cover and cut."""
+    left, top = image.width - width, image.height - height
+    if 0 <= min(left, top) and max(left, top) < min(64, width / 4, height / 4):
+        return image.crop((left // 2, top // 2, left // 2 + width, top // 2 + height))
+    return ImageOps.fit(image, (width, height), method)
 
 
-def resolved(p, settings, model, vae):
-    """p with numbers in place of None; a size or an image that will not do is refused."""
-    width = height = settings["image_size"]
-    image, _ = load_source(p.init_image, p.mask)
+def resolved(job, settings, model, vae):
+    """job with numbers in place of None. Its size is init_image's, as far as the model can draw that, or the
+    training size; what the model cannot draw is refused."""
+    size = settings["image_size"]
+    width, height = size, size
+    image, _ = load_source(job.init_image, job.mask)
     if image is not None:
         width, height = image.size
-        if max(width, height) > 2 * settings["image_size"]:  # such as a photo's: more than the model can do
-            width, height = hdm.scaled_sides(width, height, settings["image_size"])
-        step = model.config.patch_size * (1 if vae is None else vae.factor)
-        width, height = (max(step, side // step * step) for side in (width, height))
+        if max(width, height) > 2 * size:                    # such as a photo's: more than the model can do
+            width, height = hdm.scaled_sides(width, height, size)
+        step = model.config.patch_size * vae_factor(vae)
+        width, height = max(step, width // step * step), max(step, height // step * step)
     own = dict(width=width, height=height, steps=settings["steps"], cfg=settings["cfg"],
                cfg_low=settings["cfg_low"], shift=settings["t_shift"])
-    p = replace(p, **{name: value for name, value in own.items() if getattr(p, name) is None})
-    hdm.check_size(p.height, p.width, model.config, vae)
-    if p.init_image and round(p.steps * p.strength) < 1:
-        raise hdm.UserError(f"--strength={p.strength}: of {p.steps} steps none would be done; above "
-                            f"{0.5 / p.steps:.3g} at least one is")
-    return p
+    job = replace(job, **{name: value for name, value in own.items() if getattr(job, name) is None})
+    hdm.check_size(job.height, job.width, model.config, vae)
+    if job.init_image and round(job.steps * job.strength) < 1:
+        raise hdm.UserError(f"--strength={job.strength}: of {job.steps} steps none would be done; above "
+                            f"{0.5 / job.steps:.3g} at least one is")
+    return job
 
 
 def as_trained(text, settings):
     """A prompt as the checkpoint's training read captions."""
-    settings = SAMPLING | settings
+    settings = PUBLISHED | settings                          # old checkpoints do not hold all of them
     return hdm.parse_caption(text, separator=settings["tag_separator"], spaces=settings["spaces"])
 
 
 def encode_texts(te, jobs, settings):
     """-> {text: states (1, T, ctx_dim) on the CPU} of all prompts and negative prompts."""
-    texts = dict.fromkeys(text for job in jobs for text in (job.prompt, job.negative_prompt))
+    texts = {text: None for job in jobs for text in (job.prompt, job.negative_prompt)}
     return {text: te([as_trained(text, settings)])[0].cpu() for text in texts}
 
 
 def batches(jobs, batch_size):
-    """Neighbours that are alike but for prompt and seed, at most batch_size at a time."""
+    """Neighbors that are alike but for prompt and seed, at most batch_size at a time."""
     for _, alike in itertools.groupby(jobs, key=lambda job: replace(job, prompt="", seed=0, number=0)):
         while batch := list(itertools.islice(alike, batch_size)):
             yield batch
 
 
-def draw_latents(model, vae, texts, jobs, watch):
-    """-> latents (B, C, h, w) of jobs; what init_image and mask keep, as pixels, or None. See draw."""
-    p, config, device = jobs[0], model.config, model.in_patch.proj.weight.device
-    factor = 1 if vae is None else vae.factor
-    rows, cols = (side // factor // config.patch_size for side in (p.height, p.width))
-    pos = (hdm.grid_positions(rows, cols, config.pos) + torch.tensor([p.y_shift, p.x_shift])) / p.zoom
-    generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
-    shape = config.in_channels, p.height // factor, p.width // factor
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+def source_pixels(job):
+    """-> init_image, (height, width, 3) uint8, and mask, (height, width) bool, True is redrawn, in the job's
+    size; None for what is not given."""
+    image, mask = load_source(job.init_image, job.mask)
+    if image is not None:
+        image = np.array(fitted(image, job.width, job.height, Image.BICUBIC))
+    if mask is not None:
+        mask = np.array(fitted(mask, job.width, job.height, Image.NEAREST)) > 127
+    return image, mask
+
+
+def guidance_of(model, texts, jobs, shape, generators):
+    """-> hdm.Guidance of a batch whose latents have this shape (C, h, w)."""
+    job = jobs[0]
+    device = model.in_patch.proj.weight.device
+    rows, columns = shape[1] // model.config.patch_size, shape[2] // model.config.patch_size
+    camera = torch.tensor([job.y_shift, job.x_shift])
+    pos = (hdm.grid_positions(rows, columns, model.config.pos) + camera) / job.zoom          # (N, 2)
+
+    def pick(rate):                                          # (B, R) tokens that TREAD keeps; None: all
+        if rate == 0:
+            return None
+        picked = [hdm.pick_tokens(1, rows * columns, rate, generator) for generator in generators]
+        return torch.cat(picked).to(device)
 
     def picks():
-        return [torch.cat([hdm.pick_tokens(1, rows * cols, rate, generator) for generator in generators]
-                          ).to(device) if rate else None for rate in (p.tread_cond, p.tread_uncond)]
-    ctx, mask = hdm.stack_texts([texts[job.prompt].to(device) for job in jobs])
-    uncond = texts[p.negative_prompt].to(device).repeat(len(jobs), 1, 1)
-    guidance = hdm.Guidance(model, ctx, uncond, p.cfg, mask, pos=pos, picks=picks,
-                            aspect=torch.full((len(noise),), math.log(p.width / p.height), device=device),
-                            interval=(p.cfg_low, p.cfg_high), rescale=p.cfg_rescale)
-    times, x = hdm.sampling_times(p.steps, p.shift), noise
-    source, anew = load_source(p.init_image, p.mask)
-    if source is not None:
-        source = np.array(fitted(source, p, Image.BICUBIC))
-        known = torch.from_numpy(source).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
-        known = known if vae is None else vae.encode(known)
-        times = times[-1 - round(p.steps * p.strength):]
+        return pick(job.tread_cond), pick(job.tread_uncond)
+    ctx, ctx_mask = hdm.stack_texts([texts[one.prompt].to(device) for one in jobs])
+    uncond = texts[job.negative_prompt].to(device).repeat(len(jobs), 1, 1)
+    aspect = torch.full((len(jobs),), math.log(job.width / job.height), device=device)
+    return hdm.Guidance(model, ctx, uncond, job.cfg, ctx_mask, aspect=aspect, pos=pos, picks=picks,
+                        interval=(job.cfg_low, job.cfg_high), rescale=job.cfg_rescale)
+
+
+def draw_latents(model, vae, texts, jobs, watch):
+    """-> latents (B, C, h, w) of jobs, one of batches. See draw."""
+    job = jobs[0]                                            # the others differ in prompt and seed alone
+    device = model.in_patch.proj.weight.device
+    shape = model.config.in_channels, job.height // vae_factor(vae), job.width // vae_factor(vae)
+    generators = [torch.Generator().manual_seed(one.seed) for one in jobs]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    guidance = guidance_of(model, texts, jobs, shape, generators)
+    times = hdm.sampling_times(job.steps, job.shift)
+    x = noise
+    init_image, mask = source_pixels(job)
+    if init_image is not None:
+        known = torch.from_numpy(init_image).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
+        if vae is not None:
+            known = vae.encode(known)                        # (1, C, h, w)
+        times = times[-1 - round(job.steps * job.strength):]
         x = times[0] * noise + (1 - times[0]) * known
-    if anew is not None:                                     # a latent cell is drawn if any of its pixels is
-        anew = np.array(fitted(anew, p, Image.NEAREST)) > 127
-        cells = torch.from_numpy(anew)[None, None].to(device).float()
-        cells = torch.nn.functional.max_pool2d(cells, factor) > 0
+    if mask is not None:                                     # a cell is redrawn if any of its pixels is
+        cells = torch.from_numpy(mask)[None, None].to(device).float()
+        redrawn = torch.nn.functional.max_pool2d(cells, vae_factor(vae)) > 0          # (1, 1, h, w)
 
     def velocity(x, t):
         with hdm.SHARED_CPU.work(device):
             v = guidance(x, t)
-        if anew is not None:                                 # what stays goes straight from noise to itself
-            v = torch.where(cells, v, noise - known)
+        if mask is not None:                                 # what stays goes straight from noise to itself
+            v = torch.where(redrawn, v, noise - known)
         watch(t, x - t * v)
         return v
-    return hdm.SAMPLERS[p.sampler](velocity, x, times), source, anew
+    return hdm.SAMPLERS[job.sampler](velocity, x, times)
+
+
+def ignore(t, x0):
+    """A watch of draw that does nothing."""
 
 
 @torch.inference_mode()
-def draw(model, vae, texts, jobs, watch=lambda t, x0: None):
+def draw(model, vae, texts, jobs, watch=ignore):
     """Draws jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its image
     (height, width, 3) uint8 and its latent (C, h, w).
 
     All that is random comes from an image's own seed, on the CPU: the same in any batch, on any device.
-    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. What is not
-    finite is drawn again in float32, with a warning.
+    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. A latent that
+    is not finite is drawn again in float32, with a warning.
     """
-    x, source, anew = draw_latents(model, vae, texts, jobs, watch)
+    x = draw_latents(model, vae, texts, jobs, watch)
     watch(0, x)
-    kind, dtype = x.device.type, model.in_patch.proj.weight.dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    init_image, mask = source_pixels(jobs[0])
+    dtype = model.in_patch.proj.weight.dtype                 # of the matrix products, if not autocast's
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
     for job, latent in zip(jobs, x):                         # the VAE takes one at a time: less memory
         name = f"image {job.number:05d}-{job.seed}, {job.prompt[:60]!r}"
-        if not latent.isfinite().all() and dtype != torch.float32:
+        if dtype != torch.float32 and not latent.isfinite().all():
             hdm.warn(f"{name}: its latent is not finite in {str(dtype)[6:]}: drawn again in float32")
             with hdm.in_float32(model):
-                latent = draw_latents(model, vae, texts, [job], lambda t, x0: None)[0][0]
+                latent = draw_latents(model, vae, texts, [job], ignore)[0]
         if not latent.isfinite().all():
-            hdm.warn(f"{name}: its latent is not finite in float32{' either' * (dtype != torch.float32)}")
-        image = to_uint8(latent[None] if vae is None else vae.decode_each(latent[None], name))[0]
-        yield image if anew is None else np.where(anew[..., None], image, source), latent
+            hdm.warn(f"{name}: its latent is not finite in float32")
+        pixels = latent[None] if vae is None else vae.decode_each(latent[None], name)
+        image = to_uint8(pixels)[0]
+        if mask is not None:
+            image = np.where(mask[..., None], image, init_image)
+        yield image, latent
 
 
-def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **how):
-    """-> (n, height, width, 3) uint8 images, one for each prompt with its seed; how: fields of ImageSettings.
+def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **image_settings):
+    """-> (n, height, width, 3) uint8 images, one for each prompt with its seed, of these ImageSettings.
     Under torchrun each process draws its part, and gets all."""
-    p = resolved(Job(**how), settings, model, vae)
-    jobs = hdm.share([replace(p, prompt=prompt, seed=seed, number=i)
-                  for i, (prompt, seed) in enumerate(zip(prompts, seeds))])
+    job = resolved(Job(**image_settings), settings, model, vae)
+    numbered = enumerate(zip(prompts, seeds))
+    jobs = hdm.share([replace(job, prompt=prompt, seed=seed, number=i) for i, (prompt, seed) in numbered])
     texts = encode_texts(te, jobs, settings)
-    images = [image for batch in batches(jobs, batch_size) for image, _ in draw(model, vae, texts, batch)]
-    parts = hdm.gather(images)
+    images = []
+    for batch in batches(jobs, batch_size):
+        images += [image for image, _ in draw(model, vae, texts, batch)]
+    parts = hdm.gather(images)                               # of n processes the first has 0, n, 2 n, ...
     return np.stack([parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))])
 
 
-def advise(p, side):
-    """Says where a size lies outside of what a model trained at this side is good at (HDM's model card)."""
-    if not (p.width == side <= p.height or p.width > p.height and p.height <= side
-            and p.width * p.height >= side ** 2):
-        print(f"warning: {p.width}x{p.height}: a model trained at {side} px draws best {side} wide and at "
-              f"least as high, or wider than high, at most {side} high, of {side}x{side} pixels or more")
+def advise(job, size):
+    """Warns of a job's size that a model trained at this size is not good at (HDM's model card)."""
+    tall = job.width == size <= job.height
+    wide = job.width > job.height and job.height <= size and job.width * job.height >= size ** 2
+    if not tall and not wide:
+        print(f"warning: {job.width}x{job.height}: a model trained at {size} px draws best {size} wide and "
+              f"at least as high, or wider than high, at most {size} high, of {size}x{size} pixels or more")
 
 
-def draw_files(model, vae, get_te, jobs, settings, s, common, watch):
-    """Draws this process's part of jobs and writes each as a new file of s.out, in it its settings and
-    common, those of the whole program. Yields the paths.
+@dataclass
+class Checkpoint:
+    """What draws: open_checkpoint makes it."""
+    model: hdm.XUT
+    vae: hdm.VAE | None
+    settings: dict                 # as from load_model
+    load_te: typing.Callable       # () -> its text encoder
+    provenance: dict               # settings of the program that go into each image's file; model_hash
 
-    get_te() loads the text encoder; unless others hold it, it is gone before the first step. watch is called
-    at each step with how many are done, in parts of one, and with what x0 (B, C, h, w) looks like.
+
+def encode_prompts(te, jobs, settings):
+    """encode_texts, and a warning of each text that is too long."""
+    states = encode_texts(te, jobs, settings)
+    for text in states:
+        tokens = len(te.tokenizer(as_trained(text, settings))["input_ids"])
+        if tokens > te.max_length:
+            print(f"warning: of {tokens} tokens the model reads {te.max_length}: {text[:60]!r} ...")
+    return states
+
+
+def job_file(job, image, options, provenance):
+    """The bytes of an image's file, with its settings in them."""
+    text = "" if options.no_metadata else parameters(job, provenance["model_hash"])
+    record = asdict(replace(job, number=0)) | provenance
+    return encode_file(image, options.file_type, text, json.dumps(record))
+
+
+def draw_files(checkpoint, jobs, options, watch):
+    """Draws this process's part of jobs and writes each as a new file of options.out. Yields the paths.
+
+    At each step watch is called with how many images are done, a float, and x0 (B, C, h, w) as it looks then.
     """
+    model, vae, settings = checkpoint.model, checkpoint.vae, checkpoint.settings
     load_source.cache_clear()                                # since the last call a file may have changed
-    jobs, done = [resolved(job, settings, model, vae) for job in jobs], 0
-    for p in {(job.width, job.height): job for job in jobs}.values():
-        advise(p, settings["image_size"])
-    te = get_te()
-    texts = encode_texts(te, jobs, settings)
-    for text in texts:
-        if (n := len(te.tokenizer(as_trained(text, settings))["input_ids"])) > te.max_length:
-            print(f"warning: of {n} tokens the model reads {te.max_length}: {text[:60]!r} ...")
-    del te                                                   # its memory goes to the images
-    def content(job, image):
-        text = "" if s.no_metadata else parameters(job, common["model_hash"])
-        return encode_file(image, s.file_type, text, json.dumps(asdict(replace(job, number=0)) | common))
-    for batch in batches(hdm.share(jobs), s.batch_size):
+    jobs = [resolved(job, settings, model, vae) for job in jobs]
+    sizes = {(job.width, job.height): job for job in jobs}
+    for job in sizes.values():
+        advise(job, settings["image_size"])
+    texts = encode_prompts(checkpoint.load_te(), jobs, settings)     # its memory is free again
+    done = 0
+
+    def watch_batch(t, x0):
+        watch(done + len(x0) * (1 - t), x0)
+    for batch in batches(hdm.share(jobs), options.batch_size):
         for job in batch:                                    # what no file can hold fails before it is drawn
-            content(job, np.zeros((job.height, job.width, 3), np.uint8))
-        drawn = draw(model, vae, texts, batch, lambda t, x0: watch(done + len(x0) * (1 - t), x0))
-        for job, (image, latent) in zip(batch, drawn):
-            path = Path(s.out, f"{job.number:05d}-{job.seed}.{s.file_type}")
-            path = write_new(path, content(job, image))
-            if s.latents_out:
+            blank = np.zeros((job.height, job.width, 3), np.uint8)
+            job_file(job, blank, options, checkpoint.provenance)
+        for job, (image, latent) in zip(batch, draw(model, vae, texts, batch, watch_batch)):
+            path = Path(options.out, f"{job.number:05d}-{job.seed}.{options.file_type}")
+            path = write_new(path, job_file(job, image, options, checkpoint.provenance))
+            if options.latents_out:
                 write_new(path.with_suffix(".safetensors"), save({"latent": latent.float().cpu()}))
             yield path
         done += len(batch)
 
 
-# ---- the weights for other programs ------------------------------------------------------------------------
+# ---- the weights of other programs -------------------------------------------------------------------------
 ADAPTER = re.compile(r"(?i)(?<![a-z])(lycoris|lora|dora|lokr|loha|hada|b?oft|ia3)[._]")
 AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|swa)(?![a-z])")
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|module|_\w+_module)\.")               # by compile, DDP, FSDP
@@ -476,66 +604,102 @@ NOT_XUT = re.compile(r"vae\.|vae_(mean|std)$|n_averaged$|(te|text_encoders?|text
 
 
 def xut_part(tensors, path, ema):
-    """A file's tensors -> those with ctx_proj.weight's prefix, XUT's, by their own names, and the others."""
-    if adapters := [name for name in tensors if ADAPTER.search(name)]:
+    """A file's tensors -> those of XUT, by their own names, and the others. XUT's have the prefix in front of
+    ctx_proj.weight, such as unet.model."""
+    adapters = [name for name in tensors if ADAPTER.search(name)]
+    if adapters:
         raise hdm.UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without "
                             f"which it is another model: merge them by the program that trained them")
     plain = {WRAPPER.sub("", name): value for name, value in tensors.items()}
-    starts = [name.removesuffix("ctx_proj.weight") for name in plain
-              if re.search(r"(^|\.)ctx_proj\.weight$", name)]
-    if not starts:
+    found = [name for name in plain if re.search(r"(^|\.)ctx_proj\.weight$", name)]
+    prefixes = [name.removesuffix("ctx_proj.weight") for name in found]
+    if not prefixes:
         raise hdm.UserError(f"{path}: neither a checkpoint of ours nor a published one (no unet.model.* and "
                             f"no ctx_proj.weight); it holds {', '.join(list(tensors)[:3])}, ...")
-    averaged = [start for start in starts if AVERAGED.search(start)]
-    live = [start for start in starts if start not in averaged]
-    chosen = averaged if averaged and (ema or not live) else live
-    if len(chosen) > 1 or len(plain) < len(tensors):
-        names = ", ".join(f"{start}*" for start in starts)
+    averaged = [one for one in prefixes if AVERAGED.search(one)]
+    trained = [one for one in prefixes if one not in averaged]
+    prefix, *more = averaged if averaged and (ema or not trained) else trained
+    if more or len(plain) < len(tensors):
+        names = ", ".join(f"{one}*" for one in prefixes)
         raise hdm.UserError(f"{path}: holds several models ({names}); keep one of them in it")
-    start, inner = chosen[0], tuple(one for one in starts if len(one) > len(chosen[0]))
-    own = {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)
-           and not name.startswith(inner) and (start or not NOT_XUT.match(name))}
-    others = {name: value for name, value in plain.items()
-              if not name.startswith(start) or name.removeprefix(start) not in own}
-    if unread := [name for name in others if not NOT_XUT.match(name)]:
-        kinds = {name.partition(".")[0]: name for name in reversed(unread)}
-        print(f"{path}: {start}* is read; {len(unread)} other tensors are not, such as "
-              f"{', '.join(list(kinds.values())[:5])}")
+
+    # Without a prefix all names begin with it: of another XUT, of a VAE, of a text encoder.
+    longer = tuple(one for one in prefixes if len(one) > len(prefix))
+    own, others = {}, {}
+    for name, value in plain.items():
+        foreign = name.startswith(longer) or (prefix == "" and NOT_XUT.match(name))
+        if name.startswith(prefix) and not foreign:
+            own[name.removeprefix(prefix)] = value
+        else:
+            others[name] = value
+    report_unread(others, prefix, path)
     return own, others
+
+
+def report_unread(others, prefix, path):
+    """Reports which of a file's tensors are neither XUT's nor a known part's, the first of each kind."""
+    unread = [name for name in others if not NOT_XUT.match(name)]
+    kinds = {}
+    for name in unread:
+        kinds.setdefault(name.partition(".")[0], name)
+    if unread:
+        print(f"{path}: {prefix}* is read; {len(unread)} other tensors are not, such as "
+              f"{', '.join(list(kinds.values())[:5])}")
+
+
+def count_blocks(tensors, prefix):
+    """How many different numbers follow the prefix in the names of tensors."""
+    matches = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors]
+    return len({match[1] for match in matches if match})
 
 
 def config_from_tensors(tensors, path):
     """The XUTConfig of a file without one, by names and shapes; skips, residual and pos as published."""
-    def count(pattern):
-        return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
     with hdm.naming(path, "not an XUT checkpoint"):
-        dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape
-        heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape
+        dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape             # (D, C, p, p)
+        _, ctx_dim = tensors["ctx_proj.weight"].shape                                       # (D, ctx_dim)
+        heads, quarter, _ = tensors["backbone.enc_blocks.0.0.attn.rope.freqs"].shape        # (H, K / 4, 2)
+        _, mlp_dim = tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape                 # (D, mlp_dim)
         return hdm.XUTConfig(
-            dim=dim, ctx_dim=tensors["ctx_proj.weight"].shape[1], heads=heads, head_dim=4 * quarter,
-            mlp_dim=tensors["backbone.enc_blocks.0.0.mlp.w3.weight"].shape[1],
-            depth=count(r"backbone\.enc_blocks\.(\d+)\."),
-            enc_blocks=count(r"backbone\.enc_blocks\.0\.(\d+)\."),
-            dec_blocks=count(r"backbone\.dec_blocks\.0\.(\d+)\."),
-            pre_blocks=count(r"prev_tread_trns\.blocks\.(\d+)\."),
-            post_blocks=count(r"post_tread_trns\.blocks\.(\d+)\."), patch_size=patch_size,
+            dim=dim, ctx_dim=ctx_dim, heads=heads, head_dim=4 * quarter, mlp_dim=mlp_dim,
+            depth=count_blocks(tensors, "backbone.enc_blocks"),
+            enc_blocks=count_blocks(tensors, "backbone.enc_blocks.0"),
+            dec_blocks=count_blocks(tensors, "backbone.dec_blocks.0"),
+            pre_blocks=count_blocks(tensors, "prev_tread_trns.blocks"),
+            post_blocks=count_blocks(tensors, "post_tread_trns.blocks"), patch_size=patch_size,
             in_channels=in_channels, aspect_cond="addon_info_embs_proj.0.weight" in tensors)
 
 
 def find_weights(name, ema):
-    """A run's folder, one checkpoint, a diffusers-style folder, a file or a hub id -> the file to read."""
+    """A run, checkpoint, diffusers-style folder, file or hub id -> its file of weights or their index."""
     if not hdm.looks_local(name):
         if name == RELEASED:
             print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
         return hdm.fetch(name, RELEASED_FILE, "checkpoint")
-    path = (hdm.list_checkpoints(name) or [Path(name)])[-1]
-    file = (path if path.is_file() else ema and hdm.weights_in(path, "ema") or hdm.weights_in(path, "model")
-            or hdm.weights_in(path / "transformer", "diffusion_pytorch_model")
-            or hdm.weights_in(path, "diffusion_pytorch_model"))
-    if not file:
-        raise hdm.UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or "
-                            f"ckpt_*")
-    return file
+    path = (hdm.list_checkpoints(name) or [Path(name)])[-1]  # a run's last, else what is named
+    if path.is_file():
+        return path
+    places = [(path, "model"), (path / "transformer", "diffusion_pytorch_model"),
+              (path, "diffusion_pytorch_model")]
+    if ema:
+        places.insert(0, (path, "ema"))
+    for folder, stem in places:
+        file = hdm.weights_in(folder, stem)
+        if file is not None:
+            return file
+    raise hdm.UserError(f"checkpoint {name}: neither a file nor a folder with model.safetensors or ckpt_*")
+
+
+def find_encoders(settings, path, ours):
+    """Points a checkpoint's settings to the encoders that lie beside its file: small ones move with it."""
+    in_parts = path.absolute().parent.name == "transformer"  # a folder as diffusers has them
+    folder = path.absolute().parents[1] if in_parts else path.parent
+    if not ours and not in_parts:                            # what lies beside a bare file is not its own
+        return
+    for part in ("vae", "text_encoder"):
+        has_none = ours and settings[part] == ""             # such as a model that draws pixels
+        if (folder / part).is_dir() and not has_none:
+            settings[part] = str(folder / part)
 
 
 @contextlib.contextmanager
@@ -559,29 +723,27 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = hdm.read_tensors(path)
-    own = None                                               # a VAE in the same file
-    if "hdm" not in metadata or "ctx_proj.weight" not in tensors:                     # else a run's: only XUT
+    ours = "hdm" in metadata
+    vae_tensors = None                                       # of a VAE in the same file
+    if not ours or "ctx_proj.weight" not in tensors:         # a run's holds XUT alone, by its own names
         tensors, others = xut_part(tensors, path, ema)
-        own = others if hdm.part_of(others, "vae.") else None
-    inside = path.absolute().parent.name == "transformer"
-    folder = path.absolute().parents[1] if inside else path.parent
-    def beside(part, recorded):                              # small encoders move with their checkpoint
-        known = "hdm" in metadata or inside
-        return str(folder / part) if known and (folder / part).is_dir() else recorded
-    if "hdm" in metadata:                                    # ours: the settings stand in the header
+        if hdm.part_of(others, "vae."):
+            vae_tensors = others
+    if ours:                                                 # the settings stand in the header
         with hdm.naming(path, "broken settings in its header"):
-            settings = SAMPLING | json.loads(metadata["hdm"])
+            settings = PUBLISHED | json.loads(metadata["hdm"])
             settings["config"] = hdm.XUTConfig(**settings["config"])
-        settings["vae"] = settings["vae"] and beside("vae", settings["vae"])          # "" is none: pixels
     else:                                                    # a published file, Lightning's, diffusers', bare
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=hdm.TEXT_ENCODER,
-                        text_length=512, vae=beside("vae", ""), step=0, images=0, **SAMPLING)
-    settings["vae"] = str(path) if own else settings["vae"]
-    settings["text_encoder"] = beside("text_encoder", settings["text_encoder"])
-    with expecting(path, "vae", settings["vae"], given=own):
-        vae = hdm.load_vae(settings["vae"], device, dtype, own) if settings["vae"] and with_vae else None
-    def build():
-        return hdm.XUT(settings["config"], init=False)
+                        text_length=512, vae="", step=0, images=0, **PUBLISHED)
+    find_encoders(settings, path, ours)
+    if vae_tensors is not None:
+        settings["vae"] = str(path)
+    vae = None
+    if settings["vae"] and with_vae:
+        with expecting(path, "vae", settings["vae"], given=vae_tensors is not None):
+            vae = hdm.load_vae(settings["vae"], device, dtype, vae_tensors)
+    build = partial(hdm.XUT, settings["config"], init=False)
     return hdm.load_strict(build, tensors, path, device, dtype), vae, settings
 
 
@@ -591,22 +753,43 @@ def load_text_encoder(settings, device="cpu", dtype=None, place=""):
     with expecting("the checkpoint", "text_encoder", name, given=place):
         te = hdm.TextEncoder(name, settings["text_length"], device, dtype)
     if te.dim != settings["config"].ctx_dim:
-        raise hdm.UserError(f"text encoder {name}: {te.dim} wide, but the model was trained "
-                        f"with ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
+        raise hdm.UserError(f"text encoder {name}: {te.dim} wide, but the model was trained with "
+                            f"ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
     return te
 
 
-EQ_STATISTICS = (                  # latents_mean and latents_std of EQ-SDXL-VAE's config.json
+# ---- the weights for other programs ------------------------------------------------------------------------
+# What ComfyUI's loader has built in, in place of reading it from the file: the shapes of hdm.PRESETS["base"],
+# Qwen3-0.6B, and these latents_mean and latents_std of EQ-SDXL-VAE's config.json. report_readers compares.
+EQ_STATISTICS = (
     (-3.865960634760459, -1.3353925720045965, 0.8353661802812418, 0.909888159310023),
     (10.036514488374861, 6.848430044716239, 7.213817552213277, 5.591315799887989))
 
 
 def published_shapes(c):
     """{name: shape} of XUT's tensors in the published layout, from the config c: a fork's XUT may differ."""
-    D, mlp, p, freqs, shapes = c.dim, c.mlp_dim, c.patch_size, (c.heads, c.head_dim // 4, 2), {}
+    D, mlp, p = c.dim, c.mlp_dim, c.patch_size
+    shapes = {}
 
     def layer(name, *shape):
-        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[:1]
+
+    def attention(name):
+        shapes[f"{name}_pre_norm.norm.weight"] = D,
+        shapes[f"{name}.rope.freqs"] = c.heads, c.head_dim // 4, 2
+        layer(f"{name}.out", D, D)
+
+    def block(name, crosses):
+        shapes[f"{name}.mlp_pre_norm.norm.weight"] = D,
+        layer(f"{name}.mlp.w12", 2 * mlp, D)
+        layer(f"{name}.mlp.w3", D, mlp)
+        attention(f"{name}.attn")
+        shapes[f"{name}.attn.qkv.weight"] = 3 * D, D
+        if crosses:
+            attention(f"{name}.xattn")
+            shapes[f"{name}.xattn.q.weight"] = D, D
+            shapes[f"{name}.xattn.kv.weight"] = 2 * D, D
     layer("in_patch.proj", D, c.in_channels, p, p)
     layer("out_patch.proj", p * p * c.in_channels, D)
     layer("time_emb.proj.0", D, D)
@@ -619,27 +802,24 @@ def published_shapes(c):
         layer(f"shared_adaln_{part}.0", D)
         layer(f"shared_adaln_{part}.1", 4 * D, D)
         layer(f"shared_adaln_{part}.3", 3 * D, 4 * D)
-    stacks = {"prev_tread_trns.blocks": c.pre_blocks, "post_tread_trns.blocks": c.post_blocks}
+    for i in range(c.pre_blocks):
+        block(f"prev_tread_trns.blocks.{i}", crosses=False)
+    for i in range(c.post_blocks):
+        block(f"post_tread_trns.blocks.{i}", crosses=False)
     for level in range(c.depth):
-        stacks[f"backbone.enc_blocks.{level}"] = c.enc_blocks
-        stacks[f"backbone.dec_blocks.{level}"] = c.dec_blocks
-    for block, crosses in [(f"{stack}.{i}", "dec_blocks" in stack and i == 0)
-                           for stack, count in stacks.items() for i in range(count)]:
-        layer(f"{block}.mlp.w12", 2 * mlp, D)
-        layer(f"{block}.mlp.w3", D, mlp)
-        for part in ("mlp", "attn", "xattn")[:2 + crosses]:
-            shapes[f"{block}.{part}_pre_norm.norm.weight"] = D,
-        for attn in ("attn", "xattn")[:1 + crosses]:
-            layer(f"{block}.{attn}.out", D, D)
-            shapes[f"{block}.{attn}.rope.freqs"] = freqs
-        shapes[f"{block}.attn.qkv.weight"] = 3 * D, D
-        if crosses:
-            shapes |= {f"{block}.xattn.q.weight": (D, D), f"{block}.xattn.kv.weight": (2 * D, D)}
+        for i in range(c.enc_blocks):
+            block(f"backbone.enc_blocks.{level}.{i}", crosses=False)
+        for i in range(c.dec_blocks):
+            block(f"backbone.dec_blocks.{level}.{i}", crosses=i == 0)
     return shapes
 
 
 def pipeline_configs(c, vae, text_length, encoder):
-    """{file: its json} of a folder that the authors' diffusers pipeline loads. Their names, no others."""
+    """{file: its json} of a folder that the authors' diffusers pipeline loads.
+
+    The keys are the arguments of its classes, which take no others; _class_name and model_index.json name
+    these classes. test_the_jsons_of_an_exported_folder_are_the_authors compares with the published files.
+    """
     tread = dict(dropout_ratio=0.5, prev_trns_depth=c.pre_blocks, post_trns_depth=c.post_blocks)
     transformer = dict(
         patch_size=c.patch_size, input_dim=c.in_channels, dim=c.dim, ctx_dim=c.ctx_dim, ctx_size=text_length,
@@ -652,8 +832,8 @@ def pipeline_configs(c, vae, text_length, encoder):
         text_encoder=["transformers", encoder], tokenizer=["transformers", "PreTrainedTokenizerFast"],
         vae=["diffusers", "AutoencoderKL"], scheduler=["diffusers", scheduler])
     configs = {
-        "model_index.json": index, "transformer/config.json": transformer, "scheduler/scheduler_config.json":
-        dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
+        "model_index.json": index, "transformer/config.json": transformer,
+        "scheduler/scheduler_config.json": dict(_class_name=scheduler, num_train_timesteps=1000, shift=1.0)}
     if vae is None:
         index["vae"] = [None, None]
     else:                                                    # HDM has statistics in place of the factors
@@ -662,44 +842,102 @@ def pipeline_configs(c, vae, text_length, encoder):
     return configs
 
 
-def copy_text_encoder(settings, folder):
-    """Copies it, from its folder or the hub's cache, and its tokenizer -> its class; says what is missing."""
+def find_text_encoder(settings):
+    """-> the text encoder's folder, perhaps in the hub's cache, and its class; where it is missing, which is
+    reported, None and the published one's class."""
     import huggingface_hub
     place = settings["text_encoder"]
     try:
         if not hdm.looks_local(place):
             place = huggingface_hub.snapshot_download(place, local_files_only=True)
         te = load_text_encoder(dict(settings, text_encoder=place), dtype=torch.bfloat16)
-    except (hdm.UserError, OSError, ValueError) as error:
-        why = error if isinstance(error, hdm.UserError) else "it is not in the hub's cache"
-        print(f"missing: text_encoder/ and tokenizer/ of {settings['text_encoder']}, which other programs "
-              f"need ({why}); --text_encoder=FOLDER names another place of it")
-        return "Qwen3Model"                                  # the published one's
-    place = Path(place)
-    tokenizer = place if any(place.glob("tokenizer*")) else place.with_name("tokenizer")
-    for source, part, without in (place, "text_encoder", "-"), (tokenizer, "tokenizer", "safetensors|bin"):
-        (folder / part).mkdir()
-        for file in source.iterdir():                        # no copytree: modes and subfolders stay behind
-            if file.is_file() and not re.search(rf"^\.|\.({without})", file.name):
-                shutil.copyfile(file, folder / part / file.name)
-    return type(te.model).__name__
+        return Path(place), type(te.model).__name__
+    except hdm.UserError as error:
+        why = error
+    except (OSError, ValueError):
+        why = "it is not in the hub's cache"
+    print(f"missing: text_encoder/ and tokenizer/ of {settings['text_encoder']}, which other programs "
+          f"need ({why}); --text_encoder=FOLDER names another place of it")
+    return None, "Qwen3Model"
+
+
+def copy_files(source, folder, weights):
+    """Copies a folder's files, with its weights or without. No copytree: modes and subfolders stay behind."""
+    folder.mkdir()
+    for file in source.iterdir():
+        holds_weights = ".safetensors" in file.name or ".bin" in file.name
+        if file.is_file() and not file.name.startswith(".") and (weights or not holds_weights):
+            shutil.copyfile(file, folder / file.name)
+
+
+def write_folder(folder, tensors, config, vae, settings):
+    """Writes a diffusers-style folder, with a copy of the text encoder. settings: for the files' headers."""
+    folder.mkdir()
+    te_folder, encoder = find_text_encoder(settings)
+    if te_folder is not None:
+        has_tokenizer = any(te_folder.glob("tokenizer*"))    # else it is in the folder beside it
+        tokenizer = te_folder if has_tokenizer else te_folder.with_name("tokenizer")
+        copy_files(te_folder, folder / "text_encoder", weights=True)
+        copy_files(tokenizer, folder / "tokenizer", weights=False)
+    for name, content in pipeline_configs(config, vae, settings["text_length"], encoder).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    for part, prefix in dict(transformer="unet.", vae="vae.").items():
+        weights = hdm.part_of(tensors, prefix)
+        if weights:
+            hdm.save_model(folder / part / "diffusion_pytorch_model.safetensors", weights, settings)
 
 
 def report_readers(path, config, vae, settings):
     """Prints which programs read an export, and what of it they do not see."""
+    reader = "the authors' diffusers pipeline" if path.is_dir() else "the authors' tools"
+    reasons = ["a folder"] if path.is_dir() else []
     encoder = Path(settings["text_encoder"]).name
-    other = {"a folder": path.is_dir(), f"the text encoder ({encoder})": encoder != "Qwen3-0.6B",
-             "the shapes": published_shapes(config) != published_shapes(hdm.PRESETS["base"]),
-             "the statistics": len(vae.mean) != 4
-             or not np.allclose((vae.mean, vae.std), EQ_STATISTICS, rtol=2e-3)}       # rounded to fp16
-    reasons = ", ".join(name for name, differs in other.items() if differs)
-    print(f"read by sample.py, the authors' {'diffusers pipeline' if path.is_dir() else 'tools'}"
-          + ("" if reasons else ", ComfyUI's loader"))
+    if encoder != "Qwen3-0.6B":
+        reasons.append(f"the text encoder ({encoder})")
+    if published_shapes(config) != published_shapes(hdm.PRESETS["base"]):
+        reasons.append("the shapes")
+    statistics = vae.mean, vae.std
+    if len(vae.mean) != 4 or not np.allclose(statistics, EQ_STATISTICS, rtol=2e-3):   # rounded to fp16
+        reasons.append("the statistics")
     if reasons:
-        print(f"not read by ComfyUI's loader, which takes a file of the base model's shapes (343M) and has "
-              f"Qwen3-0.6B and EQ-SDXL-VAE's statistics built in; other here: {reasons}")
+        print(f"read by sample.py, {reader}\nnot read by ComfyUI's loader, which takes a file of the base "
+              f"model's shapes (343M) and has Qwen3-0.6B and EQ-SDXL-VAE's statistics built in; other here: "
+              f"{', '.join(reasons)}")
+    else:
+        print(f"read by sample.py, {reader}, ComfyUI's loader")
     if settings["t_shift"] != 1:
         print(f"not carried: t_shift={settings['t_shift']:g}; other programs draw with 1")
+
+
+def unknown_to_others(model, vae):
+    """What of a model other programs cannot read, or would draw noise with."""
+    unknown = []
+    for name in ("aspect_cond", "skips", "residual", "pos"):
+        value = getattr(model.config, name)
+        if value != getattr(hdm.XUTConfig, name):
+            unknown.append(f"{name}={value}")
+    if vae is None:
+        unknown.append("no VAE (pixels)")
+    known = published_shapes(model.config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    strange = [name for name in known | shapes if known.get(name) != shapes.get(name)]
+    if strange:
+        unknown.append(f"{len(strange)} tensors not of the published layout ({', '.join(strange[:3])})")
+    return unknown
+
+
+def published_tensors(model, vae):
+    """{name: tensor} of model and VAE in float16 with the published names."""
+    weights = model.state_dict()
+    tensors = {f"unet.model.{name}": value.half() for name, value in weights.items()}
+    if "time_emb.freqs" in weights:                          # 1000 t times those in fp16 is off by 0.16 rad
+        tensors["unet.model.time_emb.freqs"] = weights["time_emb.freqs"].float()
+    if vae is not None:
+        tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
+        tensors["vae_mean"] = torch.tensor(vae.mean).half()[None, :, None, None]      # (1, C, 1, 1)
+        tensors["vae_std"] = torch.tensor(vae.std).half()[None, :, None, None]
+    return tensors
 
 
 def export(path, model, vae, settings, force=False):
@@ -708,174 +946,273 @@ def export(path, model, vae, settings, force=False):
     The settings (as from load_model) go into the header, for load_model; other programs do not look there,
     and would draw noise with options that are not the published ones: those need force.
     """
-    path, config = Path(path), model.config
-    odd = [f"{name}={getattr(config, name)}" for name in ("aspect_cond", "skips", "residual", "pos")
-           if getattr(config, name) != getattr(hdm.XUTConfig, name)] + ["no VAE (pixels)"] * (vae is None)
-    known = published_shapes(config)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if strange := [name for name in known | shapes if known.get(name) != shapes.get(name)]:
-        odd.append(f"{len(strange)} tensors not of the published layout ({', '.join(strange[:3])})")
-    if odd and not force:
-        raise hdm.UserError(f"--export={path}: other programs cannot read {', '.join(odd)}; --force writes "
-                            f"it, with its settings in the header, for sample.py alone")
+    path = Path(path)
+    unknown = unknown_to_others(model, vae)
+    if unknown and not force:
+        raise hdm.UserError(f"--export={path}: other programs cannot read {', '.join(unknown)}; --force "
+                            f"writes it, with its settings in the header, for sample.py alone")
     if path.exists():
         raise hdm.UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
-    # Of frequencies in fp16 other programs make angles, 1000 t times them, that are off by up to 0.16 rad.
-    tensors = {f"unet.model.{name}": value.float() if name == "time_emb.freqs" else value.half()
-               for name, value in model.state_dict().items()}
-    if vae is not None:
-        tensors |= {f"vae.{name}": value.half() for name, value in vae.state_dict().items()}
-        tensors |= {name: torch.tensor(numbers).half()[None, :, None, None]
-                    for name, numbers in dict(vae_mean=vae.mean, vae_std=vae.std).items()}
-    if large := [name for name, value in tensors.items() if not hdm.is_finite(value)]:
+    tensors = published_tensors(model, vae)
+    large = [name for name, value in tensors.items() if not hdm.is_finite(value)]
+    if large:
         raise hdm.UserError(f"--export={path}: fp16 ends at 65504, too early for {', '.join(large[:3])}")
-    header = dict(settings, vae="" if vae is None else "vae")             # load_model finds it where it lies
+    header = dict(settings, vae="" if vae is None else "vae")    # load_model finds it where it lies
     with (hdm.naming(path, "cannot be written"),
-          hdm.scratch_folder(path.absolute().parent, ".export-") as partial):
-        whole = partial / "new"                              # gets its place when it is complete
+          hdm.scratch_folder(path.absolute().parent, ".export-") as scratch):
+        temporary = scratch / "new"                          # gets its place when it is complete
         if path.suffix.lower() == ".safetensors":
-            hdm.save_model(whole, tensors, header)
+            hdm.save_model(temporary, tensors, header)
         else:
-            whole.mkdir()
-            encoder = copy_text_encoder(settings, whole)
-            for name, own in pipeline_configs(config, vae, settings["text_length"], encoder).items():
-                (whole / name).parent.mkdir(exist_ok=True)
-                (whole / name).write_text(json.dumps(own, indent=2), encoding="utf-8")
-            for part, prefix in dict(transformer="unet.", vae="vae.").items():
-                if inside := hdm.part_of(tensors, prefix):
-                    hdm.save_model(whole / part / "diffusion_pytorch_model.safetensors", inside, header)
-        os.rename(whole, path)
-    print(f"{path}: written, in float16" + ", for sample.py alone" * bool(odd))
-    if not odd:
-        report_readers(path, config, vae, settings)
+            write_folder(temporary, tensors, model.config, vae, header)
+        os.rename(temporary, path)
+    if unknown:
+        print(f"{path}: written, in float16, for sample.py alone")
+    else:
+        print(f"{path}: written, in float16")
+        report_readers(path, model.config, vae, settings)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
-def warn_idle(flags, p, s, jobs, settings):
-    """Says what can have no effect: a flag in any job, or what a prompt's line sets in its own."""
-    calls, lines = [], {}
+@dataclass
+class Command:
+    """A command line, read."""
+    flags: dict                    # {setting: value}, those that were typed
+    options: Sampling
+    defaults: ImageSettings        # of every image
+    expected_hash: str | None      # of the model that drew --from_image
+    rank: int                      # of this process under torchrun; 0 without
+    device: str
+    dtype: torch.dtype
+
+
+def read_command(argv):
+    """Command line -> Command. Under torchrun this joins the other processes."""
+    if argv and not argv[0].startswith("-"):
+        raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
+    doc = f"{__doc__.rstrip()}\n\nSamplers: {', '.join(hdm.SAMPLERS)}."
+    _, flags = hdm.parse_args(argv, [ImageSettings, Sampling], doc=doc, aliases=ALIASES)
+    values = flags
+    expected_hash = None
+    if "from_image" in flags:
+        recorded, expected_hash = read_settings(flags["from_image"])
+        if "prompts" in flags or "slots" in flags:           # in place of its prompt
+            del recorded["prompt"]
+        values = recorded | flags
+    of_images = {name: value for name, value in values.items() if name in IMAGE_SETTINGS}
+    of_program = {name: value for name, value in values.items() if name not in IMAGE_SETTINGS}
+    defaults, options = ImageSettings(**of_images), Sampling(**of_program)
+    rank, _ = hdm.start_ranks()
+    device = hdm.pick_device(options.device)
+    dtype = hdm.pick_dtype(options.dtype, device)
+    if options.export:                                       # copies weights, and computes nothing
+        device, dtype = "cpu", torch.float32
+    return Command(flags, options, defaults, expected_hash, rank, device, dtype)
+
+
+def model_hash(file):
+    """SHA-256 of a checkpoint's file; of one in shards, of the index and then of the shards in name order."""
+    files = [file]
+    if file.suffix == ".json":
+        names = set(json.loads(hdm.read_text(file))["weight_map"].values())
+        files += [file.with_name(name) for name in sorted(names)]
+    digest = hashlib.sha256()
+    for one in files:
+        digest.update(np.memmap(one, np.uint8, "r"))         # mapped: no copy of it
+    return digest.hexdigest()
+
+
+def open_checkpoint(name, file, command):
+    """-> the Checkpoint of --ckpt=name, whose weights are in file, with the encoders that are asked for."""
+    options, device, dtype = command.options, command.device, command.dtype
+    model, vae, settings = load_model(file, device, dtype, options.ema, not options.vae)
+    channels = model.config.in_channels
+    if options.vae or (vae is None and channels == 4):       # published without its VAE
+        settings["vae"] = options.vae or hdm.EQ_VAE
+        with expecting(name, "vae", settings["vae"], given=options.vae):
+            vae = hdm.load_vae(settings["vae"], device, dtype)
+    vae_channels = 3 if vae is None else vae.latent_channels
+    if vae_channels != channels:
+        whose = "and it has no VAE" if vae is None else f"those of the VAE {settings['vae']} {vae_channels}"
+        raise hdm.UserError(f"--ckpt={name}: its latents have {channels} channels, {whose}; --vae=PLACE "
+                            f"names another, a folder, file or hub id")
+    settings["text_encoder"] = options.text_encoder or settings["text_encoder"]
+    load_te = partial(load_text_encoder, settings, device, dtype, options.text_encoder)
+    provenance = dict(ema=options.ema, text_encoder=options.text_encoder, vae=options.vae,
+                      dtype=str(dtype)[6:], model_hash=model_hash(file))
+    if command.expected_hash not in (None, provenance["model_hash"]):
+        print(f"warning: {options.from_image} was drawn by the model {command.expected_hash[:10]}; {name} is "
+              f"{provenance['model_hash'][:10]}")
+    return Checkpoint(model, vae, settings, load_te, provenance)
+
+
+def warn_idle(command, jobs, settings):
+    """Warns of each flag that has no effect in any job, and of a prompt line's settings that have none."""
+    calls = []
+    lines = {}                                               # {repr of a line's settings: (these, its call)}
     for job in jobs:
-        unset = {name: settings[name] for name in ("cfg", "cfg_low") if getattr(job, name) is None}
-        calls.append(SimpleNamespace(**vars(s) | vars(job) | unset))
-        own = {name: getattr(job, name) for name in vars(p).keys() - flags.keys() - {"seed"}
-               if getattr(job, name) != getattr(p, name)}
-        lines[repr(own)] = own, calls[-1]                    # the same once
+        call = SimpleNamespace(**vars(command.options) | vars(job))
+        for name in ("cfg", "cfg_low"):                      # as resolved will do
+            if getattr(call, name) is None:
+                setattr(call, name, settings[name])
+        calls.append(call)
+        changed = [name for name in IMAGE_SETTINGS if getattr(job, name) != getattr(command.defaults, name)]
+        own = {name: getattr(job, name) for name in changed if name != "seed" and name not in command.flags}
+        lines[repr(own)] = own, call                         # the same once
+    flags = dict(command.flags)
+    if "prompt" in flags:                                    # a list: each was typed on its own
+        flags["prompt"] = " --prompt=".join(flags["prompt"])
     hdm.warn_idle(flags, calls, IDLE)
     for own, call in lines.values():
         hdm.warn_idle(own, [call], IDLE)
 
 
+def draw_checkpoint(name, file, jobs, command):
+    """Draws this process's part of a checkpoint's jobs -> paths of the files."""
+    checkpoint = open_checkpoint(name, file, command)
+    warn_idle(command, jobs, checkpoint.settings)
+    hidden = command.rank > 0 or None                        # None: tqdm shows it on a terminal alone
+    with tqdm(total=len(hdm.share(jobs)), unit_scale=True, disable=hidden) as bar:
+        def watch(done, x0):
+            bar.update(done - bar.n)
+        return list(draw_files(checkpoint, jobs, command.options, watch))
+
+
+def make_out_folder(out):
+    """Makes the folder of --out; an error where no file can be written there."""
+    hdm.make_folder(out, "--out")
+    with hdm.naming(f"--out={out}", "no files can be written there"):
+        tempfile.TemporaryFile(dir=out).close()
+
+
+def save_grid(paths, options, layout):
+    """Writes a grid of these files; small images are enlarged. layout: arguments of hdm.image_grid."""
+    if not options.sheet:
+        paths = paths[:100]
+    images = [np.array(Image.open(path)) for path in paths]
+    grid = hdm.image_grid(images, scale=max(1, 128 // images[0].shape[1]), **layout)
+    write_new(Path(options.out, "grid.png"), encode_file(np.array(grid), "png"))
+
+
+def draw_all(command):
+    """Draws what the command asks for, one checkpoint after the other."""
+    options = command.options
+    jobs = None
+    if command.rank == 0:                                    # it reads, and draws random seeds, for all
+        jobs = read_jobs(options, command.defaults, load_tipo)
+    jobs = hdm.gather(jobs)[0]
+    columns = command.defaults.num_images                    # of the grid: a row for each prompt
+    layout = dict(columns=columns if columns > 1 else min(len(jobs), 8))
+    if options.sheet:
+        jobs, layout = read_sheet(options.sheet, jobs)
+    make_out_folder(options.out)
+    jobs = hdm.gather(number_files(jobs, Path(options.out)))[0]
+    names = dict.fromkeys(job.ckpt for job in jobs)          # each once
+    files = {name: find_weights(name, options.ema) for name in names}
+    paths = []
+    for name, file in files.items():                         # one checkpoint is in memory at a time
+        paths += draw_checkpoint(name, file, [job for job in jobs if job.ckpt == name], command)
+    paths = sorted(itertools.chain(*hdm.gather(paths)), key=file_number)
+    if len(paths) > 1 and command.rank == 0:
+        save_grid(paths, options, layout)
+    print(f"images: {len(jobs)} in {options.out}, from {jobs[0].number:05d} on")
+
+
 def main(argv):
-    if argv and not argv[0].startswith("-"):
-        raise hdm.UserError(f"{argv[0]}: a prompt is given by --prompt {shlex.quote(' '.join(argv))}")
-    doc = f"{__doc__.rstrip()}\n\nSamplers: {', '.join(hdm.SAMPLERS)}."
-    _, flags = hdm.parse_args(argv, [ImageSettings, Sampling], doc=doc, aliases=ALIASES)
-    values, expected = dict(flags), None
-    if "from_image" in values:
-        kept, expected = read_settings(values["from_image"])
-        if values.keys() & {"prompts", "slots"}:             # other prompts
-            kept.pop("prompt")
-        values = kept | values
-    own = [one.name for one in fields(ImageSettings) if one.name in values]
-    p = ImageSettings(**{name: values.pop(name) for name in own})
-    s = Sampling(**values)
-    if s.batch_size < 1:
-        raise hdm.UserError(f"--batch_size={s.batch_size}: at least 1")
-    hdm.check_name(f"--file_type={s.file_type}", s.file_type, FORMATS, "type")
-    rank, _ = hdm.start_ranks()
-    device = hdm.pick_device(s.device)
-    dtype = hdm.pick_dtype(s.dtype, device)
-    jobs = [Job(**vars(p))]                                  # of --ui and --export
-    if not s.ui and not s.export:                            # the first process reads and rolls dice for all
-        jobs = hdm.gather(read_jobs(s, p, load_tipo) if rank == 0 else None)[0]
-    columns, tops, sides = p.num_images if p.num_images > 1 else min(len(jobs), 8), (), ()
-    if s.sheet:
-        jobs, columns, tops, sides = read_sheet(s.sheet, jobs)
-    hdm.make_folder(s.out, "--out")
-    with hdm.naming(f"--out={s.out}", "no files can be written there"):
-        tempfile.TemporaryFile(dir=s.out).close()
-    jobs, paths = hdm.gather(number(jobs, Path(s.out)))[0], []
-    files = {ckpt: find_weights(ckpt, s.ema) for ckpt in dict.fromkeys(job.ckpt for job in jobs)}
-    for ckpt, file in files.items():
-        how = ("cpu", torch.float32) if s.export else (device, dtype)
-        model, vae, settings = load_model(file, *how, s.ema, not s.vae)
-        digest = hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()           # mapped: no copy of it
-        if expected not in (None, digest):
-            print(f"warning: {s.from_image} was drawn by the model {expected[:10]}; {ckpt} is {digest[:10]}")
-        if s.vae or vae is None and model.config.in_channels == 4:                    # published without VAE
-            settings["vae"] = s.vae or hdm.EQ_VAE
-            with expecting(ckpt, "vae", settings["vae"], given=s.vae):
-                vae = hdm.load_vae(settings["vae"], *how)
-        channels = 3 if vae is None else vae.latent_channels
-        if channels != model.config.in_channels:
-            its = f"those of the VAE {settings['vae']} {channels}" if vae else "and it has no VAE"
-            raise hdm.UserError(f"--ckpt={ckpt}: its latents have {model.config.in_channels} channels, {its};"
-                                f" --vae=PLACE names another, a folder, file or hub id")
-        settings["text_encoder"] = s.text_encoder or settings["text_encoder"]
-        todo = [job for job in jobs if job.ckpt == ckpt]
-        if not s.ui:                                         # a page can change what it begins with
-            warn_idle(flags, p, s, todo, settings)
-        if s.export:
-            if rank == 0:
-                export(s.export, model, vae, settings, s.force)
-            return
-        get_te = partial(load_text_encoder, settings, device, dtype, s.text_encoder)
-        common = dict(ema=s.ema, text_encoder=s.text_encoder, vae=s.vae, dtype=str(dtype)[6:],
-                      model_hash=digest)
-        if s.ui:
-            return page(model, vae, get_te, settings, s, p, common)
-        with tqdm(total=len(hdm.share(todo)), unit_scale=True, disable=rank > 0 or None) as bar:
-            paths += draw_files(model, vae, get_te, todo, settings, s, common,
-                                lambda done, x0: bar.update(done - bar.n))
-        del model, vae                                       # room for the next checkpoint's
-    paths = sorted(sum(hdm.gather(paths), []), key=lambda path: int(path.name.partition("-")[0]))
-    if len(paths) > 1 and rank == 0:                         # a row for each prompt, small images enlarged
-        images = [np.array(Image.open(path)) for path in (paths if s.sheet else paths[:100])]
-        sheet = hdm.image_grid(images, columns, max(1, 128 // images[0].shape[1]), tops=tops, sides=sides)
-        write_new(Path(s.out, "grid.png"), encode_file(np.array(sheet), "png"))
-    print(f"images: {len(jobs)} in {s.out}, from {jobs[0].number:05d} on")
+    command = read_command(argv)
+    options, name = command.options, command.defaults.ckpt
+    if not options.export and not options.ui:
+        return draw_all(command)
+    checkpoint = open_checkpoint(name, find_weights(name, options.ema), command)
+    if options.export:
+        warn_idle(command, [Job(**vars(command.defaults))], checkpoint.settings)
+        if command.rank == 0:
+            export(options.export, checkpoint.model, checkpoint.vae, checkpoint.settings, options.force)
+    else:
+        make_out_folder(options.out)
+        Page(checkpoint, options, command.defaults).serve()
 
 
 # ==== Extras ================================================================================================
 # ---- a sheet of settings -----------------------------------------------------------------------------------
+def read_axis(text):
+    """'steps=8,16' -> {'steps=8': {'steps': 8}, 'steps=16': {'steps': 16}}"""
+    name, _, values = text.strip().partition("=")
+    axis = {}
+    for value in values.split(","):
+        label = f"{name}={value.strip()}"
+        _, axis[label] = hdm.parse_args(["--" + label], [ImageSettings], aliases=ALIASES)
+    return axis
+
+
 def read_sheet(text, jobs):
-    """'steps=8,16;cfg=1,2' -> a Job for each cell, row by row; the columns; labels above and to the left."""
-    axes = [{"": {}}]                                        # labels and what they set
-    with hdm.naming(f"--sheet={text}", "settings that will not do"):
-        for part in text.split(";"):
-            name, _, values = part.strip().partition("=")
-            words = [f"{name}={value.strip()}" for value in values.split(",")]
-            axis = {}
-            for word in words:
-                _, axis[word] = hdm.parse_args(["--" + word], [ImageSettings], aliases=ALIASES)
-            axes.append(axis)
-        rows, columns = axes[-2:]
+    """'steps=8,16;cfg=1,2' -> a Job for each cell, row by row; columns and labels as hdm.image_grid's."""
+    with hdm.naming(f"--sheet={text}", "wrong settings in it"):
+        axes = [read_axis(part) for part in text.split(";")]
+        rows, columns = [{"": {}}, *axes][-2:]               # one axis: a single row, without a label
         pairs = itertools.product(rows.values(), columns.values())
         cells = [replace(jobs[0], **row, **column) for row, column in pairs]
-    if len(axes) > 3 or len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells):
+    several = len(jobs) > 1 or any(cell.num_images > 1 or cell.seed < 0 for cell in cells)
+    if len(axes) > 2 or several:
         raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one image, whose "
                             f"seed is not -1")
-    return cells, len(columns), list(columns), list(rows)
+    return cells, dict(columns=len(columns), tops=list(columns), sides=list(rows))
 
 
 # ---- TIPO: short prompts made longer -----------------------------------------------------------------------
-def tipo_request(job, slots):
-    """-> the text that TIPO goes on with; the job's prompt as slots of the model card's template."""
+TIPO = "KBlueLeaf/TIPO-200M-ft"    # a LLaMA that was trained on tags and captions of the same images
+TIPO_TOKENS = 512                  # at most, of its words
+ENDING = dict(                     # tags that end a prompt: a guess at the common ones
+    quality="masterpiece, best quality, high quality, low quality, worst quality",
+    rating="safe, sfw, general, sensitive, questionable, nsfw, explicit",
+    meta="absurdres, highres, lowres, newest, recent")
+
+
+def split_prompt(prompt, slots):
+    """A prompt of tags and sentences -> {slot of Sampling.format: its part of the prompt}."""
     parts = dict.fromkeys(re.findall(r"<\|(.+?)\|>", Sampling.format), "")
-    kinds = {hdm.parse_caption(tag, spaces=True): name for name, tags in (*ENDING.items(), *slots.items())
-             if name in parts for tag in tags.lower().split(",")}
-    for tag in filter(None, (hdm.parse_caption(tag, spaces=True) for tag in re.split("[,\n]", job.prompt))):
-        sentence = len(tag.split()) > 4                      # a guess
-        kind = "natural language" if sentence else kinds.get(tag.lower(), "general")
-        parts[kind] += ", " * bool(parts[kind]) + tag
-    square = not job.width or not job.height                 # as far as is known here
+    slot_of = {}                                             # of the tags that are known
+    for slot, tags in (*ENDING.items(), *slots.items()):
+        if slot in parts:
+            for tag in tags.lower().split(","):
+                slot_of[hdm.parse_caption(tag, spaces=True)] = slot
+    for text in re.split("[,\n]", prompt):
+        text = hdm.parse_caption(text, spaces=True)
+        if not text:
+            continue
+        slot = slot_of.get(text.lower(), "general")
+        if len(text.split()) > 4:                            # a guess
+            slot = "natural language"
+        if parts[slot]:
+            parts[slot] += ", "
+        parts[slot] += text
+    return parts
+
+
+def tipo_request(job, slots):
+    """-> the text that TIPO goes on with, and the job's prompt in slots, as from split_prompt.
+
+    The keys, their order and the target are those of TIPO's training (arXiv 2411.08127 and its model card);
+    another form gets worse text, not an error. test_what_tipo_reads holds an example.
+    """
+    parts = split_prompt(job.prompt, slots)
+    known = job.width and job.height
+    ratio = job.width / job.height if known else 1.0
+    tags = [parts[slot] for slot in ("special", "general") if parts[slot]]
     lines = {"rating": parts["rating"], "artist": parts["artist"], "characters": parts["characters"],
-             "copyrights": parts["series"], "quality": parts["quality"],
-             "aspect_ratio": f"{1 if square else job.width / job.height:.3f}",
-             "target": "<|long|> <|tag_to_long|>",
-             "tag": ", ".join(filter(None, (parts["special"], parts["general"])))}
-    text = "".join(f"{name}: {value}\n" for name, value in lines.items() if value)
+             "copyrights": parts["series"], "quality": parts["quality"], "aspect_ratio": f"{ratio:.3f}",
+             "target": "<|long|> <|tag_to_long|>", "tag": ", ".join(tags)}
+    text = "".join(f"{key}: {value}\n" for key, value in lines.items() if value)
     return f"{text}long: {parts['natural language']}".rstrip(), parts
+
+
+def cut_before(reply, banned):
+    """The sentences of a reply before the first with a banned tag, which other tokens can spell, too."""
+    pattern = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
+    match = re.search(pattern, reply.replace("_", " "), re.IGNORECASE)
+    if match is None:
+        return reply
+    return reply[:reply.rfind(".", 0, match.start()) + 1]
 
 
 def load_tipo(name):
@@ -885,31 +1222,31 @@ def load_tipo(name):
     the same words on any device. Tags of the negative prompt are not among them.
     """
     import transformers
-    name = TIPO if name is True else name
+    if name is True:
+        name = TIPO
     with hdm.naming(name, "no causal LM and tokenizer to be had for --tipo"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
 
     def expand(job, slots):
         request, parts = tipo_request(job, slots)
-        negative = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ").split(",")
-        banned = [tag.strip() for tag in negative if tag.strip()]
-        forms = [lead + form for tag in banned for lead in ("", " ") for form in (tag, tag.capitalize())]
+        negative = hdm.parse_caption(job.negative_prompt.lower()).replace("_", " ")
+        banned = [tag.strip() for tag in negative.split(",") if tag.strip()]
+        forms = [*banned, *map(str.capitalize, banned)]
+        forms += [f" {form}" for form in forms]
+        tokens = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
         config = transformers.GenerationConfig(              # as TIPO's authors advise
             do_sample=True, temperature=0.35, top_p=0.95, min_p=0.1, top_k=60, repetition_penalty=1.17,
             max_new_tokens=TIPO_TOKENS, stop_strings=["\n"], eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            bad_words_ids=[tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms] or None)
+            pad_token_id=tokenizer.eos_token_id, bad_words_ids=tokens or None)
         inputs = tokenizer(request, return_tensors="pt")
         with torch.random.fork_rng(devices=[]):              # generate takes no generator of its own
             torch.manual_seed(job.seed)
             output = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)[0]
         added = tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         reply = added.partition("\n")[0].strip()
-        # A tag can also be spelt with other tokens than the tokenizer's: its sentence goes, and what follows.
-        spelt = rf"(?<!\w)({'|'.join(map(re.escape, banned))})(?!\w)"
-        if banned and (match := re.search(spelt, reply.replace("_", " "), re.IGNORECASE)):
-            reply = reply[:reply.rfind(".", 0, match.start()) + 1]
+        if banned:
+            reply = cut_before(reply, banned)
         if not reply:
             return job.prompt
         parts["natural language"] += " " + reply
@@ -925,19 +1262,21 @@ RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
 ENLARGED = "img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
-def sides(ratio, size, step):
+def advised_size(ratio, size, step):
     """'3:2' -> width and height, multiples of step, that a model trained at this size is good at: advise."""
     w, h = map(int, ratio.split(":"))
     width = size * max(1, w / h) ** 0.5
-    return [math.ceil(side / step) * step for side in (width, width * h / w)]
+    height = width * h / w
+    return [math.ceil(width / step) * step, math.ceil(height / step) * step]
 
 
 def preview(vae, latents):
-    """What latents look like, at little cost: a shrunk latent is nearly the latent of the shrunk image, to
-    which the published VAE was trained down to a quarter (arXiv 2502.09509)."""
+    """What latents (B, C, h, w) look like, at little cost: a shrunk latent is nearly the latent of the shrunk
+    image, to which the published VAE was trained down to a quarter (arXiv 2502.09509)."""
     if vae is not None:
-        shrink = min(1, 32 / max(latents.shape[2:]))
-        size = [math.ceil(side * shrink) for side in latents.shape[2:]]
+        height, width = latents.shape[2:]
+        shrink = min(1, 32 / max(height, width))
+        size = math.ceil(height * shrink), math.ceil(width * shrink)
         latents = vae.decode(torch.nn.functional.interpolate(latents, size, mode="area"))
     return hdm.image_grid(to_uint8(latents), math.ceil(len(latents) ** 0.5), gap=0)
 
@@ -945,118 +1284,176 @@ def preview(vae, latents):
 def make_controls(gr, start):
     """-> {name: gradio's control} of all in ROWS, row by row, with the values in start."""
     makers = dict(prompt=partial(gr.Textbox, lines=3), negative_prompt=gr.Textbox, tipo=gr.Checkbox,
-                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)), ratio=partial(gr.Radio, RATIOS),
-                  **{name: partial(gr.Slider, *ends, step=0.01) for name, ends in SLIDERS.items()})
+                  sampler=partial(gr.Dropdown, list(hdm.SAMPLERS)), ratio=partial(gr.Radio, RATIOS))
+    for name, (low, high) in SLIDERS.items():
+        makers[name] = partial(gr.Slider, low, high, step=0.01)
     controls = {}
     for row in ROWS:
         with gr.Row():
             for name in row.split():
-                label = name.replace("_", " ")
                 make = makers.get(name, gr.Number)
-                controls[name] = make(value=start.get(name), label=label, min_width=100)
+                controls[name] = make(value=start.get(name), label=name.replace("_", " "), min_width=100)
     return controls
 
 
-def page(model, vae, get_te, settings, s, p, common):
-    """Serves the page until Ctrl-C. Its file routes see s.out and a folder of uploads, nothing else."""
-    address = re.fullmatch(r"(\S+):(\d{1,5})", "127.0.0.1:7860" if s.ui is True else s.ui)
-    if not address or not 0 < int(address[2]) < 2 ** 16:
-        raise hdm.UserError(f"--ui={s.ui}: HOST:PORT is needed, such as 127.0.0.1:7860")
-    uploads = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)
-    os.environ.update(GRADIO_TEMP_DIR=uploads.name, GRADIO_ANALYTICS_ENABLED="False")
-    import gradio as gr
-    given = s.prompt or s.prompts or s.slots
-    prompt = read_jobs(replace(s, tipo=False), p, None)[0].prompt if given else ""
-    p = resolved(p, settings, model, vae)
-    start = vars(p) | dict(prompt=prompt, tipo=bool(s.tipo))
-    get_te, get_tipo = cache(get_te), cache(load_tipo)
-    get_te()                                                 # now; TIPO when it is first switched on
-    controls, drawn, latest = {}, [], (0, None)              # latest: how many were shown, the last one
-    asked, stopping = threading.Event(), threading.Event()
+def refuse_urls(gr):
+    """Makes gradio (6.31) fetch no URL. It does so for whoever names one in place of a file, and would reach
+    what only this machine can; it has no switch for that. test_the_page_reads_no_file_and_asks_no_other_host
+    fails when another version fetches by other functions than these two."""
+    async def refuse(url, *request):
+        raise gr.routes.HTTPException(403, "no URL is fetched here")
+    gr.routes.secure_url_stream_response = refuse
+    gr.processing_utils.async_ssrf_protected_get = refuse
+
+
+class Page:
+    """A page to draw on. Its file routes see options.out and a folder of uploads, nothing else.
+
+    Browsers call its methods from several threads, but draw, of which gradio runs one at a time.
+    """
+
+    def __init__(self, checkpoint, options, defaults):
+        address = "127.0.0.1:7860" if options.ui is True else options.ui
+        match = re.fullmatch(r"(\S+):(\d{1,5})", address)
+        if not match or not 0 < int(match[2]) < 2 ** 16:
+            raise hdm.UserError(f"--ui={address}: HOST:PORT is needed, such as 127.0.0.1:7860")
+        self.host, self.port = match[1], int(match[2])
+        self.uploads = tempfile.TemporaryDirectory(prefix="hdm-", ignore_cleanup_errors=True)
+        os.environ.update(GRADIO_TEMP_DIR=self.uploads.name, GRADIO_ANALYTICS_ENABLED="False")
+        import gradio
+        self.gr = gradio
+        self.checkpoint = replace(checkpoint, load_te=cache(checkpoint.load_te))
+        self.options = options
+        prompt = ""                                          # that the page begins with
+        if options.prompt or options.prompts or options.slots:
+            prompt = read_jobs(replace(options, tipo=False), defaults, None)[0].prompt
+        self.defaults = resolved(defaults, checkpoint.settings, checkpoint.model, checkpoint.vae)
+        self.start = vars(self.defaults) | dict(prompt=prompt, tipo=bool(options.tipo))
+        self.load_tipo = cache(load_tipo)                    # when it is first switched on
+        self.checkpoint.load_te()                            # now, and kept
+        self.controls = {}                                   # {setting: gradio's control}, without ratio
+        self.shown = (0, None, ())     # how many images; the last; (file, caption)s, newest first. One tuple,
+                                       # replaced as a whole: no thread sees a part of a change
+        self.asked = threading.Event()     # a browser has asked for the last image: the next can be made
+        self.stopping = threading.Event()
 
     @contextlib.contextmanager
-    def show_errors():                                       # of a UserError: its line
+    def errors_shown(self):
+        """A UserError becomes its line, in a box on the page; of an upload it names the file alone."""
         try:
             yield
         except hdm.UserError as error:
-            line = re.sub(re.escape(f"--from_image={uploads.name}") + r"[\\/].*[\\/]", "", str(error))
-            raise gr.Error(html.escape(line, quote=False), print_exception=False) from error
+            line = re.sub(re.escape(f"--from_image={self.uploads.name}") + r"[\\/].*[\\/]", "", str(error))
+            raise self.gr.Error(html.escape(line, quote=False), print_exception=False) from error
 
-    @show_errors()
-    def draw_all(progress=gr.Progress(), *values):
-        nonlocal latest
-        stopping.clear()
-        flags = [f"--{name}={value}" for name, value in zip(controls, values)]
-        given = hdm.parse_args(flags, [ImageSettings, Sampling])[1]
-        wish = replace(s, prompt=given.pop("prompt"), prompts="", slots="",
-                       tipo=given.pop("tipo") and (s.tipo or True))
-        jobs = number(read_jobs(wish, ImageSettings(**vars(p) | given), get_tipo), Path(s.out))
+    def show(self, image, *files):
+        """Makes this the last image; files: what comes to the gallery with it."""
+        count, _, before = self.shown
+        self.shown = count + 1, image, (*files, *before)
 
-        def watch(done, x0):
-            nonlocal latest
-            if stopping.is_set():
-                raise InterruptedError
-            progress(done / len(jobs))
-            if asked.is_set():                               # else no page has seen the last one yet
-                asked.clear()
-                latest = latest[0] + 1, preview(vae, x0)
-        before = len(drawn)
-        with contextlib.suppress(InterruptedError):
-            for path in draw_files(model, vae, get_te, jobs, settings, s, common, watch):
-                drawn.insert(0, (path, path.name))
-                latest = latest[0] + 1, path
-        return f"{len(drawn) - before} of {len(jobs)} images, in {s.out}"
+    def read_controls(self, values):
+        """The values of all controls -> jobs."""
+        flags = [f"--{name}={value}" for name, value in zip(self.controls, values)]
+        _, given = hdm.parse_args(flags, [ImageSettings, Sampling])
+        options = replace(self.options, prompt=given.pop("prompt"), prompts="", slots="", tipo=False)
+        if given.pop("tipo"):
+            options.tipo = self.options.tipo or True
+        jobs = read_jobs(options, ImageSettings(**vars(self.defaults) | given), self.load_tipo)
+        return number_files(jobs, Path(options.out))
 
-    def update(seen):                                          # to a page that has seen so many
-        asked.set()
-        count, image = latest
-        if seen == count:
-            return gr.skip()
-        return image, list(drawn) if isinstance(image, Path) else gr.skip(), count
+    def draw(self, values, progress):
+        """The button: draws what the controls ask for -> a line on what was done."""
+        self.stopping.clear()
+        done = 0
+        with self.errors_shown():
+            jobs = self.read_controls(values)
 
-    @show_errors()
-    def take_settings(file):
-        kept, digest = read_settings(file)
-        stays = common | dict(init_image=p.init_image, mask=p.mask)
-        kept = start | common | kept | dict(prompt=kept["prompt"][0], model_hash=digest)
-        kept["tipo"] = False                                 # its words are in the prompt
-        if other := ", ".join(name for name in stays if kept[name] != stays[name]):
-            gr.Warning(f"drawn with another {other}: this page keeps its own")
-        return [kept[name] for name in controls]
+            def watch(share, x0):
+                if self.stopping.is_set():
+                    raise InterruptedError
+                progress(share / len(jobs))
+                if self.asked.is_set():
+                    self.asked.clear()
+                    self.show(preview(self.checkpoint.vae, x0))
+            with contextlib.suppress(InterruptedError):
+                for path in draw_files(self.checkpoint, jobs, self.options, watch):
+                    self.show(path, (path, path.name))
+                    done += 1
+        return f"{done} of {len(jobs)} images, in {self.options.out}"
 
-    async def fetch_nothing(url, *request):                  # as gradio would for whoever names it a URL
-        raise gr.routes.HTTPException(403, "no URL is fetched here")
-    gr.routes.secure_url_stream_response = gr.processing_utils.async_ssrf_protected_get = fetch_nothing
+    def update(self, seen):
+        """For a browser that has seen so many (images, files) -> the last image, the gallery, new numbers."""
+        self.asked.set()
+        count, image, files = self.shown
+        if seen[0] == count:
+            return self.gr.skip()
+        gallery = list(files) if len(files) > seen[1] else self.gr.skip()
+        return image, gallery, (count, len(files))
 
-    with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
-        with gr.Column():
-            controls.update(make_controls(gr, start))
-            ratio = controls.pop("ratio")                    # no setting, it sets two
-            upload = gr.UploadButton("take the settings of an image", file_types=["image"])
-        with gr.Column():
-            with gr.Row():
-                draw_button, stop_button = gr.Button("draw", variant="primary"), gr.Button("stop")
-            state = gr.Textbox(label="drawn", lines=2)
-            image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
-            gallery = gr.Gallery(lambda: list(drawn), show_label=False, columns=4)
-        inputs, quiet = list(controls.values()), dict(show_progress="hidden")
-        gr.on([draw_button.click, controls["prompt"].submit], draw_all, inputs, state, api_name="draw")
-        seen = gr.State(0)
-        gr.Timer(0.5).tick(update, seen, [image, gallery, seen], api_name="update", **quiet)
-        stop_button.click(stopping.set, queue=False, api_name="stop")
-        upload.upload(take_settings, upload, inputs, api_name="settings", **quiet)
-        step = model.config.patch_size * (1 if vae is None else vae.factor)
-        ratio.input(lambda ratio: sides(ratio, settings["image_size"], step), ratio,
-                    [controls["width"], controls["height"]], api_name="sides", **quiet)
-    with hdm.naming(f"--ui={address[0]}", "cannot be served at, or something else is"):
-        blocks.launch(server_name=address[1], server_port=int(address[2]), share=False, quiet=True,
-                      prevent_thread_lock=True, show_error=True, footer_links=[], run_history=False,
-                      theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                      allowed_paths=[str(Path(s.out).absolute())], css=ENLARGED)
-    print(f"page: http://{address[0]} until Ctrl-C", flush=True)
-    blocks.block_thread()
-    stopping.set()
-    uploads.cleanup()
+    def take_settings(self, file):
+        """An image's file -> values of all controls."""
+        with self.errors_shown():
+            recorded, digest = read_settings(file)
+        own = dict(init_image=self.defaults.init_image, mask=self.defaults.mask)
+        fixed = self.checkpoint.provenance | own
+        values = self.start | fixed | recorded | dict(
+            prompt=recorded["prompt"][0], model_hash=digest, tipo=False)     # TIPO's words are in the prompt
+        other = [name for name in fixed if values[name] != fixed[name]]
+        if other:
+            self.gr.Warning(f"drawn with another {', '.join(other)}: this page keeps its own")
+        return [values[name] for name in self.controls]
+
+    def size_of(self, ratio):
+        """'3:2' -> values of width and height."""
+        checkpoint = self.checkpoint
+        step = checkpoint.model.config.patch_size * vae_factor(checkpoint.vae)
+        return advised_size(ratio, checkpoint.settings["image_size"], step)
+
+    def lay_out(self):
+        """-> gradio's Blocks: the controls to the left, the images to the right, and what calls what."""
+        gr = self.gr
+
+        def draw(progress=gr.Progress(), *values):           # gradio looks for a progress bar in the defaults
+            return self.draw(values, progress)
+        with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
+            with gr.Column():
+                self.controls = make_controls(gr, self.start)
+                ratio = self.controls.pop("ratio")           # no setting, it sets two
+                upload = gr.UploadButton("take the settings of an image", file_types=["image"])
+            with gr.Column():
+                with gr.Row():
+                    draw_button = gr.Button("draw", variant="primary")
+                    stop_button = gr.Button("stop")
+                state = gr.Textbox(label="drawn", lines=2)
+                image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
+                gallery = gr.Gallery(lambda: list(self.shown[2]), show_label=False, columns=4)
+            inputs = list(self.controls.values())
+            size = [self.controls["width"], self.controls["height"]]
+            seen = gr.State((0, 0))
+            quiet = dict(show_progress="hidden")
+            gr.on([draw_button.click, self.controls["prompt"].submit], draw, inputs, state, api_name="draw",
+                  concurrency_limit=1)
+            gr.Timer(0.5).tick(self.update, seen, [image, gallery, seen], api_name="update", **quiet)
+            stop_button.click(self.stopping.set, queue=False, api_name="stop")
+            upload.upload(self.take_settings, upload, inputs, api_name="settings", **quiet)
+            ratio.input(self.size_of, ratio, size, api_name="sides", **quiet)
+        return blocks
+
+    def serve(self):
+        """Serves the page until Ctrl-C."""
+        gr = self.gr
+        refuse_urls(gr)
+        blocks = self.lay_out()
+        address = f"{self.host}:{self.port}"
+        with hdm.naming(f"--ui={address}", "cannot be served at, or something else is"):
+            blocks.launch(server_name=self.host, server_port=self.port, share=False, quiet=True,
+                          prevent_thread_lock=True, show_error=True, footer_links=[], run_history=False,
+                          theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                          allowed_paths=[str(Path(self.options.out).absolute())], css=ENLARGED)
+        print(f"page: http://{address} until Ctrl-C", flush=True)
+        blocks.block_thread()
+        self.stopping.set()
+        self.uploads.cleanup()
 
 
 # ---- the demo's judge -------------------------------------------------------------------------------------
@@ -1064,72 +1461,81 @@ def page(model, vae, get_te, settings, s, p, common):
 def templates(height, width):
     """Each size and shape at each place that keeps it whole, 64 of them to a short side (half a pixel at 32):
     n (size, shape, cy, cx), their (n, height * width) coverages, (n,) the squared lengths of those."""
-    step, places = min(height, width) / 64, []
+    step = min(height, width) / 64
+    candidates = []
+    masks = []
     for size, shape in itertools.product(prepare.RADIUS, prepare.SHAPES):
-        rows, columns = (np.arange(*ends, step) for ends in prepare.centre_range(size, shape, height, width))
-        places += [(size, shape, cy, cx) for cy, cx in itertools.product(rows, columns)]
-    masks = [prepare.coverage(size, shape, height, width, cy, cx).ravel() for size, shape, cy, cx in places]
-    return places, np.array(masks, np.float32), np.square(masks).sum(1)
+        rows, columns = prepare.centre_range(size, shape, height, width)
+        for cy, cx in itertools.product(np.arange(*rows, step), np.arange(*columns, step)):
+            candidates.append((size, shape, cy, cx))
+            masks.append(prepare.coverage(size, shape, height, width, cy, cx).ravel())
+    return candidates, np.array(masks, np.float32), np.square(masks).sum(1)
 
 
-def nearest(colour, palette):
-    return min(palette, key=lambda name: sum((colour - palette[name]) ** 2))
+def nearest(color, palette):
+    """The name of the color in the palette that is nearest to this one, (3,)."""
+    distances = {name: np.square(color - palette[name]).sum() for name in palette}
+    return min(distances, key=distances.get)
 
 
-def look(image):
-    """(height, width, 3) uint8 -> the ground's colour, the shape's, (height, width) 0: ground .. 1: shape."""
+def find_shape(image):
+    """(height, width, 3) uint8 -> the background's color and the shape's, (3,) each, and the shape's coverage
+    of each pixel, (height, width) 0 .. 1."""
     pixels = image.astype(np.float32)
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    # Edge pixels are mixtures, so nearer to the ground than those inside. The smallest inside, a small
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = np.median(border, axis=0)
+    # Edge pixels are mixtures, so nearer to the background than those inside. The smallest inside, a small
     # diamond's, has about 110 pixels; the farthest 5 % of a 32 x 48 canvas are 77.
-    distance = np.linalg.norm(pixels - ground, axis=-1)
-    ink = np.median(pixels[distance >= 0.8 * np.quantile(distance, 0.95)], axis=0)
-    axis = ink - ground
-    return ground, ink, np.clip((pixels - ground) @ axis / max(axis @ axis, 1), 0, 1)
+    distance = np.linalg.norm(pixels - background, axis=-1)
+    color = np.median(pixels[distance >= 0.8 * np.quantile(distance, 0.95)], axis=0)
+    axis = color - background
+    return background, color, np.clip((pixels - background) @ axis / max(axis @ axis, 1), 0, 1)
 
 
 def judge(image):
-    """(height, width, 3) uint8 -> (size, colour, shape, background). Medians, and least squares on the soft
+    """(height, width, 3) uint8 -> (size, color, shape, background). Medians, and least squares on the soft
     coverage: a ragged edge or a stray pixel costs no verdict. An empty image still gets a guess."""
-    ground, ink, share = look(image)
-    places, masks, lengths = templates(*share.shape)
-    fits = lengths - 2 * (masks @ share.ravel())                 # |mask - share|^2 less a constant
-    size, shape, _, _ = places[np.argmin(fits)]
-    return size, nearest(ink, prepare.COLOURS), shape, nearest(ground, prepare.BACKGROUNDS)
+    background, color, coverage = find_shape(image)
+    candidates, masks, lengths = templates(*coverage.shape)
+    fits = lengths - 2 * (masks @ coverage.ravel())          # |mask - coverage|^2 less a constant
+    size, shape, _, _ = candidates[np.argmin(fits)]
+    return size, nearest(color, prepare.COLOURS), shape, nearest(background, prepare.BACKGROUNDS)
 
 
-def places_and_sizes(images):
-    """(n, 3): each shape's centre of mass (y, x), in pixels, and the square root of its area."""
-    masks = [look(image)[2] > 0.5 for image in images]
-    return np.array([[*np.argwhere(mask).mean(0), mask.sum() ** 0.5] for mask in masks])
+def centers_and_sizes(images):
+    """(n, 3): each shape's center of mass (y, x), in pixels, and the square root of its area."""
+    masks = [find_shape(image)[2] > 0.5 for image in images]
+    return np.array([(*np.argwhere(mask).mean(0), mask.sum() ** 0.5) for mask in masks])
 
 
-def judge_camera(draw, side):
-    """How draw(zoom=, x_shift=, y_shift=), images whose longer side is `side` pixels, moves and sizes the
+def judge_camera(render, side):
+    """How render(zoom=, x_shift=, y_shift=), images whose longer side is `side` pixels, moves and sizes the
     shapes, against what the camera promises."""
-    plain = places_and_sizes(draw())
+    plain = centers_and_sizes(render())
     print(f"{'camera':<16}{'moved / predicted':>18}{'direction %':>12}{'size / predicted':>17}")
     for axis, value in itertools.product("xy", (0.25, -0.25)):
-        seen = places_and_sizes(draw(**{f"{axis}_shift": value}))
+        seen = centers_and_sizes(render(**{f"{axis}_shift": value}))
         moved = (seen - plain)[:, "yx".index(axis)] / (-value * side / 2)
         size = (seen / plain)[:, 2].mean()
         print(f"{axis}_shift={value:<8}{moved.mean():>18.2f}{100 * (moved > 0).mean():>12.1f}{size:>17.2f}")
     for zoom in (1.33, 0.75):
-        size = (places_and_sizes(draw(zoom=zoom)) / plain)[:, 2].mean() / zoom
+        size = (centers_and_sizes(render(zoom=zoom)) / plain)[:, 2].mean() / zoom
         print(f"zoom={zoom:<41}{size:>17.2f}")
 
 
-def judge_checkpoint(settings):
-    model, vae, defaults = load_model(settings.ckpt)
-    asked = [words for words in prepare.UNSEEN for _ in range(settings.seeds)]
+def judge_checkpoint(options):
+    """Prints how many of the demo's unseen captions are drawn right; or, with options.camera, judge_camera.
+    options: prepare.JudgeSettings."""
+    model, vae, settings = load_model(options.ckpt)
+    asked = [words for words in prepare.UNSEEN for _ in range(options.seeds)]
     prompts = [prepare.CAPTION.format(*words) for words in asked]
-    seeds = list(range(settings.seeds)) * len(prepare.UNSEEN)
-    draw = partial(generate, model, vae, load_text_encoder(defaults), prompts, seeds, defaults)
-    if settings.camera:
-        return judge_camera(draw, defaults["image_size"])
-    right = np.array([judge(image) for image in draw()]) == asked      # (n, 4)
+    seeds = list(range(options.seeds)) * len(prepare.UNSEEN)
+    render = partial(generate, model, vae, load_text_encoder(settings), prompts, seeds, settings)
+    if options.camera:
+        return judge_camera(render, settings["image_size"])
+    right = np.array([judge(image) for image in render()]) == asked    # (n, 4)
     right = np.column_stack([right, right.all(1)]).sum(0)
-    print(f"{settings.ckpt}: {len(prepare.UNSEEN)} captions x {settings.seeds} seeds")
+    print(f"{options.ckpt}: {len(prepare.UNSEEN)} captions x {options.seeds} seeds")
     print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
     rows = prepare.ATTRIBUTES | {"all four": prepare.COMBINATIONS}
     for (name, choices), n in zip(rows.items(), right):

@@ -1153,9 +1153,9 @@ def test_names_of_other_programs_lead_to_ours_and_far_words_to_none(program, nam
 
 def test_each_name_of_other_programs_means_one_setting_of_a_program():
     settings = {program: hdm.setting_types(classes) for program, classes in PROGRAMS.items()}
-    assert all(any(ours in known for known in settings.values()) for ours in hdm.NEIGHBOURS)
+    assert all(any(ours in known for known in settings.values()) for ours in hdm.NEIGHBORS)
     for known in settings.values():
-        words = [word for ours, text in hdm.NEIGHBOURS.items() if ours in known
+        words = [word for ours, text in hdm.NEIGHBORS.items() if ours in known
                  for word in text.partition(":")[0].split()]
         assert len(set(words)) == len(words) and not set(words) & set(known)
     assert "max_steps stops early" in hint("train", "max_train_steps")
@@ -4173,11 +4173,10 @@ def test_a_sampler_is_one_entry(trained, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind, settings", [
-    ("jpg", ["--prompt=" + 70_000 * "a "]), ("webp", ["--prompt=a", "--width=16400"])])
+    ("jpg", ["--prompt=" + 70_000 * "a "]), ("webp", ["--prompt=a", "--width=16384"])])
 def test_what_a_file_cannot_hold_is_refused_before_it_is_drawn(
         kind, settings, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "draw", lambda *how: pytest.fail("drawn in vain"))
-    monkeypatch.setitem(sample.LIMITS, "width", (0, 20_000))
     argv = [f"--ckpt={trained}", f"--out={tmp_path}", f"--file_type={kind}", *settings]
     assert f"--file_type={kind}" in one_line(sample.main, argv)
     assert content(tmp_path) == {}
@@ -4853,7 +4852,7 @@ def pixels(path):
 @pytest.mark.parametrize("size, step", [(1024, 16), (512, 16), (768, 32), (32, 4)])
 def test_the_pages_sizes_are_what_the_model_card_advises(size, step, capsys):
     for ratio in sample.RATIOS:
-        width, height = sample.sides(ratio, size, step)
+        width, height = sample.advised_size(ratio, size, step)
         w, h = map(int, ratio.split(":"))
         assert width % step == height % step == 0
         assert abs(width * h - height * w) <= step * max(w, h), ratio        # within a step of the ratio
@@ -4882,7 +4881,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
             assert taken == values | dict(num_images=1, seed=values["seed"] + len(new) - 1)
             flags = [f"--{name}={value}" for name, value in values.items()]
             sample.main([*argv, f"--out={tmp_path}", *flags])
-        assert client.predict("3:2", api_name="/sides") == tuple(sample.sides("3:2", 1024, 4))
+        assert client.predict("3:2", api_name="/sides") == tuple(sample.advised_size("3:2", 1024, 4))
     assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE if name != "tipo")
     for path, same in zip(drawn, sorted(tmp_path.glob("0*.png")), strict=True):
         assert path.name == same.name and sample.read_settings(path) == sample.read_settings(same)
@@ -4936,7 +4935,7 @@ def test_a_preview_decodes_at_most_32_cells_a_side(height, width):
 def test_bad_input_and_stop_leave_the_page_alive(published, te_folder, tmp_path, monkeypatch):
     argv = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--out={tmp_path}"]
     with served_page(monkeypatch, *argv) as (client, address):
-        for name, value, words in (("steps", 0, "--steps=0: from 1"), ("width", 18, "multiples of 4"),
+        for name, value, words in (("steps", 0, "--steps=0: must be 1"), ("width", 18, "multiples of 4"),
                                    ("steps", None, "--steps=None: a whole number"), ("seed", -2, "--seed=-2"),
                                    ("cfg", "nan", "nan"), ("tread_cond", 2, "2"), ("sampler", "x", "x")):
             with pytest.raises(Exception, match=words):
@@ -5667,9 +5666,9 @@ BAD_INPUT = {  # how a command begins: how it goes on | words of its error, wher
     "sample.py --prompt=a --ckpt=@run": [
         "--text_encoder=nowhere | nowhere", "--vae=nowhere | nowhere", "--vae=@good_vae | @run 3 4 --vae=",
         "--text_encoder=@wide_te | @wide_te 48 32", "--width=18 | 18 16 multiple",
-        "--height=0 | 16 0 4 multiple", "--wdith=32 | --wdith=32 'width'", "--steps=0", "--steps=few",
+        "--height=0 | --height=0 1 16384", "--wdith=32 | --wdith=32 'width'", "--steps=0", "--steps=few",
         "--cfg=nan", "--num_images=0", "-n 0 | --num_images=0", "--sampler=ddim | --sampler=ddim euler",
-        "--width=-8 | -8 4 multiple", "--zoom=0", "--tread_uncond=1", "--cfg_low=2",
+        "--width=-8 | --width=-8 1 16384", "--zoom=0", "--tread_uncond=1", "--cfg_low=2",
         "--mask=@file | --mask=@file --init_image", "--init_image=nowhere.png | nowhere.png",
         "--init_image=@file | @file", "--file_type=gif | --file_type=gif png",
         "--sheet=stps=1,2 | 'stps' 'steps'",
@@ -6038,7 +6037,7 @@ def test_the_plan_is_counted(vae_folder, te_folder, capsys):
     told = capsys.readouterr().out
     forward, again = re.search(r"XUT forward ([\d.]+).*forward again ([\d.]+)", told, re.S).groups()
     assert float(forward) == float(again) > 0                # with --checkpointing
-    train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilisation=0.5"])
+    train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilization=0.5"])
     told = capsys.readouterr().out
     assert "XUT forward 253.3" in told and "VAE 272.7, text encoder 240.5" in told
     hours = 152.5e6 * (759.2 + 272.7 + 240.5) * 1e9 / (4 * 200e12) / 3600
@@ -6067,7 +6066,7 @@ def test_the_centred_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(
         size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
         image = np.asarray(Image.open(path))
         height, width, _ = image.shape
-        (y, x, root), = sample.places_and_sizes([image])
+        (y, x, root), = sample.centers_and_sizes([image])
         canvases[height, width] += 1
         assert abs(x - (width - 1) / 2) < 0.3
         assert shape == "triangle" or abs(y - (height - 1) / 2) < 0.3

@@ -8,8 +8,8 @@
     python train.py configs/256.py --plan --gpus=4             # hours, dollars, memory, before it begins
     python train.py configs/256.py --bench=50 --baseline       # where the time goes here, on made-up data
 
-In order: settings; checkpoints; the log; the model; open_run, train (the loop), finish. Then extras: curves,
-what a run costs.
+In order: settings; checkpoints; the log; the model; the open run and what opens it; what the loop calls;
+train (the loop), finish. Then extras: curves, what a run costs, the bench.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
 epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
 """
@@ -17,7 +17,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import functools
 import gc
 import json
 import math
@@ -32,8 +31,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -54,6 +53,7 @@ import sample
 @dataclasses.dataclass
 class Run:
     out_dir: str = "out/run"           # checkpoints, metrics.jsonl, run.json and samples/ go here
+    preset: str = "base"               # small, base or large: an XUTConfig, which its own settings change
     init_from: str = ""                # weights to start from: a run, a checkpoint, a published file, hub id
     resume: bool | str = False         # bare: go on from the newest checkpoint of out_dir; or a path
     seed: hdm.Whole = 0                # of everything random
@@ -72,10 +72,13 @@ class Run:
     milestone_every: hdm.Whole = 0     # images; the first checkpoint after each multiple stays; 0: none
     log: str = ""                      # metrics and previews go to wandb or tensorboard as well, if installed
     preview_prompts: str = ""          # file with a prompt a line, # first: a comment; after the captions
+    sample_steps: Annotated[int, 1, 1000] = 24  # Euler steps of previews, and sample.py's default
+    sample_cfg: Annotated[float, 0, 100] = 3.0  # guidance, likewise
+    sample_cfg_low: hdm.Share = 0.0    # ... at times t from here on alone: below, it sharpens mistakes
 
 
 @dataclasses.dataclass
-class Data:
+class InputSettings:
     data: str = "data/train"           # what prepare.py wrote, or a source of captioned images as it takes it
     vae: str = hdm.EQ_VAE              # folder or hub id; "": train on pixels
     text_encoder: str = hdm.TEXT_ENCODER  # folder or hub id of a causal LM
@@ -87,8 +90,7 @@ class Data:
 
 
 @dataclasses.dataclass
-class Optim:
-    preset: str = "base"               # small, base or large: an XUTConfig, which the settings below change
+class OptimizerSettings:
     images: hdm.Count = 152_500_000    # the stage's length in images seen (published: 20 x 7.624M) ...
     epochs: hdm.NotNegative = 0.0      # ... or in passes over the data; 0: not given
     batch_size: hdm.Count = 32         # images in one micro-step of one process
@@ -103,53 +105,74 @@ class Optim:
     weight_decay: hdm.NotNegative = 0.02  # AdamW's, times the tensor's own lr
     clip: hdm.NotNegative = 3.0        # largest global gradient norm; 0: any
     ema: hdm.Share = 0.9999            # decay of the averaged weights, a step; 0: no average
-    sample_steps: Annotated[int, 1, 1000] = 24  # Euler steps of previews, and sample.py's default
-    sample_cfg: Annotated[float, 0, 100] = 3.0  # guidance, likewise
-    sample_cfg_low: hdm.Share = 0.0    # ... at times t from here on alone: below, it sharpens mistakes
 
 
 @dataclasses.dataclass
-class Bench:
+class CostSettings:
     bench: hdm.Whole = 0               # in place of training: measure so many steps, on made-up data
     baseline: bool = False             # ... and again with the settings of a plain eager trainer: the ratio
     caption_tokens: hdm.Count = 128    # ... the captions' mean length; they are uniform from 1/2 to 3/2 of it
     plan: bool = False                 # in place of training: say what it will cost and whether it fits
     gpus: hdm.Count = 4                # ... on so many of these
     tflops: hdm.Positive = 209.5       # ... dense, 16 bit, with float32 sums, of each (RTX 5090: 209.5)
-    utilisation: hdm.Part = 0.25       # ... the share of it reached, a guess: --bench measures it
-    dollars_per_gpu_hour: hdm.NotNegative = 0.35# ... likewise a guess
+    utilization: hdm.Part = 0.25       # ... the share of it reached, a guess: --bench measures it
+    dollars_per_gpu_hour: hdm.NotNegative = 0.35  # ... likewise a guess
 
 
 @dataclasses.dataclass
-class Settings(Bench, Optim, hdm.Example, Data, Run):
+class Settings(CostSettings, OptimizerSettings, hdm.Example, InputSettings, Run):
     pass                           # all of them, flat
 
 
-CLASSES = Run, Data, hdm.Example, Optim, Bench, hdm.XUTConfig
+CLASSES = Run, InputSettings, hdm.Example, OptimizerSettings, CostSettings, hdm.XUTConfig
+
+
+def without(name):
+    """-> a function of the Settings: whether the one of this name is off."""
+    return lambda s: not getattr(s, name)
+
+
 IDLE = [  # settings, when they have no effect, and why
-    ("gpus tflops utilisation dollars_per_gpu_hour", lambda s: not s.plan, "without --plan"),
-    ("baseline caption_tokens", lambda s: not s.bench, "without --bench"),
-    ("new_data", lambda s: not s.resume, "without --resume"),
-    ("memory_budget", lambda s: not s.compile, "with --compile=false"),
+    ("gpus tflops utilization dollars_per_gpu_hour", without("plan"), "without --plan"),
+    ("baseline caption_tokens", without("bench"), "without --bench"),
+    ("new_data", without("resume"), "without --resume"),
+    ("memory_budget", without("compile"), "with --compile=false"),
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
-    ("preview_prompts", lambda s: not s.sample_every, "with --sample_every=0"),
-    ("eval_every", lambda s: s.eval_every and s.validation == 0, "with --validation=0"),
-    ("milestone_every", lambda s: not s.save_every, "with --save_every=0")]
+    ("preview_prompts", without("sample_every"), "with --sample_every=0"),
+    ("eval_every", lambda s: s.eval_every > 0 and s.validation == 0, "with --validation=0"),
+    ("milestone_every", without("save_every"), "with --save_every=0")]
+
+
+def settings_of(values):
+    """{name: value} of a command or of an older checkpoint -> Settings. Other names are left out."""
+    return Settings(**{name: value for name, value in values.items() if hasattr(Settings, name)})
 
 
 def read_settings(argv, ranks=1):
     """-> the Settings, and the {name: value} that were given, also of XUTConfig."""
     (config_file,), flags = hdm.parse_args(argv, CLASSES, ["CONFIG"], __doc__)
     config = hdm.read_config(config_file, CLASSES)
-    for place in (config, flags):                            # flags win over the file
-        if place.get("images") and place.get("epochs"):
-            raise hdm.UserError(f"images={place['images']}, epochs={place['epochs']}: one of the two, please")
+    for values in (config, flags):
+        if values.get("images") and values.get("epochs"):
+            raise hdm.UserError(f"images={values['images']}, epochs={values['epochs']}: give one of the two")
     if flags.get("images"):
         config.pop("epochs", None)
-    given = config | flags
+    given = config | flags                                   # flags win over the file
     if given.get("epochs"):
         given.pop("images", None)                            # open_data counts them
-    s = Settings(**{name: given[name] for name in given if hasattr(Settings, name)})
+    s = settings_of(given)
+    check_settings(s, ranks)
+    stage_before = Path(config_file).with_name(Path(s.init_from).name + ".py")    # configs/256.py of out/256
+    starts_from_weights = s.init_from and not (s.resume or s.bench or s.plan)
+    if starts_from_weights and not os.path.exists(s.init_from) and stage_before.is_file():
+        raise hdm.UserError(f"--init_from={s.init_from}: there is none; train.py {stage_before} makes it, or "
+                            f"name another")
+    hdm.warn_idle(flags, [s], IDLE)
+    return s, given
+
+
+def check_settings(s, ranks):
+    """Refuses values that are out of bounds, unknown, or do not go together."""
     hdm.check_bounds(s)
     if s.global_batch % (s.batch_size * ranks):
         near = max(1, round(s.global_batch / s.batch_size / ranks)) * s.batch_size * ranks
@@ -162,143 +185,210 @@ def read_settings(argv, ranks=1):
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--optimizer={s.optimizer}", s.optimizer, hdm.optimizers(), "optimizer")
     hdm.check_name(f"--schedule={s.schedule}", s.schedule, ("cosine", "constant"), "schedule")
-    hdm.check_name(f"--log={s.log}", s.log, ("", "wandb", "tensorboard"), "place")
-    before = Path(config_file).with_name(Path(s.init_from).name + ".py")    # configs/256.py of out/256
-    fresh = s.init_from and not (s.resume or s.bench or s.plan)
-    if fresh and not os.path.exists(s.init_from) and before.is_file():
-        raise hdm.UserError(f"--init_from={s.init_from}: none; train.py {before} makes it, or name another")
-    hdm.warn_idle(flags, [s], IDLE)
-    return s, given
+    hdm.check_name(f"--log={s.log}", s.log, TRACKERS, "tracker")
 
 
-# ---- Checkpoints (folders with model.safetensors, ema.safetensors, train.pt, small encoders) and log -----
+# ---- Checkpoints: folders with model.safetensors, ema.safetensors, train.pt, small encoders --------------
 
 @contextlib.contextmanager
 def if_the_disk_allows(what):
-    """A full disk ends no run: a warning says what was not written, and training goes on."""
+    """For rank 0. A full disk ends no run: a warning says what was not written, and training goes on."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        print(f"warning: not written: {what} ({hdm.first_line(error)})", flush=True)
+        hdm.warn(f"not written: {what} ({hdm.first_line(error)})")
 
 
-def save_checkpoint(out_dir, settings, model, ema, state, keep, milestone, gb):
-    """Written under another name and renamed when complete: a folder named ckpt_* is always complete."""
-    final = out_dir / f"ckpt_{settings['step']:08d}"
-    partial = out_dir / "partial_ckpt"
-    free = shutil.disk_usage(out_dir).free / 1e9
-    with if_the_disk_allows(f"{final}, which takes {gb:.2f} GB where {free:.2f} are free; older ones stay"):
-        partial.mkdir()
-        hdm.save_model(partial / "model.safetensors", model.state_dict(), settings)
-        if ema is not model:
-            hdm.save_model(partial / "ema.safetensors", ema.state_dict(), settings)
-        torch.save(state, partial / "train.pt")
-        if milestone:                                        # marked as never to be deleted
-            (partial / "milestone").touch()
-        for part in ("text_encoder", "vae"):                 # small ones go where the run's folder goes
-            source, there = Path(settings[part]), os.path.isdir(settings[part])
-            if there and sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) < 100e6:
-                shutil.copytree(source, partial / part)
-                if part == "text_encoder" and source.with_name("tokenizer").is_dir():
-                    shutil.copytree(source.with_name("tokenizer"), partial / "tokenizer")
-        hdm.open_modes(partial)                              # of copies, too
-        for path in (*partial.rglob("*"), partial) if os.name != "nt" else ():        # Windows cannot
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)                             # a power cut leaves no name without its content
-            os.close(descriptor)
-        partial.rename(final)
-        passing = [path for path in hdm.list_checkpoints(out_dir) if not (path / "milestone").exists()]
-        for old in passing[:-keep] if keep else []:
-            shutil.rmtree(old)
-    shutil.rmtree(partial, ignore_errors=True)               # there is none, unless the disk was full
+def copy_small_encoders(header, folder):
+    """Encoders below 100 MB go where the checkpoint goes; header: checkpoint_header's."""
+    for name in ("text_encoder", "vae"):
+        if not os.path.isdir(header[name]):                  # a hub id, a file, or ""
+            continue
+        source = Path(header[name])
+        if sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) >= 100e6:
+            continue
+        shutil.copytree(source, folder / name)
+        tokenizer = source.with_name("tokenizer")
+        if name == "text_encoder" and tokenizer.is_dir():
+            shutil.copytree(tokenizer, folder / "tokenizer")
+
+
+def flush_to_disk(folder):
+    """A power cut then leaves no name without its content."""
+    if os.name == "nt":                                      # Windows flushes no folders
+        return
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def delete_old_checkpoints(out_dir, keep):
+    """All but milestones and the newest `keep` others; keep 0: none."""
+    others = [path for path in hdm.list_checkpoints(out_dir) if not (path / "milestone").exists()]
+    if keep > 0:
+        for path in others[:-keep]:
+            shutil.rmtree(path)
+
+
+def save_checkpoint(run, state):
+    """Written under another name and renamed when complete: a folder named ckpt_* is always complete.
+    state: the content of train.pt. -> whether it was written."""
+    s, optimizer = run.s, run.optimizer
+    header = run.header | dict(step=run.step, images=run.seen)
+    final = run.out_dir / f"ckpt_{run.step:08d}"
+    temporary = run.out_dir / "partial_ckpt"
+    free = shutil.disk_usage(run.out_dir).free / 1e9
+    with if_the_disk_allows(f"{final}, which takes {optimizer.checkpoint_gb():.2f} GB where {free:.2f} are "
+                            f"free; older ones stay"):
+        temporary.mkdir()
+        hdm.save_model(temporary / "model.safetensors", run.model.state_dict(), header)
+        if s.ema:
+            hdm.save_model(temporary / "ema.safetensors", optimizer.average.state_dict(), header)
+        torch.save(state, temporary / "train.pt")
+        if s.milestone_every > 0 and run.seen // s.milestone_every > run.saved // s.milestone_every:
+            (temporary / "milestone").touch()                # the first after a multiple: it is never deleted
+        copy_small_encoders(header, temporary)
+        hdm.open_modes(temporary)                            # of copies, too
+        flush_to_disk(temporary)
+        temporary.rename(final)
+        delete_old_checkpoints(run.out_dir, s.keep_ckpts)
+    shutil.rmtree(temporary, ignore_errors=True)             # there is none, unless the disk was full
     return final.is_dir()
 
 
 def load_state(s, identity, epochs, ranks):
-    """train.pt of --resume, its place in the stream moved to a fresh epoch where the images are others."""
-    with hdm.naming(f"--resume={s.resume}", "no whole checkpoint of a run; --init_from takes weights alone"):
+    """train.pt of --resume; where the images are others, its position is moved to a fresh epoch.
+
+    identity, epochs: of the images of this command, as from prepare.open_data.
+    """
+    with hdm.naming(f"--resume={s.resume}", "no complete checkpoint; --init_from takes weights alone"):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
-        old = vars(Settings()) | state["settings"]           # with what older checkpoints do not know
+        old = vars(Settings()) | state["settings"]           # older checkpoints lack newer settings
     if old["optimizer"] != s.optimizer:
         raise hdm.UserError(f"--optimizer={s.optimizer}: the state in {s.resume} is of {old['optimizer']}; "
                             f"name that one, or begin a new run with --init_from={s.resume}")
-    if state["identity"] != identity:
-        what = (f"--data={s.data}: other images or weights ({epochs.images:,}) than {s.resume} saw "
-                f"({state['pictures']:,})")
-        same_place = (old["data"], old["validation"]) == (s.data, s.validation)
-        if same_place and epochs.images <= state["pictures"] and not s.new_data:
+    if state["identity"] != identity:                        # of names, weights and the held-out share
+        what = (f"--data={s.data}, --validation={s.validation:.3g}: other training images or weights "
+                f"({epochs.images:,}) than {s.resume} saw ({state['pictures']:,})")
+        if epochs.images <= state["pictures"] and not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
         state["position"] = epochs.start(state["next_epoch"])
-    changed = [f"{name} {old.get(name)} -> {value}" for name, value in (vars(s) | dict(ranks=ranks)).items()
-               if value != old.get(name) and name not in ("resume", "new_data", "max_steps", "max_hours")]
+    changed = []
+    for name, value in (vars(s) | dict(ranks=ranks)).items():
+        if value != old.get(name) and name not in ("resume", "new_data", "max_steps", "max_hours"):
+            changed.append(f"{name} {old.get(name)} -> {value}")
     print(f"resume: {s.resume}; changed by this command: {', '.join(changed) or 'nothing'}")
     return state
 
 
 # ---- The log: metrics.jsonl, run.json, trackers, warnings -----------------------------------------------
 
-def read_metrics(run):
-    """The records of a run's metrics.jsonl; a line that was left half-written is none."""
-    file, records = Path(run, "metrics.jsonl"), []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else []:
+def read_metrics(out_dir):
+    """The records of a run's metrics.jsonl; a half-written line is skipped."""
+    file = Path(out_dir, "metrics.jsonl")
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8").split("\n"):
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
 
 
-def tracker(s, folder, start, run_id):
-    """-> report(step, record, sheet): a line of metrics and an image of previews, to wandb, tensorboard or,
-    with s.log "", nowhere; wandb's id of the run, in which a resumed one goes on."""
-    def numbers(record):
-        return {name: value for name, value in record.items() if isinstance(value, float)}
-    def report(step, record, sheet=None):
-        pass
-    if s.log == "wandb":
+class Tracker:
+    """Where metrics and previews go beside out_dir: nowhere, with --log=.
+
+    folder: out_dir; start: the step at which the run begins or goes on; run_id: wandb's, of a resumed run.
+    """
+
+    def __init__(self, s, folder, start, run_id):
+        self.run_id = run_id                                 # what a checkpoint keeps
+
+    def report(self, step, record, sheet=None):
+        """A line of metrics, {name: value}, and an image of previews."""
+
+
+class Wandb(Tracker):
+    def __init__(self, s, folder, start, run_id):
         import wandb
+        self.image = wandb.Image
         with hdm.naming("--log=wandb", "no run can be begun there"):
-            run = wandb.init(project="hdm", name=str(folder), config=vars(s), id=run_id, resume="allow")
-        run_id = run.id
-        def report(step, record, sheet=None):
-            previews = {} if sheet is None else {"previews": wandb.Image(sheet)}
-            run.log(numbers(record) | previews, step=step)
-    if s.log == "tensorboard":
+            self.run = wandb.init(project="hdm", name=str(folder), config=vars(s), id=run_id, resume="allow")
+        self.run_id = self.run.id
+
+    def report(self, step, record, sheet=None):
+        values = floats_of(record)
+        if sheet is not None:
+            values["previews"] = self.image(sheet)
+        self.run.log(values, step=step)
+
+
+class TensorBoard(Tracker):
+    def __init__(self, s, folder, start, run_id):
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(folder, purge_step=start)      # what stood there from this step on is hidden
-        def report(step, record, sheet=None):
-            for name, value in numbers(record).items():
-                board.add_scalar(name, value, step)
-            if sheet is not None:
-                board.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
-            board.flush()
-    return report, run_id
+        self.writer = SummaryWriter(folder, purge_step=start)         # hides what stood there from `start` on
+        self.run_id = run_id
+
+    def report(self, step, record, sheet=None):
+        for name, value in floats_of(record).items():
+            self.writer.add_scalar(name, value, step)
+        if sheet is not None:
+            self.writer.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
+        self.writer.flush()
 
 
-def open_log(out_dir, s, config, start, run_id):
-    """The folder is this run's: run.json, metrics.jsonl less what a resumed run writes again or never had."""
-    lock = FileLock(out_dir / "lock")                        # free when this process ends, however it ends
+TRACKERS = {"": Tracker, "wandb": Wandb, "tensorboard": TensorBoard}
+
+
+def floats_of(record):
+    return {name: value for name, value in record.items() if isinstance(value, float)}
+
+
+def lock_folder(out_dir):
+    """-> a lock, free when this process ends, however it ends. Two runs do not share a folder."""
+    lock = FileLock(out_dir / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise hdm.UserError(f"--out_dir={out_dir}: another run is at work there (if none is, remove "
                             f"{out_dir / 'lock'})") from error
     except (NotImplementedError, OSError) as error:          # of some network file systems
-        print(f"warning: {out_dir} cannot be locked ({hdm.first_line(error)}): start no second run there")
+        hdm.warn(f"{out_dir} cannot be locked ({hdm.first_line(error)}): start no second run there")
+    return lock
+
+
+def trim_metrics(out_dir, s, start):
+    """metrics.jsonl keeps the lines before step `start`, and that step's where it is not written again. ->
+    their records."""
+    end = start
+    if start > 0 and (start % s.log_every == 0 or s.eval_every > 0 and start % s.eval_every == 0):
+        end = start + 1                                      # as in tasks_due
+    records = [record for record in read_metrics(out_dir) if record["step"] < end]
+    with open(out_dir / "metrics.new", "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+    (out_dir / "metrics.new").replace(out_dir / "metrics.jsonl")
+    return records
+
+
+def open_log(out_dir, s, config, start, run_id):
+    """Makes the folder this run's: lock, run.json, metrics.jsonl. -> the lock, the Tracker."""
+    lock = lock_folder(out_dir)
     shutil.rmtree(out_dir / "partial_ckpt", ignore_errors=True)     # of a run that was killed while saving
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
-    run = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
-               versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
-    (out_dir / (f"run_{start:08d}.json" if start else "run.json")).write_text(json.dumps(run, indent=1))
-    scheduled = start > 0 and any(every and start % every == 0 for every in (s.log_every, s.eval_every))
-    lines = [record for record in read_metrics(out_dir) if record["step"] < start + scheduled]
-    (out_dir / "metrics.new").write_text("".join(json.dumps(record) + "\n" for record in lines))
-    (out_dir / "metrics.new").replace(out_dir / "metrics.jsonl")
-    report, run_id = tracker(s, out_dir, start, run_id)
-    sheet = out_dir / "samples" / f"{start:08d}.png"
-    if start and s.log == "tensorboard":                     # this step's are hidden, too, but stay
-        record = lines[-1] if lines and lines[-1]["step"] == start else {}
-        report(start, record, Image.open(sheet) if sheet.is_file() else None)
-    return lock, report, run_id
+    about = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
+                 versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
+    name = f"run_{start:08d}.json" if start > 0 else "run.json"
+    (out_dir / name).write_text(json.dumps(about, indent=1))
+    records = trim_metrics(out_dir, s, start)
+    tracker = TRACKERS[s.log](s, out_dir, start, run_id)
+    if s.log == "tensorboard" and start > 0:                 # it hides this step's, which stay
+        sheet = out_dir / "samples" / f"{start:08d}.png"
+        record = records[-1] if records and records[-1]["step"] == start else {}
+        tracker.report(start, record, Image.open(sheet) if sheet.is_file() else None)
+    return lock, tracker
 
 
 def read_prompts(file):
@@ -318,98 +408,122 @@ class Stopwatch:
     """Seconds by what they went to; on CUDA by events, for which nothing waits until they are read."""
 
     def __init__(self, kind, seconds=()):
-        self.cuda, self.marks, self.seconds = kind == "cuda", [], Counter(seconds)
+        self.cuda = kind == "cuda"
+        self.marks = []                                      # since the last read: (name, event or seconds)
+        self.seconds = Counter(seconds)
 
     def __call__(self, name):
         """The time since the last call went to `name`; None: to nothing that is counted."""
-        mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda:
+            mark = torch.cuda.Event(enable_timing=True)
             mark.record()
+        else:
+            mark = time.perf_counter()
         self.marks.append((name, mark))
 
     def read(self):
         """-> {name: seconds} since the beginning."""
         if self.cuda:
             torch.cuda.synchronize()
-        for (_, before), (name, mark) in zip(self.marks, self.marks[1:]):
+        for (_, before), (name, after) in zip(self.marks, self.marks[1:]):
             if name is not None:
-                self.seconds[name] += before.elapsed_time(mark) / 1000 if self.cuda else mark - before
+                self.seconds[name] += before.elapsed_time(after) / 1000 if self.cuda else after - before
         self.marks = []
         return self.seconds
 
 
-def report_problems(s, problems, reported, images, waited):
-    """Warns once of each image that cannot be read, of one that has changed and of slow data -> how many
-    cannot be read.
+def warn_once(run, kind, line):
+    """A warning that all ranks have: rank 0 prints it, one of each kind."""
+    if kind not in run.warned and run.rank == 0:
+        hdm.warn(line)
+    run.warned.add(kind)
 
-    problems: "trouble" of this rank's batches; reported: the warnings so far, {kind: line}, which is updated;
-    images: how many there are; waited: the share of the time that steps waited for data.
+
+def report_problems(run, waited):
+    """Warns once of each unreadable image, of one that has changed and of slow data.
+
+    waited: the share of the time that steps waited for data. -> how many images of all ranks are unreadable.
     """
-    new = {}
-    for texts, changed in sum(hdm.gather(problems), []):
-        for line in "\n".join(texts).split("\n"):
+    s = run.s
+    for texts, changed in sum(hdm.gather(run.problems), []):
+        for line in "\n".join(texts).split("\n"):            # a line for each that was tried in vain
             if line:
-                new[line] = f"{line}; the next in order takes its place"
-        for name in filter(None, changed):
-            new["changed"] = f"{name} or its caption is not as it was indexed: run prepare.py again"
+                run.unreadable.add(line)
+                warn_once(run, line, f"{line}; skipped, the next image takes its place")
+        for name in changed:
+            if name:
+                warn_once(run, "changed",
+                          f"{name} or its caption is not as it was indexed: run prepare.py again")
+    run.problems.clear()
     if waited > 0.1:
-        new["slow"] = (f"{waited:.0%} of the time is spent waiting for data; what may help: more --workers "
-                       f"(now {s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
-    for kind, line in new.items():
-        if kind not in reported:
-            print(f"warning: {line}", flush=True)
-    reported.update(new)
-    unreadable = reported.keys() - {"changed", "slow"}
-    if len(unreadable) > math.ceil(s.max_unreadable * images):
-        raise hdm.UserError(f"{len(unreadable)} of {images:,} images cannot be read, more than "
-                            f"--max_unreadable={s.max_unreadable}, such as {min(unreadable)}")
-    return len(unreadable)
+        warn_once(run, "slow",
+                  f"{waited:.0%} of the time is spent waiting for data; what may help: more --workers "
+                  f"(now {s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
+    count, images = len(run.unreadable), run.epochs.images
+    if count > math.ceil(s.max_unreadable * images):
+        raise hdm.UserError(f"{count} of {images:,} images cannot be read, more than "
+                            f"--max_unreadable={s.max_unreadable}, such as {min(run.unreadable)}")
+    return count
 
 
 # ---- The model, the order of a rank's images, signals ----------------------------------------------------
+
+def load_weights(s, given, device):
+    """-> the XUT of --resume or --init_from. An older one without the aspect input gets it, at zero."""
+    source = s.resume or s.init_from
+    model, _, header = sample.load_model(source, device, ema=not s.resume, with_vae=False)
+    model = copy.deepcopy(model)                             # mapped weights lie unaligned: sums round anew
+    line = f"weights: {source}"
+    if header["step"]:
+        line += f", step {header['step']:,}, {header['images']:,} images"
+    print(line)
+    if s.resume or model.config.aspect_cond or not given.get("aspect_cond", True):
+        return model
+    print(f"{source} has no aspect input: it starts at zero (--aspect_cond=false leaves it out)")
+    wider = hdm.XUT(dataclasses.replace(model.config, aspect_cond=True)).to(device)
+    wider.load_state_dict(model.state_dict(), strict=False)
+    return wider
+
 
 def build_model(s, given, vae, ctx_dim, device):
     """-> XUT in float32 from --resume, --init_from or the preset; given: the settings that were named."""
     torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
     preset = dataclasses.asdict(hdm.PRESETS[s.preset])
     explicit = {name: given[name] for name in given if name in preset}
-    encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=ctx_dim)
+    encoders = dict(in_channels=vae.latent_channels if vae else 3, ctx_dim=ctx_dim)   # win over the preset
     source = s.resume or s.init_from
     if source:
-        model, _, old = sample.load_model(source, device, ema=not s.resume, with_vae=False)
-        model = copy.deepcopy(model)                         # mapped weights lie unaligned: sums round anew
-        print(f"weights: {source}" + f", step {old['step']:,}, {old['images']:,} images" * bool(old["step"]))
-    else:                                                    # the encoders' two numbers win over the preset's
+        model = load_weights(s, given, device)
+    else:
         model = hdm.XUT(hdm.XUTConfig(**preset | encoders | explicit)).to(device)
-    if s.init_from and not s.resume and not model.config.aspect_cond and given.get("aspect_cond", True):
-        print(f"{source} has no aspect input: it starts at zero (--aspect_cond=false leaves it out)")
-        weights, model = model.state_dict(), hdm.XUT(dataclasses.replace(model.config, aspect_cond=True))
-        model.to(device).load_state_dict(weights, strict=False)
-    for name, value in ((preset if "preset" in given else {}) | explicit | encoders).items():
-        if getattr(model.config, name) != value:
-            raise hdm.UserError(f"{name}: {source or 'the config'} says {getattr(model.config, name)}, the "
-                                f"{'encoders say' if name in encoders else 'command says'} {value}")
+    named = preset if "preset" in given else {}
+    for name, value in (named | explicit | encoders).items():
+        found = getattr(model.config, name)
+        if found != value:
+            by = "encoders" if name in encoders else "command"
+            raise hdm.UserError(f"{name}: {found} in {source or 'the config'}, {value} by the {by}")
     hdm.check_size(s.image_size, s.image_size, model.config, vae)
     model.checkpoint_blocks(s.checkpointing)
     return model.train()
 
 
+def schedule_end(s, seen):
+    """The images seen at the end of a run that has seen `seen` of s.images: steps are never cut."""
+    return seen + math.ceil((s.images - seen) / s.global_batch) * s.global_batch
+
+
 def open_schedule(s, state):
     """-> lr_at's warmup and end, in images. A resumed run with another global batch keeps its warm-up in
     images, and so its lr; where a command moves the lr, or changes the length, it says from what to what."""
-    before = state.get("settings", vars(s))
-    old = Settings(**{name: before[name] for name in before if hasattr(Settings, name)})
+    old = settings_of(state.get("settings", vars(s)))
     old_warmup = state.get("warmup_images", old.warmup * old.global_batch)
     warmup = old_warmup if s.warmup == old.warmup else s.warmup * s.global_batch
     seen = state.get("images", 0)
-    old_end, end = (seen + math.ceil((one.images - seen) / one.global_batch) * one.global_batch
-                    for one in (old, s))                     # steps are never cut
-    was = f"{hdm.lr_at(seen, old, old_warmup, old_end):.4g}"
+    end = schedule_end(s, seen)
+    before = f"{hdm.lr_at(seen, old, old_warmup, schedule_end(old, seen)):.4g}"
     now = f"{hdm.lr_at(seen, s, warmup, end):.4g}"
-    if was != now or s.images != old.images:
-        print(f"lr at this point, {seen:,} images: {was} -> {now}")
-    if warmup > end and not s.bench:
-        print(f"warning: --warmup={s.warmup}, {warmup:,} images: the run ends before its peak, at {end:,}")
+    if before != now or s.images != old.images:
+        print(f"lr at this point, {seen:,} images: {before} -> {now}")
     return warmup, end
 
 
@@ -420,19 +534,27 @@ def order_of_rank(index, epochs, s, first, last, rank, ranks):
     little is padded. The ranks take its micro-batches in turns: a step has the same images whatever their
     number.
     """
+    def caption_length(i):
+        return len(index[epochs[i][2]].caption)
+
     for base in range(first, last, s.global_batch):
         items = range(base, base + s.global_batch)
         if s.text_lengths > 1 and s.global_batch > s.batch_size:
-            items = sorted(items, key=lambda i: len(index[epochs[i][2]].caption))
+            items = sorted(items, key=caption_length)
         for start in range(rank * s.batch_size, s.global_batch, ranks * s.batch_size):
             yield from items[start:start + s.batch_size]
 
 
 def compile_blocks(model, s, autocast, device, side):
-    """Compiles XUT's blocks for every shape that training will meet, before the first step."""
+    """Compiles XUT's blocks for every shape that training will meet, before the first step.
+
+    side: of a latent, or of an image of pixels, in cells. Where it fails, the model runs eagerly.
+    """
     torch.compiler.set_stance("default")
     lengths = hdm.padded_lengths(s)
-    mixed = [] if s.mask_padding else [(T, True) for T in lengths[1:]]                # shorter ones beside T
+    shapes = [(T, s.mask_padding) for T in lengths]          # text tokens, whether pads are masked
+    if not s.mask_padding:
+        shapes += [(T, True) for T in lengths[1:]]           # shorter texts beside one of T tokens
     print(f"compile: XUT's blocks, for texts of {', '.join(map(str, lengths))} tokens", flush=True)
     blocks = [module for module in model.modules() if isinstance(module, hdm.Block)]
     torch._dynamo.config.recompile_limit = 100               # with 8 it would do without from the ninth on
@@ -442,7 +564,7 @@ def compile_blocks(model, s, autocast, device, side):
     try:
         for block in blocks:                                 # all alike: compiled once, used by all
             block.compute = torch.compile(block.compute, dynamic=False)
-        for T, masked in [(T, s.mask_padding) for T in lengths] + mixed:
+        for T, masked in shapes:
             inputs = hdm.blank_inputs(model.config, s.batch_size, side, T, s.tread_rate, masked, device)
             with autocast:
                 hdm.flow_loss(model, **inputs).backward()
@@ -479,18 +601,87 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD
 
 
-# ---- open_run, train, finish -----------------------------------------------------------------------------
+# ---- The open run, and what opens it ---------------------------------------------------------------------
+
+@dataclasses.dataclass(init=False)
+class OpenRun:
+    """All that the loop reads and changes. open_run fills it in."""
+    s: Settings                    # resume is a checkpoint's path; validation and images are numbers
+    rank: int                      # which of the processes this is, from 0
+    ranks: int                     # how many there are, each with its own device
+    device: str                    # cpu, mps, cuda, cuda:1
+    kind: str                      # the same without a number, for autocast and timing
+    dtype: torch.dtype             # of autocast; float32: there is none
+
+    # The images
+    index: prepare.Index           # all of them: index[number] is a record
+    epochs: prepare.Epochs         # the training stream: epochs[i] is (epoch, copy, number) of its item i
+    held_out: list[int]            # numbers of the held-out records
+    identity: str                  # a hash of all these: a resumed run with another one has other images
+
+    # The position: how far training is
+    start: int                     # optimizer steps that were done before this process
+    step: int                      # ... that are done now
+    seen: int                      # training images that are seen now, over all resumed parts
+    position: int                  # item of the stream that comes next
+    saved: int                     # images that the last checkpoint had seen
+    warmup: int                    # images of linear warm-up
+    end: int                       # images at which the schedule ends
+    total: int                     # steps at which the schedule ends
+    last: int                      # step at which this process ends: total, or --max_steps
+    micro_steps: int               # of one rank in a step, each of batch_size images
+
+    # The networks
+    te: hdm.TextEncoder            # frozen
+    vae: hdm.VAE | None            # frozen; None: XUT reads pixels
+    model: hdm.XUT                 # float32
+    network: torch.nn.Module       # model, under DDP where there are several ranks
+    optimizer: hdm.AdamW           # it holds the averaged weights, too: optimizer.average
+    autocast: torch.autocast       # around forward passes
+
+    # What comes in
+    batches: Iterator[dict]        # micro-batches of this rank: training examples, collated
+    held_batches: DataLoader       # this rank's part of the held-out set, as often as it is asked for
+    prompts: list[str]             # of the previews: captions, then those of --preview_prompts
+    preview_seeds: list[int]       # one for each
+    signals: list[float]           # when this process was asked to stop (time.monotonic)
+    deadline: float                # when it stops by itself, by --max_hours (time.monotonic)
+
+    # What goes out
+    out_dir: Path
+    header: dict                   # of checkpoints, all that sample.py needs, but step and images
+    lock: FileLock | None          # of out_dir, as long as this process lives; None: not on rank 0
+    tracker: Tracker               # of rank 0; the others' is silent
+
+    # For the next line of metrics
+    window: torch.Tensor           # (2, 10): sums of losses, and their number, by tenths of t
+    watch: Stopwatch               # seconds in this window
+    lr: float                      # of the last step, before the division by fan-in
+    norm: torch.Tensor | None      # (), gradient norm of the last step before clipping; None: no step yet
+    text_tokens: float             # mean padded length of the last step's texts
+    began: float                   # when the loop began (time.monotonic)
+    problems: list[tuple]          # of this rank's batches since the last line: Samples' "trouble", collated
+    unreadable: set[str]           # a line for each unreadable image so far
+    warned: set[str]               # kinds of warnings so far
+
 
 def choose_start(s):
-    """Makes s.resume the path of a checkpoint, or "", and refuses an out_dir that holds another run's."""
-    out_dir, existing = Path(s.out_dir), hdm.list_checkpoints(s.out_dir)
-    if s.resume is True and not existing:
-        raise hdm.UserError(f"--resume: no checkpoint in {out_dir}; leave it out to start a run there")
-    if s.resume:                                             # of a run: its newest checkpoint
-        run = out_dir if s.resume is True else s.resume
-        s.resume = str((hdm.list_checkpoints(run) or [run])[-1])
-    elif existing:
-        raise hdm.UserError(f"--out_dir={out_dir} holds {existing[-1].name}: --resume, or another --out_dir")
+    """Makes s.resume the path of a checkpoint, or False, and refuses an out_dir that holds another run's.
+
+    -> the steps of the newest checkpoint in out_dir; 0: there is none.
+    """
+    existing = hdm.list_checkpoints(s.out_dir)
+    if existing and not s.resume:
+        raise hdm.UserError(f"--out_dir={s.out_dir} holds {existing[-1].name}: --resume or another --out_dir")
+    if s.resume is True:
+        if not existing:
+            raise hdm.UserError(f"--resume: no checkpoint in {s.out_dir}; leave it out to start a run there")
+        s.resume = str(existing[-1])
+    elif s.resume:                                           # the path of a run or of a checkpoint
+        of_run = hdm.list_checkpoints(s.resume)
+        if of_run:
+            s.resume = str(of_run[-1])
+    return int(existing[-1].name.removeprefix("ckpt_")) if existing else 0
 
 
 def open_device(s):
@@ -505,54 +696,23 @@ def open_device(s):
     return device, kind, hdm.pick_dtype(s.dtype, device)
 
 
-def checkpoint_header(s, config):
-    """What sample.py needs to know of a run, as sample.load_model gives it, but for step and images."""
-    inner = Path(s.vae, "vae")                               # of a larger folder
-    vae = str(inner) if s.vae and inner.is_dir() else s.vae
-    text_path, vae_path = (os.path.abspath(name) if os.path.exists(name) else name
-                           for name in (s.text_encoder, vae))
-    return dict(config=config, text_encoder=text_path, text_length=s.text_length, vae=vae_path,
-                image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg, cfg_low=s.sample_cfg_low,
-                t_shift=s.t_shift, tag_separator=s.tag_separator, spaces=s.spaces)
-
-
-def print_plan(run):
-    """What will happen, before step 0."""
-    s, gb = run.s, run.optimizer.checkpoint_gb()
-    kept = s.keep_ckpts + 1 if s.keep_ckpts else run.total // (s.save_every or run.total)
-    kept += s.images // (s.milestone_every or s.images + 1)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    print(f"{parameters:,} parameters, {run.ranks} x {run.device}, {run.dtype}; {run.epochs.images:,} "
-          f"images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
-          f"{s.images:,} images seen, {s.images / run.epochs.length:.2f} epochs; steps {run.start:,} to "
-          f"{run.last:,} of {run.total:,}, {run.warmup / s.global_batch:,.0f} of warm-up; a step: "
-          f"{run.ranks} ranks x {run.micro_steps} x {s.batch_size}\n"
-          f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
-          f"free: {shutil.disk_usage(run.out_dir).free / 1e9:.2f} GB", flush=True)
-
-
-def open_run(s, given, rank, ranks):
-    """-> run, with all that the loop reads and changes. given: the settings that were named."""
-    run = SimpleNamespace(s=s, rank=rank, ranks=ranks, out_dir=Path(s.out_dir))
-    run.device, run.kind, run.dtype = open_device(s)
-    choose_start(s)
-    own_prompts = read_prompts(s.preview_prompts) if s.preview_prompts else []
-    run.index, run.epochs, run.held_out, run.identity = prepare.open_data(s)
-    state = load_state(s, run.identity, run.epochs, ranks) if s.resume else {}
-    run.start, run.seen, run.position = (state.get(name, 0) for name in ("step", "images", "position"))
-    existing = hdm.list_checkpoints(s.out_dir)
-    if existing and int(existing[-1].name[5:]) > run.start:
-        raise hdm.UserError(f"--out_dir={s.out_dir} holds the newer {existing[-1].name}; name another "
-                            f"out_dir")
-
-    # The frozen encoders, the model, its optimizer and average
-    if rank > 0:                                             # rank 0 goes first: one download, then the cache
+@contextlib.contextmanager
+def rank_0_first(rank):
+    """Around what may download: the other ranks do it afterwards, and find it in the cache."""
+    if rank > 0:
         hdm.gather(None)
-    run.te = hdm.TextEncoder(s.text_encoder, s.text_length, run.device, run.dtype)
-    run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
-    run.model = build_model(s, given, run.vae, run.te.dim, run.device)
+    yield
     if rank == 0:
         hdm.gather(None)
+
+
+def load_networks(run, given, state):
+    """Loads the frozen encoders and the model; the optimizer and the average as in state, train.pt's."""
+    s = run.s
+    with rank_0_first(run.rank):
+        run.te = hdm.TextEncoder(s.text_encoder, s.text_length, run.device, run.dtype)
+        run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
+        run.model = build_model(s, given, run.vae, run.te.dim, run.device)
     run.optimizer = hdm.optimizers()[s.optimizer](run.model, s, run.kind, run.dtype)
     if s.resume:
         run.optimizer.load_state_dict(state)
@@ -560,61 +720,160 @@ def open_run(s, given, rank, ranks):
             weights = hdm.read_tensors(sample.find_weights(s.resume, ema=True))[0]
             run.optimizer.average.load_state_dict(weights)
 
-    # Batches of training and of the held-out images; prompts of the previews
+
+def open_examples(run):
+    """-> the training stream and the held-out set, as datasets of training examples."""
+    s = run.s
     factor = run.vae.factor if run.vae else None
     cache = prepare.Latents(s, run.index, run.vae) if s.latents else None
-    samples = prepare.Samples(run.index, run.epochs, cache, s, run.model.config, factor, s.seed)
-    held = prepare.Samples(run.index, run.held_out, cache, s, run.model.config, factor)
+    training = prepare.Samples(run.index, run.epochs, cache, s, run.model.config, factor, s.seed)
+    held_out = prepare.Samples(run.index, run.held_out, cache, s, run.model.config, factor)
     prepare.say_what_is_cut(run.index, run.te, s)
-    shown = run.held_out[:8] or [run.epochs[i][2] for i in range(8)]
-    captions = [hdm.draw_caption(run.index[number].caption, None, s) for number in shown]
+    return training, held_out
+
+
+def choose_previews(run, own_prompts):
+    """Eight held-out captions, or the first of training, then own_prompts, those of --preview_prompts."""
+    numbers = run.held_out[:8] or [run.epochs[i][2] for i in range(8)]
+    captions = [hdm.draw_caption(run.index[number].caption, None, run.s) for number in numbers]
     run.prompts = captions + own_prompts
     run.preview_seeds = [*range(len(captions)), *range(len(own_prompts))]
-    run.micro_steps = s.global_batch // s.batch_size // ranks
+
+
+def count_steps(run, state):
+    """Sets how long the warm-up, the schedule and this process are."""
+    s = run.s
+    run.micro_steps = s.global_batch // s.batch_size // run.ranks
     run.warmup, run.end = open_schedule(s, state)
     run.total = run.start + (run.end - run.seen) // s.global_batch
     run.last = min(run.total, s.max_steps) if s.max_steps else run.total
     if run.start >= run.last:
-        raise hdm.UserError(f"--resume={s.resume}: at step {run.start} of {run.last}, so there is nothing to "
-                            f"do")
+        raise hdm.UserError(f"--resume={s.resume}: nothing to do, it is at step {run.start} of {run.last}")
 
-    # The folder and the log
+
+def checkpoint_header(s, config):
+    """What sample.py needs to know of a run, as sample.load_model gives it, but for step and images."""
+    paths = dict(text_encoder=s.text_encoder, vae=s.vae)
+    if s.vae and Path(s.vae, "vae").is_dir():                # a folder of a whole pipeline
+        paths["vae"] = str(Path(s.vae, "vae"))
+    for name, path in paths.items():
+        if os.path.exists(path):                             # else a hub id, or ""
+            paths[name] = os.path.abspath(path)
+    return dict(config=config, text_encoder=paths["text_encoder"], text_length=s.text_length,
+                vae=paths["vae"], image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg,
+                cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator, spaces=s.spaces)
+
+
+def checkpoints_at_most(s, total):
+    """How many checkpoints a run of `total` steps leaves."""
+    kept = 1                                                 # at the end
+    if s.keep_ckpts > 0:
+        kept = s.keep_ckpts + 1
+    elif s.save_every > 0:
+        kept = total // s.save_every
+    if s.milestone_every > 0:
+        kept += s.images // s.milestone_every
+    return kept
+
+
+def print_plan(run):
+    """What will happen, before step 0."""
+    s, gb = run.s, run.optimizer.checkpoint_gb()
+    kept = checkpoints_at_most(s, run.total)
+    print(f"{count_parameters(run.model):,} parameters, {run.ranks} x {run.device}, {run.dtype}; "
+          f"{run.epochs.images:,} images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
+          f"{s.images:,} images seen, {s.images / run.epochs.length:.2f} epochs; steps {run.start:,} to "
+          f"{run.last:,} of {run.total:,}, {run.warmup / s.global_batch:,.0f} of warm-up; a step: "
+          f"{run.ranks} ranks x {run.micro_steps} x {s.batch_size}\n"
+          f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
+          f"free: {shutil.disk_usage(run.out_dir).free / 1e9:.2f} GB", flush=True)
+    if run.warmup > run.end and run.rank == 0 and not s.bench:
+        hdm.warn(f"--warmup={s.warmup}, {run.warmup:,} images: the run ends before its peak, at {run.end:,}")
+
+
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def open_run(s, given, rank, ranks):
+    """-> the OpenRun, ready for its next step. given: {name: value} of the settings that were named."""
+    run = OpenRun()
+    run.s, run.rank, run.ranks = s, rank, ranks
+    run.out_dir = Path(s.out_dir)
+    run.device, run.kind, run.dtype = open_device(s)
+    newest = choose_start(s)
+    own_prompts = read_prompts(s.preview_prompts) if s.preview_prompts else []
+    run.index, run.epochs, run.held_out, run.identity = prepare.open_data(s)
+    state = load_state(s, run.identity, run.epochs, ranks) if s.resume else {}        # train.pt
+    run.start = run.step = state.get("step", 0)
+    run.seen = run.saved = state.get("images", 0)
+    run.position = state.get("position", 0)
+    if newest > run.start:
+        raise hdm.UserError(f"--out_dir={s.out_dir} holds the newer ckpt_{newest:08d}; name another out_dir")
+    load_networks(run, given, state)
+    training, held_out = open_examples(run)
+    choose_previews(run, own_prompts)
+    count_steps(run, state)
+
+    # From here on the folder is this run's
     run.header = checkpoint_header(s, run.model.config)
     hdm.make_folder(run.out_dir / "samples", "--out_dir")
-    run.lock = run.report = run.wandb = None
+    run.lock = None
+    run.tracker = Tracker(s, run.out_dir, run.start, None)
     if rank == 0:
-        run.lock, run.report, run.wandb = open_log(run.out_dir, s, run.model.config, run.start,
-                                                   state.get("wandb"))
+        run.lock, run.tracker = open_log(run.out_dir, s, run.model.config, run.start, state.get("wandb"))
     print_plan(run)
 
-    # Loader processes, signals, other ranks, compilation
+    # Batches, other ranks, compilation
+    run.signals = catch_signals()
+    run.deadline = time.monotonic() + 3600 * s.max_hours if s.max_hours > 0 else math.inf
     stop = run.position + (run.last - run.start) * s.global_batch
     order = order_of_rank(run.index, run.epochs, s, run.position, stop, rank, ranks)
-    run.held_batches = DataLoader(held, s.batch_size, sampler=range(rank, len(run.held_out), ranks))
-    run.signals, run.deadline = catch_signals(), time.monotonic() + (s.max_hours * 3600 or math.inf)
-    run.batches = iter(DataLoader(samples, s.batch_size, sampler=order, num_workers=s.workers,
+    run.held_batches = DataLoader(held_out, s.batch_size, sampler=range(rank, len(run.held_out), ranks))
+    run.batches = iter(DataLoader(training, s.batch_size, sampler=order, num_workers=s.workers,
                                   worker_init_fn=catch_signals, pin_memory=run.kind == "cuda"))
     run.network = run.model
     if ranks > 1:
         run.network = torch.nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     run.autocast = torch.autocast(run.kind, run.dtype, enabled=run.dtype != torch.float32)
     if s.compile:
-        compile_blocks(run.model, s, run.autocast, run.device, s.image_size // (factor or 1))
+        side = s.image_size // (run.vae.factor if run.vae else 1)
+        compile_blocks(run.model, s, run.autocast, run.device, side)
 
-    # Since the last line of metrics: sums of losses and their number by tenths of t (2, 10); seconds
+    # For the next line of metrics: a resumed run goes on with the sums of its checkpoint
     run.window = state.get("window", torch.zeros(2, 10)).to(run.device)
     run.watch = Stopwatch(run.kind, state.get("seconds", ()))
-    run.lr, run.norm, run.text_tokens = hdm.lr_at(run.seen, s, run.warmup, run.end), None, 0.0
-    run.began, run.problems, run.reported = time.monotonic(), [], {}
-    run.saved = run.seen                                     # images seen by the last checkpoint
+    run.lr = hdm.lr_at(run.seen, s, run.warmup, run.end)
+    run.norm = None
+    run.text_tokens = 0.0
+    run.problems = []
+    run.unreadable = set()
+    run.warned = set()
+    run.began = time.monotonic()
     return run
 
 
-def is_due(run, every):
-    """Whether what is done each `every` steps, and at the end, is due. A resumed run has done its first's."""
-    if every == 0 or run.step == run.start > 0:
-        return False
-    return run.step % every == 0 or run.step == run.total
+# ---- What is due after a step, the loop, its end ---------------------------------------------------------
+
+def tasks_due(run):
+    """-> which of evaluate, preview, log and save are due after run.step steps."""
+    s, step = run.s, run.step
+    due = set()
+    if step == run.start > 0:                                # a resumed run has done its first step's
+        return due
+
+    def is_due(every):                                       # steps; 0: never
+        return every > 0 and (step % every == 0 or step == run.total)
+
+    if is_due(s.eval_every) and run.held_out:
+        due.add("evaluate")
+    if is_due(s.sample_every):
+        due.add("preview")
+    if is_due(s.log_every) or step == run.last or "evaluate" in due:
+        due.add("log")
+    if is_due(s.save_every) and 0 < step < run.last:         # the last checkpoint is finish's
+        due.add("save")
+    return due
 
 
 @contextlib.contextmanager
@@ -648,7 +907,7 @@ def save_previews(run):
         with if_the_disk_allows("a sheet of previews"):
             sheet = hdm.image_grid(images, 4, scale=max(1, 128 // run.s.image_size))
             sheet.save(run.out_dir / "samples" / f"{run.step:08d}.png")
-            run.report(run.step, {}, sheet)
+            run.tracker.report(run.step, {}, sheet)
 
 
 def refuse_bad_steps(run, skipped):
@@ -660,63 +919,68 @@ def refuse_bad_steps(run, skipped):
                         f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
 
 
+def ratio(total, count):
+    """total / count; None where nothing was counted."""
+    return total / count if count else None
+
+
+def metrics_of(run, val_loss):
+    """-> {name: value}, of the steps since the last one whose number is a multiple of log_every."""
+    losses, counts = run.window.tolist()
+    split = run.watch.read()
+    seconds = sum(split.values())
+    waited = split["data"] / seconds if run.step - run.start > run.s.log_every else 0.0   # not at the start
+    norm = run.norm.item() if run.norm is not None and run.norm.isfinite() else None
+    memory = torch.cuda.max_memory_allocated(run.device) / 1e9 if run.kind == "cuda" else 0.0
+    return dict(
+        step=run.step, images=run.seen, epoch=run.position / run.epochs.length, lr=run.lr, val_loss=val_loss,
+        skipped=run.optimizer.skipped[0].item(), data_s=split["data"], loss=ratio(sum(losses), sum(counts)),
+        grad_norm=norm, images_per_s=ratio(sum(counts), seconds), unreadable=report_problems(run, waited),
+        loss_by_t=[ratio(*tenth) for tenth in zip(losses, counts)], split_s=split,
+        text_tokens=run.text_tokens, memory_gb=memory)
+
+
 def log(run, val_loss):
-    """Writes a line of metrics, of the steps since the last one whose number is a multiple of log_every."""
-    s, step = run.s, run.step
-    (losses, counts), (skipped, in_a_row) = run.window.tolist(), run.optimizer.skipped.tolist()
+    """Prints a line of metrics and writes it to metrics.jsonl; ends the run after ten bad steps in a row."""
+    in_a_row = run.optimizer.skipped[1].item()
     if in_a_row >= 10:
         refuse_bad_steps(run, in_a_row)
-    count, split = sum(counts), run.watch.read()
-    seconds = sum(split.values())
-    waited = split["data"] / seconds if step - run.start > s.log_every else 0.0       # but at the start
-    unreadable = report_problems(s, run.problems, run.reported, run.epochs.images, waited)
-    run.problems.clear()
-    norm = run.norm.item() if run.norm is not None and run.norm.isfinite() else None
-    record = dict(
-        step=step, images=run.seen, epoch=run.position / run.epochs.length, lr=run.lr, val_loss=val_loss,
-        skipped=skipped, data_s=split["data"], loss=sum(losses) / count if count else None, grad_norm=norm,
-        images_per_s=count / seconds if seconds else None, unreadable=unreadable,
-        loss_by_t=[a / b if b else None for a, b in zip(losses, counts)], split_s=split,
-        text_tokens=run.text_tokens,
-        memory_gb=torch.cuda.max_memory_allocated(run.device if run.kind == "cuda" else None) / 1e9)  # or 0
-    words = [f"step {step}/{run.last}"]
-    words += [f"{name} {record[name]:.4g}" for name in ("loss", "val_loss", "images_per_s", "skipped")
-              if record[name]]
-    if step > run.start:
-        left = (time.monotonic() - run.began) / (step - run.start) * (run.last - step) / 60
-        words.append(f"{left:.1f} min left")
+    record = metrics_of(run, val_loss)
+    words = [f"step {run.step}/{run.last}"]
+    for name in ("loss", "val_loss", "images_per_s", "skipped"):
+        if record[name]:
+            words.append(f"{name} {record[name]:.4g}")
+    if run.step > run.start:
+        seconds_a_step = (time.monotonic() - run.began) / (run.step - run.start)
+        words.append(f"{seconds_a_step * (run.last - run.step) / 60:.1f} min left")
     tqdm.write(" | ".join(words))
     sys.stdout.flush()
     if run.rank == 0:
         with if_the_disk_allows("a line of metrics"):
             with open(run.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            run.report(step, record)
+            run.tracker.report(run.step, record)
 
 
 def save(run):
     """-> whether the checkpoint is there; on other ranks than the first: True."""
     if run.rank > 0:
         return True
-    s = run.s
     state = run.optimizer.state_dict() | dict(
         step=run.step, images=run.seen, position=run.position, next_epoch=run.epochs.next_epoch(run.position),
         pictures=run.epochs.images, identity=run.identity, window=run.window,
-        seconds=dict(run.watch.read()), warmup_images=run.warmup, wandb=run.wandb,
-        settings=vars(s) | dict(ranks=run.ranks))
-    every = s.milestone_every
-    milestone = every > 0 and run.seen // every > run.saved // every                  # the first one after it
-    header = run.header | dict(step=run.step, images=run.seen)
-    done = save_checkpoint(run.out_dir, header, run.model, run.optimizer.average, state, s.keep_ckpts,
-                           milestone, run.optimizer.checkpoint_gb())
-    run.saved = run.seen if done else run.saved
-    return done
+        seconds=dict(run.watch.read()), warmup_images=run.warmup, wandb=run.tracker.run_id,
+        settings=vars(run.s) | dict(ranks=run.ranks))
+    is_complete = save_checkpoint(run, state)
+    if is_complete:
+        run.saved = run.seen
+    return is_complete
 
 
-# step 0        evaluate, previews, log          | lr, micro-steps, clip, step, average
+# step 0        evaluate, preview, log           | lr, micro-steps, clip, step, average
 # step 1, 2 ..  what is due after so many steps  | lr, micro-steps, clip, step, average
-# last step     what is due, and the end         |
-# resumed       nothing: it was done before      | lr, micro-steps, clip, step, average
+# last step     what is due, and a log line      | none; finish saves
+# resumed at n  nothing: it was done before      | lr, micro-steps, clip, step, average
 
 def train(s, given, rank, ranks):
     run = open_run(s, given, rank, ranks)
@@ -724,21 +988,26 @@ def train(s, given, rank, ranks):
     for step in tqdm(range(run.start, run.last + 1), disable=rank > 0 or not sys.stderr.isatty()):
         # What is due after `step` steps
         run.step = step
-        val_loss = evaluate(run) if run.held_out and is_due(run, s.eval_every) else None
-        if is_due(run, s.sample_every):
+        due = tasks_due(run)
+        val_loss = None
+        if "evaluate" in due:
+            val_loss = evaluate(run)
+        if "preview" in due:
             save_previews(run)
-        if is_due(run, s.log_every) or val_loss is not None or step == run.last > run.start:
+        if "log" in due:
             log(run, val_loss)
         if step % s.log_every == 0:
-            run.window, run.watch = torch.zeros_like(run.window), Stopwatch(run.kind)
-        if is_due(run, s.save_every) and run.start < step < run.last:
+            run.window = torch.zeros_like(run.window)
+            run.watch = Stopwatch(run.kind)
+        if "save" in due:
             save(run)
         if step == run.last:
             break
 
         # Micro-steps: their gradients are summed up
         run.watch(None)
-        run.lr, run.text_tokens = hdm.lr_at(run.seen, s, run.warmup, run.end), 0.0
+        run.lr = hdm.lr_at(run.seen, s, run.warmup, run.end)
+        run.text_tokens = 0.0
         stats = torch.zeros_like(run.window)                 # sums of losses, their number: by tenths of t
         for micro in range(1, run.micro_steps + 1):
             stopped = any(hdm.gather(bool(run.signals) or time.monotonic() > run.deadline))   # all, or none
@@ -756,9 +1025,9 @@ def train(s, given, rank, ranks):
                 run.optimizer.backward(losses.mean() / run.micro_steps)
                 run.watch("backward")
             run.text_tokens += inputs["ctx"].shape[1] / run.micro_steps
-            tenth = (10 * inputs["t"]).long().clamp(max=9)                            # (B,)
-            tenth = (tenth[:, None] == torch.arange(10, device=run.device)).float()   # (B, 10)
-            stats += torch.stack([losses.detach() @ tenth, tenth.sum(0)])
+            tenths = (10 * inputs["t"]).long().clamp(max=9)                           # (B,)
+            one_hot = (tenths[:, None] == torch.arange(10, device=run.device)).float()    # (B, 10)
+            stats += torch.stack([losses.detach() @ one_hot, one_hot.sum(0)])
         if stopped:                                          # the step begins anew when the run goes on
             break
 
@@ -767,7 +1036,8 @@ def train(s, given, rank, ranks):
             torch.distributed.all_reduce(stats)
         run.norm, done = run.optimizer.step(run.lr, step, stats.isfinite().all())
         run.window += torch.where(done, stats, 0)
-        run.seen, run.position = run.seen + s.global_batch, run.position + s.global_batch
+        run.seen += s.global_batch
+        run.position += s.global_batch
         run.watch("optimizer")
     if not s.bench:
         finish(run, stopped)
@@ -776,14 +1046,26 @@ def train(s, given, rank, ranks):
 def finish(run, stopped):
     """The last checkpoint, and the command that comes next."""
     if not (run.out_dir / f"ckpt_{run.step:08d}").is_dir() and not save(run):
-        raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved; make room, then "
-                            f"--resume")
+        raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved: make room, --resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
-    again = ["torchrun", f"--nproc_per_node={run.ranks}", "--"] if run.ranks > 1 else ["python"]
-    if stopped:
-        print(f"stopped at step {run.step}; to go on: {shlex.join([*again, *sys.argv, '--resume'])}")
-    else:
+    if not stopped:
         print(f"done: python sample.py --ckpt={run.out_dir} --prompt {shlex.quote(run.prompts[0])}")
+        return
+    program = ["torchrun", f"--nproc_per_node={run.ranks}", "--"] if run.ranks > 1 else ["python"]
+    print(f"stopped at step {run.step}; to go on: {shlex.join([*program, *sys.argv, '--resume'])}")
+
+
+def explain(error, s):
+    """Raises a UserError that says what to do, where the error is of loader processes or of memory."""
+    trace = "".join(traceback.format_exception(error))
+    if re.search(r"DataLoader worker \(pid|shared memory object|</?torch_|SemLock|No space.*shm/", trace):
+        sys.unraisablehook = lambda _: None                  # torch's half-made loader would add a traceback
+        raise hdm.UserError(f"--workers={s.workers}: the loader processes lack shared memory or died "
+                            f"({trace.strip().splitlines()[-1]}); --workers=0 needs none, in a container "
+                            f"--shm-size=8g gives more") from error
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
+                            f"{s.batch_size} (the global batch stays), or --checkpointing") from error
 
 
 def main(argv):
@@ -794,18 +1076,13 @@ def main(argv):
     if s.plan:
         return plan(s, given)
     try:
-        bench(s, given, rank, ranks) if s.bench else train(s, given, rank, ranks)
+        if s.bench:
+            bench(s, given, rank, ranks)
+        else:
+            train(s, given, rank, ranks)
     except (RuntimeError, OSError) as error:
-        trace = "".join(traceback.format_exception(error))
-        if re.search(r"DataLoader worker \(pid|shared memory object|</?torch_|SemLock|No space.*shm/", trace):
-            sys.unraisablehook = lambda _: None              # torch's half-made loader would add a traceback
-            raise hdm.UserError(f"--workers={s.workers}: the loader processes lack shared memory or died "
-                                f"({trace.strip().splitlines()[-1]}); --workers=0 needs none, in a container "
-                                f"--shm-size=8g gives more") from error
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
-                            f"{s.batch_size} (the global batch stays), or --checkpointing") from error
+        explain(error, s)
+        raise
 
 
 # ==== Extras ==============================================================================================
@@ -813,15 +1090,15 @@ def main(argv):
 def plot(runs):
     """The curves of some runs over the images that they saw -> plot.png in the current folder."""
     lines = {run: read_metrics(run) for run in runs}
-    if not lines or not all(lines.values()):
-        empty = [run for run in runs if not lines[run]]
+    empty = [run for run in runs if not lines[run]]
+    if empty or not runs:
         raise hdm.UserError(f"--plot {' '.join(empty) or 'RUN'}: a folder with metrics.jsonl is needed")
     from matplotlib.figure import Figure
     figure = Figure((20, 4), layout="constrained")
     for name, axis in zip(("loss", "val_loss", "grad_norm", "images_per_s"), figure.subplots(1, 4)):
         for run in runs:
-            points = [(line["images"], line[name]) for line in lines[run] if line.get(name) is not None]
-            axis.plot([x for x, _ in points], [y for _, y in points], label=run)
+            known = [line for line in lines[run] if line.get(name) is not None]
+            axis.plot([line["images"] for line in known], [line[name] for line in known], label=run)
         axis.set(title=name, xlabel="images", yscale="log" if "loss" in name else "linear")
         axis.legend()
     figure.savefig("plot.png")
@@ -834,92 +1111,128 @@ QWEN3 = dict(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_h
              num_attention_heads=16, num_key_value_heads=8, head_dim=128)
 
 
-def count_flops(f):
-    """FLOPs of the matrix products and convolutions in f(), by torch's counter; a multiply-add is two."""
+def count_flops(f, *arguments, **named):
+    """FLOPs of the matrix products and convolutions in f(*arguments, **named), by torch's counter; a
+    multiply-add is two."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
-        f()
+        f(*arguments, **named)
     return counter.get_total_flops()
 
 
-def saved_bytes(f):
-    """Bytes that autograd keeps of f() for its backward pass, shared ones once, parameters not."""
-    kept = {}
-    def keep(x):                                             # held: an address is not to be used again
+def saved_bytes(f, *arguments, **named):
+    """Bytes that autograd keeps of f(*arguments, **named) for backward: shared ones once, parameters not."""
+    kept = {}                                                # {address: tensor}; held, none is used again
+    def keep(x):
         return kept.setdefault(x.untyped_storage()._cdata, x)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        f()
-    return sum(x.untyped_storage().nbytes() for x in kept.values() if not isinstance(x, torch.nn.Parameter))
+        f(*arguments, **named)
+    activations = [x for x in kept.values() if not isinstance(x, torch.nn.Parameter)]
+    return sum(x.untyped_storage().nbytes() for x in activations)
+
+
+def image_flops(config, side, T, tread_rate, vae, text):
+    """FLOPs of one training image, as a dict; arguments as of image_costs."""
+    with torch.device("meta"):
+        model = hdm.XUT(config)
+        inputs = hdm.blank_inputs(config, 1, side, T, tread_rate, device="meta")
+    flops = dict(step=count_flops(lambda: hdm.flow_loss(model, **inputs).backward()), vae=0, text=0)
+    with torch.no_grad(), torch.device("meta"):
+        flops["xut"] = count_flops(hdm.flow_loss, model, **inputs)
+        if vae:
+            images = torch.zeros(2, 3, side * vae.factor, side * vae.factor)
+            flops["vae"] = count_flops(vae.encoder, images) // 2      # two: one alone is computed in strips
+        if text:
+            states, mask = torch.zeros(1, T, config.ctx_dim), torch.zeros(1, 1, T, T)
+            flops["text"] = count_flops(text, inputs_embeds=states, attention_mask=mask)
+    return flops
+
+
+def activation_bytes(config, side, T, tread_rate, dtype):
+    """-> image, shared: XUT keeps shared + n x image bytes of n images for its backward pass.
+
+    Measured for n = 1 and n = 2, on tensors without memory; shared are the weights in 16 bit.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model = hdm.XUT(config)
+        one = saved_bytes(hdm.flow_loss, model, **hdm.blank_inputs(config, 1, side, T, tread_rate))
+        two = saved_bytes(hdm.flow_loss, model, **hdm.blank_inputs(config, 2, side, T, tread_rate))
+    image = two - one
+    return image, one - image
 
 
 def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16):
     """What a training image with a latent of side x side cells and T text tokens costs, as a dict.
 
     FLOPs: xut, forward; step, XUT forward and backward; vae, its encoder; text, the text encoder (modules on
-    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes; or
-    checkpointed, where blocks are: the input of each, and all of one; and shared, weights in 16 bit.
+    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes, of an
+    image; checkpointed, of an image with --checkpointing, which keeps the input of each block and all of one;
+    shared, whatever the number of images.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with torch.device("meta"):
-        model, inputs = hdm.XUT(config), hdm.blank_inputs(config, 1, side, T, tread_rate, device="meta")
-        images = torch.zeros(2, 3, *[side * vae.factor] * 2) if vae else None  # two: one alone has strips
-        states = dict(inputs_embeds=torch.zeros(1, T, config.ctx_dim), attention_mask=torch.zeros(1, 1, T, T))
-    costs = dict(step=count_flops(lambda: hdm.flow_loss(model, **inputs).backward()))
-    with torch.no_grad():
-        costs["xut"] = count_flops(lambda: hdm.flow_loss(model, **inputs))
-        costs["vae"] = count_flops(lambda: vae.encoder(images)) // 2 if vae else 0
-        costs["text"] = count_flops(lambda: text(**states)) if text else 0
-    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model = hdm.XUT(config)
-        inputs_of = functools.partial(hdm.blank_inputs, config, side=side, T=T, tread_rate=tread_rate)
-        one = saved_bytes(lambda: hdm.flow_loss(model, **inputs_of(1)))
-        two = saved_bytes(lambda: hdm.flow_loss(model, **inputs_of(2)))
-    image = two - one                                        # what each further image adds
-    shared = one - image                                     # what does not depend on their number
-    tokens = inputs["pos"].shape[1]
-    through = tokens if inputs["keep"] is None else inputs["keep"].shape[1]           # the U
-    inside = config.depth * (config.enc_blocks + config.dec_blocks)
+    image, shared = activation_bytes(config, side, T, tread_rate, dtype)
+    N = (side // config.patch_size) ** 2                     # image tokens
+    R = N - math.floor(N * tread_rate)                       # ... that go through the U
+    inside = config.depth * (config.enc_blocks + config.dec_blocks)                   # blocks in the U
     outside = config.pre_blocks + config.post_blocks
-    states = outside * (T + tokens) + inside * (T + through)
-    checkpointed = states * config.dim * dtype.itemsize + image / (inside + outside)
-    return costs | dict(bytes=image, checkpointed=checkpointed, shared=shared)
+    tokens = outside * (T + N) + inside * (T + R)            # in the inputs of all blocks
+    checkpointed = tokens * config.dim * dtype.itemsize + image / (inside + outside)
+    flops = image_flops(config, side, T, tread_rate, vae, text)
+    return flops | dict(bytes=image, checkpointed=checkpointed, shared=shared)
 
 
 def matmul_tflops(device, dtype):
     """The device's own rate of large matrix products, in TFLOP/s: the best of five tries."""
-    n, best = 8192 if "cuda" in str(device) else 2048, math.inf
+    n = 8192 if "cuda" in device else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds = []
     for _ in range(6):                                       # the first one warms up
         clock = time.perf_counter()
         (a @ b)[0, 0].item()                                 # waits for it
-        best = min(best, time.perf_counter() - clock)
-    return 2e-12 * n ** 3 / best
+        seconds.append(time.perf_counter() - clock)
+    return 2e-12 * n ** 3 / min(seconds)
 
 
 def at_hand(name):
     """Whether an encoder can be had without a download: a path, or in the hub's cache."""
     import huggingface_hub
-    return os.path.exists(name) or not hdm.looks_local(name) and isinstance(
-        huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+    if os.path.exists(name):
+        return True
+    if hdm.looks_local(name):
+        return False
+    return isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+
+
+def shape_of_vae(s):
+    """The VAE on "meta"; the published one where it is not at hand; None: pixels."""
+    if not s.vae:
+        return None
+    if at_hand(s.vae):
+        return hdm.load_vae(s.vae, "meta")
+    with torch.device("meta"):
+        return hdm.VAE()
+
+
+def shape_of_text_encoder(s):
+    """The text encoder on "meta"; the published one where it is not at hand."""
+    import transformers
+    config = transformers.Qwen3Config(**QWEN3)
+    if at_hand(s.text_encoder):
+        with hdm.naming(s.text_encoder, "no text encoder"):
+            config = transformers.AutoConfig.from_pretrained(s.text_encoder)
+    with torch.device("meta"):
+        return hdm.text_part(hdm.text_class(config).from_config(config)).float()
 
 
 def costs_of(s, given, T, dtype=torch.bfloat16):
     """-> image_costs of the run with T text tokens; the numbers of parameters of XUT, VAE, text encoder.
     Encoders that are not at hand are taken for the published ones."""
-    import transformers
-    if away := [name for name in (s.vae, s.text_encoder) if name and not at_hand(name)]:
-        print(f"not at hand, counted as the published one: {', '.join(away)}")
-    with hdm.naming(s.text_encoder, "no text encoder"):
-        text = (transformers.AutoConfig.from_pretrained(s.text_encoder) if at_hand(s.text_encoder)
-                else transformers.Qwen3Config(**QWEN3))
-    vae = hdm.load_vae(s.vae, "meta") if at_hand(s.vae) else None
+    vae, text = shape_of_vae(s), shape_of_text_encoder(s)
     with torch.device("meta"):
-        vae = vae or (hdm.VAE() if s.vae else None)
-        text = hdm.text_part(hdm.text_class(text).from_config(text)).float()
         model = build_model(s, given, vae, text.config.hidden_size, "meta")
+    numbers = [count_parameters(model), count_parameters(vae) if vae else 0, count_parameters(text)]
     side = s.image_size // (vae.factor if vae else 1)
-    numbers = [sum(p.numel() for p in module.parameters()) if module else 0 for module in (model, vae, text)]
-    encoder = None if s.latents else vae
+    encoder = None if s.latents else vae                     # cached latents need none
     return image_costs(model.config, side, T, s.tread_rate, encoder, text, dtype), numbers
 
 
@@ -927,59 +1240,125 @@ def plan(s, given):
     """Prints what the run costs on other machines, counted, and a guess of how much of their rate it gets."""
     if s.epochs:
         prepare.open_data(s)                                 # counts the images of an epoch
-    s.init_from = s.resume = ""                              # what the weights are costs nothing
+    s.init_from = ""                                         # what the weights are costs nothing
+    s.resume = False
+    away = [name for name in (s.vae, s.text_encoder) if name and not at_hand(name)]
+    if away:
+        print(f"not at hand, counted as the published one: {', '.join(away)}")
     dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
-    costs, (parameters, *encoders) = costs_of(s, given, s.text_length, dtype)
-    parts = {"XUT forward": costs["xut"], "and backward": costs["step"] - costs["xut"],
-             "forward again": costs["xut"] * s.checkpointing, "VAE": costs["vae"],
+    costs, numbers = costs_of(s, given, s.text_length, dtype)
+    print_hours(s, costs)
+    print_memory(s, costs, numbers, dtype)
+
+
+def print_hours(s, costs):
+    """costs: image_costs'."""
+    flops = {"XUT forward": costs["xut"], "and backward": costs["step"] - costs["xut"],
+             "forward again": costs["xut"] if s.checkpointing else 0, "VAE": costs["vae"],
              "text encoder": costs["text"]}
-    print(f"GFLOP of an image of {s.image_size} px with {s.text_length} text tokens: "
-          + ", ".join(f"{name} {flops / 1e9:.1f}" for name, flops in parts.items()))
-    limit = s.gpus * s.tflops * 1e12 / sum(parts.values())
-    for what, share in (("the limit", 1.0), (f"a guess, --utilisation={s.utilisation}", s.utilisation)):
+    words = [f"{name} {number / 1e9:.1f}" for name, number in flops.items()]
+    print(f"GFLOP of an image of {s.image_size} px with {s.text_length} text tokens: {', '.join(words)}")
+    limit = s.gpus * s.tflops * 1e12 / sum(flops.values())   # images/s
+    for what, share in (("the limit", 1.0), (f"a guess, --utilization={s.utilization}", s.utilization)):
         hours = s.images / limit / share / 3600
         print(f"{what}: {s.images:,} images on {s.gpus} x {s.tflops} TFLOP/s: {limit * share:.1f} images/s, "
               f"{hours:.1f} h, {s.gpus * hours:.1f} GPU-hours, "
               f"{s.dollars_per_gpu_hour * s.gpus * hours:,.0f} dollars")
-    exchanged = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters                         # ring, float32
-    each_weight = 4 * (3 if s.ema else 2) + hdm.optimizers()[s.optimizer].state_bytes
-    fixed = each_weight * parameters + dtype.itemsize * sum(encoders) + costs["shared"]
-    fixed, each = 1e-9 * fixed, 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
-    fits = ", ".join(f"{gb} GB {max(0, int((gb - 1 - fixed) / each))}" for gb in (8, 12, 16, 24, 32))
-    print(f"each GPU sends {exchanged:.2f} GB of gradients a step of {s.global_batch} images\n"
-          f"memory: {fixed:.2f} GB of weights, gradients, optimizer, EMA, encoders, {each:.3f} GB an image "
-          f"of a micro-step (counted, eager): {fixed + s.batch_size * each:.1f} GB in all\n"
-          f"batch_size at most, with 1 GB to spare: {fits}")
+
+
+def print_memory(s, costs, numbers, dtype):
+    """costs, numbers: of costs_of."""
+    parameters, *encoders = numbers
+    copies = 3 if s.ema else 2                               # in float32: weights, gradients, average
+    each_weight = 4 * copies + hdm.optimizers()[s.optimizer].state_bytes
+    fixed = 1e-9 * (each_weight * parameters + dtype.itemsize * sum(encoders) + costs["shared"])
+    image = 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
+    sent = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters     # by a ring, in float32
+    fits = [f"{gb} GB {max(0, int((gb - 1 - fixed) / image))}" for gb in (8, 12, 16, 24, 32)]
+    print(f"each GPU sends {sent:.2f} GB of gradients a step of {s.global_batch} images\n"
+          f"memory: {fixed:.2f} GB of weights, gradients, optimizer, EMA, encoders, {image:.3f} GB an image "
+          f"of a micro-step (counted, eager): {fixed + s.batch_size * image:.1f} GB in all\n"
+          f"batch_size at most, with 1 GB to spare: {', '.join(fits)}")
+
+
+# ---- The bench: a run on made-up data --------------------------------------------------------------------
+
+MADE_UP = 64                   # images
+WORDS = "red large open small happy old round quiet long bright".split()
+
+
+def make_images(folder, s):
+    """Images of noise with a short side of image_size, and captions of random words."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(MADE_UP):
+        longer = s.image_size * rng.integers(2, 5) // 2
+        size = rng.permutation([s.image_size, longer]).tolist()
+        image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+        image.resize(size, Image.BICUBIC).save(folder / f"{i}.jpg")
+        tokens = round(s.caption_tokens * rng.uniform(0.5, 1.5))
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(WORDS, tokens)))
+
+
+def make_latents(data, vae, s):
+    """The cache of latents for make_images' images, all zero."""
+    index = prepare.open_index(data)
+    file = prepare.shard(prepare.latents_folder(data, index, vae, s.image_size), 0)
+    file.parent.mkdir()
+    shape = 2 * vae.latent_channels, s.image_size // vae.factor, s.image_size // vae.factor
+    save_file({str(i): torch.zeros(shape, dtype=torch.float16) for i in range(MADE_UP)}, file)
 
 
 def make_up(s, folder):
     """Images and captions, random encoders of the published shapes for those not at hand, and, for a run on
-    latents, a cache of zeros -> the settings that name them."""
-    rng, words = np.random.default_rng(0), "red large open small happy old round quiet long bright".split()
+    latents, a cache of zeros -> {name: path} of the settings that name them."""
     made = dict(data=str(folder / "data"))
-    (folder / "data").mkdir()
-    for i in range(64):
-        size = rng.permutation([s.image_size, s.image_size * rng.integers(2, 5) // 2]).tolist()
-        image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
-        image.resize(size, Image.BICUBIC).save(folder / "data" / f"{i}.jpg")
-        tokens = round(s.caption_tokens * rng.uniform(0.5, 1.5))
-        (folder / "data" / f"{i}.txt").write_text(" ".join(rng.choice(words, tokens)))
+    make_images(folder / "data", s)
     if not at_hand(s.text_encoder):
         made["text_encoder"] = str(folder / "text_encoder")
-        prepare.make_text_encoder([*words, " ".join(2 * words)], made["text_encoder"], **QWEN3)
+        prepare.make_text_encoder([*WORDS, " ".join(2 * WORDS)], made["text_encoder"], **QWEN3)
     if s.vae and not at_hand(s.vae):
         made["vae"] = str(folder / "vae.safetensors")
         save_file(hdm.VAE().state_dict(), made["vae"])
     print(f"bench: made up, encoders with random weights: {made}")
     if s.latents:
-        vae = hdm.load_vae(made.get("vae", s.vae))
-        index = prepare.open_index(made["data"])
-        file = prepare.shard(prepare.latents_folder(made["data"], index, vae, s.image_size), 0)
-        file.parent.mkdir()
-        shape = 2 * vae.latent_channels, s.image_size // vae.factor, s.image_size // vae.factor
-        save_file({str(i): torch.zeros(shape, dtype=torch.float16) for i in range(64)}, file)
+        make_latents(made["data"], hdm.load_vae(made.get("vae", s.vae)), s)
     hdm.open_modes(folder)
     return made
+
+
+@contextlib.contextmanager
+def temporary_folder(parent, rank):
+    """One folder for all ranks, which is removed when all have left the block."""
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if rank == 0:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix="bench-"))
+        yield Path(hdm.gather(folder)[0])
+        hdm.gather(None)
+
+
+def measure(s, given, rank, ranks, warm, tflops, dtype):
+    """Trains by s -> what bench.json says of it. The first `warm` steps are not counted; tflops: of one
+    device, by matmul_tflops."""
+    train(s, given, rank, ranks)
+    hdm.gather(None)                                         # rank 0 has written its metrics
+    lines = read_metrics(s.out_dir)[1 + warm:]               # 1: before any step
+    steps = s.images // s.global_batch - warm
+    if len(lines) < steps:
+        raise hdm.UserError(f"--bench={s.bench}: stopped before it was done")
+    tokens = sum(line["text_tokens"] for line in lines) / steps
+    split = Counter()                                        # seconds by what they went to
+    for line in lines:
+        split.update(line["split_s"])
+    images = steps * s.global_batch
+    rate = images / sum(split.values())
+    costs, _ = costs_of(s, given, round(tokens), dtype)
+    share = rate / ranks / tflops / 1e12                     # of a device's rate, for each FLOP of an image
+    milliseconds = {name: 1000 * ranks * seconds / images for name, seconds in split.items()}
+    return dict(images_per_s=rate, text_tokens=tokens, xut_mfu=share * costs["step"],
+                all_flops=share * (costs["step"] + costs["vae"] + costs["text"]), ms_per_image=milliseconds,
+                memory_gb=lines[-1]["memory_gb"])
 
 
 def bench(s, given, rank, ranks):
@@ -988,44 +1367,30 @@ def bench(s, given, rank, ranks):
     dtype = hdm.pick_dtype(s.dtype, device)
     hdm.make_folder(s.out_dir, "--out_dir")
     micro_steps = min(s.bench, s.global_batch // s.batch_size // ranks)
-    steps, global_batch = s.bench // micro_steps, micro_steps * s.batch_size * ranks
+    steps = s.bench // micro_steps
     warm = 1 + steps // 5
-    runs = {"as configured": {}}
-    if s.baseline:
-        runs["baseline"] = dict(compile=False, text_lengths=1, checkpointing=True, vae_chunk=4)
-    name = torch.cuda.get_device_name(device) if "cuda" in device else device
+    global_batch = micro_steps * s.batch_size * ranks
     tflops = matmul_tflops(device, dtype)
-    report = dict(device=name, dtype=str(dtype), processes=ranks, torch=torch.__version__,
+    report = dict(device=device, dtype=str(dtype), processes=ranks, torch=torch.__version__,
                   matmul_tflops=tflops, command=shlex.join(sys.argv))
-    with tempfile.TemporaryDirectory(dir=s.out_dir, prefix="bench-") as folder:
-        folder = Path(hdm.gather(folder)[0])                 # the first process's, for all
+    if "cuda" in device:
+        report["device"] = torch.cuda.get_device_name(device)
+    fixed = dict(validation=0.0, init_from="", resume=False, log_every=1, eval_every=0, sample_every=0,
+                 save_every=0, max_steps=0, max_hours=0.0, log="", preview_prompts="",
+                 global_batch=global_batch, epochs=0.0, images=(warm + steps) * global_batch)
+    changes = {"as configured": {}}
+    if s.baseline:
+        changes["baseline"] = dict(compile=False, text_lengths=1, checkpointing=True, vae_chunk=4)
+    with temporary_folder(s.out_dir, rank) as folder:
         made_up = hdm.gather(make_up(s, folder) if rank == 0 else None)[0]
-        fixed = dict(validation=0.0, init_from="", resume=False, log_every=1, eval_every=0, sample_every=0,
-                     save_every=0, max_steps=0, max_hours=0.0, log="", preview_prompts="",
-                     global_batch=global_batch, epochs=0.0, images=(warm + steps) * global_batch)
-        for name, changes in runs.items():
-            run = dataclasses.replace(s, **made_up, **fixed, **changes, out_dir=str(folder / name))
+        for name, changed in changes.items():
+            settings = dataclasses.replace(s, **made_up, **fixed, **changed, out_dir=str(folder / name))
             gc.collect()                                     # compiled blocks refer to themselves
             if "cuda" in device:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
-            train(run, given, rank, ranks)
-            hdm.gather(None)
-            lines = read_metrics(run.out_dir)[1 + warm:]     # 1: before any step
-            hdm.gather(None)                                     # all have read it, before it goes
-            if len(lines) < steps:
-                raise hdm.UserError(f"--bench={s.bench}: stopped before it was done")
-            T = sum(line["text_tokens"] for line in lines) / steps
-            costs, _ = costs_of(run, given, round(T), dtype)
-            split = {part: sum(line["split_s"][part] for line in lines) for part in lines[0]["split_s"]}
-            rate = steps * global_batch / sum(split.values())
-            limit = rate / ranks / tflops / 1e12
-            report[name] = dict(
-                settings=changes, images_per_s=rate, text_tokens=T, xut_mfu=limit * costs["step"],
-                all_flops=limit * (costs["step"] + costs["vae"] + costs["text"]),
-                ms_per_image={part: 1000 * ranks * seconds / steps / global_batch
-                              for part, seconds in split.items()},
-                memory_gb=lines[-1]["memory_gb"])
+            measured = measure(settings, given, rank, ranks, warm, tflops, dtype)
+            report[name] = dict(settings=changed, **measured)
     if s.baseline:
         report["ratio"] = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
     text = json.dumps(report, indent=1)
