@@ -215,8 +215,8 @@ def starts_as_image(data):
 
 
 @contextlib.contextmanager
-def refusing(kind):
-    """An image that makes the block fail is of this kind. A broken one can raise anything in Pillow."""
+def failing_as(kind):
+    """What the block raises becomes a UserError of this text: of a broken image Pillow can raise anything."""
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -233,7 +233,7 @@ def measure_image(stream, length, verify=False):
     """
     if length == 0:
         raise hdm.UserError("zero bytes")
-    with refusing("no readable header"), warnings.catch_warnings():
+    with failing_as("no readable header"), warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # Pillow's, about what is judged here
         image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
         header = stream.tell()
@@ -243,10 +243,10 @@ def measure_image(stream, length, verify=False):
             # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
             if Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8):
                 width, height = height, width
-    with refusing("truncated"):
+    with failing_as("truncated"):
         check_end(image, stream, header, length)
     if verify:
-        with refusing("does not decode"):
+        with failing_as("does not decode"):
             stream.seek(0)
             width, height = hdm.load_image(stream).size
     if transform is False:
@@ -373,16 +373,13 @@ def holds_other_rows(lines, cells, at, width):
     if len(cells) != width or "\n" in cells[at]:
         return True
     own = sum(cell.count("\n") for cell in cells[:at])       # the line with its name
-    spots = [at, at - width]                     # from the left and the right: a caption may have commas
-    if at == 0:
-        spots = [0]
-    if at == width - 1:
-        spots = [-1]
+    # A caption may have commas, so a name is looked for from the left and from the right.
+    spots = {0: [0], width - 1: [-1]}.get(at, [at, at - width])
+    kinds = ("file", kind_of_name(cells[at]))
     for line in lines[:own] + lines[own + 1:]:
         row = line.strip().split(",")
-        for spot in spots:
-            if len(row) >= width and kind_of_name(row[spot]) in ("file", kind_of_name(cells[at])):
-                return True
+        if len(row) >= width and any(kind_of_name(row[spot]) in kinds for spot in spots):
+            return True
     return False
 
 
@@ -393,7 +390,7 @@ def csv_rows(lines, column, **how):
     start = 0                                    # of a record in lines
     while start < len(lines):
         reader = csv.reader((lines[i] for i in range(start, len(lines))), strict=True, **how)
-        cells = None                             # a quote is wrong
+        cells = None                             # stays so where a quote is wrong
         with contextlib.suppress(csv.Error):
             cells = next(reader)
         taken = lines[start:start + reader.line_num]
@@ -441,14 +438,11 @@ def coco_rows(table):
             raise hdm.UserError(f"COCO's, where {names[key]} and {name} have one id, {key}")
         names[key] = name
     notes = objects_in(table.get("annotations"))
-    rows = []
-    for note in notes:
-        if "caption" in note:
-            rows.append({**note, "file_name": names.get(str(note.get("image_id")))})
-    if not rows:
+    captions = [note for note in notes if "caption" in note]
+    if not captions:
         what = f"annotations with {', '.join(sorted(notes[0])[:5])}" if notes else "a list of images"
         raise hdm.UserError(f"COCO's, without captions: {what}")
-    return rows
+    return [{**note, "file_name": names.get(str(note.get("image_id")))} for note in captions]
 
 
 def objects_in(value):
@@ -504,7 +498,8 @@ def holds_images(file, column):
     """Whether one of a column's first 16 values is an image: bytes may be a hash or an embedding, too."""
     checked = 0
     for batch in file.iter_batches(16, columns=[column], use_threads=False):
-        for data in [image_bytes(cell) for cell in batch[0]]:
+        for cell in batch[0]:
+            data = image_bytes(cell)
             if starts_as_image(data):
                 return True
             checked += len(data) > 0
@@ -672,7 +667,7 @@ class Rows(dict):
 
 # ---- text files --------------------------------------------------------------------------------------------
 def read_texts(caption, spans, s):
-    """A row's caption or "", the spans of text files by suffix -> the caption, lines of its file."""
+    """Caption of an image's rows, or "", and {suffix: span} of its text files -> its caption, its lines."""
     sidecar = ""
     lines = []
     for suffix, span in spans.items():
@@ -934,8 +929,8 @@ def scan_image(path, group, source, s, known):
         raise hdm.UserError("not in the table")
     if not tables and not spans:
         raise hdm.UserError("no caption")
-    texts = tables | {text for text, _, _ in spans.values()}
-    texts = tuple(sorted(texts - {file}))        # in a tar they are of one file
+    others = tables | {text for text, _, _ in spans.values()}
+    texts = tuple(sorted(others - {file}))       # in a tar they are of one file
     stamp = stamp_of(file, *texts, key=(name, file, texts))
     record = known(stamp) if known else None
     if record is None:
@@ -1078,8 +1073,8 @@ def plain_tags(tags):
 
 
 def earlier_records(old, options):
-    """-> a function from a stamp to the Record that an earlier index by the same options has of it, or None;
-    None where there is no such index."""
+    """-> a function: stamp -> the Record of it in an earlier index by the same options, or None. Without such
+    an index None."""
     if old is None or old.about["format"] != 5 or old.about["options"] != options:
         return None
     stamps, numbers = np.unique(old.records["stamp"], return_index=True)
@@ -1184,14 +1179,14 @@ def shuffled(i, n, *key):
     rows = math.isqrt(n - 1) + 1
     columns = -(-n // rows)
 
-    def number(*words):
+    def hash_of(*words):
         return int.from_bytes(hashlib.blake2b(repr((key, words)).encode(), digest_size=8).digest(), "little")
 
     while True:
         row, column = divmod(i, columns)
         for turn in range(4):
-            row = (row + number(turn, column)) % rows
-            column = (column + number(turn, row, "row")) % columns
+            row = (row + hash_of(turn, column)) % rows
+            column = (column + hash_of(turn, row, "row")) % columns
         i = row * columns + column
         if i < n:
             return i
@@ -1227,17 +1222,17 @@ class Epochs:
         """-> epoch, which copy of the record in it, the record's number."""
         epoch = self.next_epoch(i + 1) - 1
         first_item, end = self.start(epoch), self.start(epoch + 1)
-        index = shuffled(i - first_item, end - first_item, self.seed, epoch)
+        at = shuffled(i - first_item, end - first_item, self.seed, epoch)
         for first, number, weight in self.parts:
             # The epoch in order: all records of a part once, once more, ..., then its fraction.
             items = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
-            if index >= items:
-                index -= items
+            if at >= items:
+                at -= items
                 continue
-            copy, index = divmod(index, number)
+            copy, at = divmod(at, number)
             if copy == int(weight):              # the fraction's: as many as there are, drawn
-                index = shuffled(index, number, self.seed, epoch, first)
-            return epoch, copy, first + index
+                at = shuffled(at, number, self.seed, epoch, first)
+            return epoch, copy, first + at
 
 
 # ---- the cache of latents ----------------------------------------------------------------------------------
@@ -1246,8 +1241,8 @@ SHARD = 512                                      # images in a file; a kill lose
 
 def latents_folder(data, index, vae, image_size):
     """Its name says whose latents it holds: a hash of the VAE's encoder (in bfloat16, whatever it has) and of
-    the images' names and files, not of captions. In it 000007.safetensors: by the numbers of 512 records
-    their moments (C or 2 C, height, width), float16."""
+    the images' names and files, not of captions. Each file in it, such as 000007.safetensors, holds {record
+    number: moments (C or 2 C, height, width) float16} of SHARD records."""
     digest = hashlib.sha256(repr((vae.mean, vae.std)).encode())
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
@@ -1298,7 +1293,7 @@ class Latents:
 
 
 def half_moments(vae, pixels, channels):
-    """-> moments (B, channels, h, w) float16; of images where they are not finite again, in float32."""
+    """-> moments (B, channels, h, w) float16; images whose are not finite are encoded again, in float32."""
     moments = torch.cat(vae.moments(pixels), dim=1)[:, :channels].half().cpu()
     bad = ~moments.isfinite().flatten(1).all(1)
     if bad.any() and next(vae.parameters()).dtype != torch.float32:
@@ -1531,7 +1526,7 @@ def writes_no_latents(s):
 
 
 def without(*names):
-    """-> a function of the settings: whether all of these are off."""
+    """-> a function of the settings: whether all of these are off; always True where none is named."""
     return lambda s: not any(getattr(s, name) for name in names)
 
 

@@ -2675,6 +2675,26 @@ def test_json_beside_an_image(tmp_path):
     assert found["0.png"] == "one |||" and found["2.png"] == "||| long hair $$ b"
 
 
+def test_a_column_without_a_name_and_our_own_scratch_folders_are_nothing(tmp_path):
+    """pandas writes its index so; whole_folder leaves such a folder when it is killed."""
+    for source, table in (("folder", "folder/metadata.csv"), ("named/t.csv", "named/t.csv")):
+        write_files(tmp_path, {table: ",file_name,text\n7,a.png,one\n8,b.png,\n"})
+        folder = os.path.dirname(table)
+        write_files(tmp_path / folder, {"a.png": PNG, "b.png": PNG, "8.png": PNG, "x.tmp0123abc_/lock": "",
+                                        "x.tmp0123abc_/new/a.png": PNG, "x.tmp0123abc_/new/a.txt": "no"})
+        found, report = scanned(tmp_path / source)
+        assert found == {"a.png": "one"}
+        assert report == {"empty caption": 1, "no caption" if source == folder else "not in the table": 1}
+
+
+def test_two_images_of_one_id_in_cocos_captions_are_one_line(tmp_path):
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]
+    table = {"images": images, "annotations": [{"image_id": 1, "caption": "one"}]}
+    write_files(tmp_path, {"t.json": json.dumps(table), "a.png": PNG, "b.png": PNG})
+    message = one_line(prepare.open_index, str(tmp_path / "t.json"))
+    assert all(word in message for word in ("t.json", "a.png", "b.png", "one id, 1"))
+
+
 def test_kohyas_metadata(tmp_path, capsys):
     rows = {"a": {"caption": "one", "tags": "x y, z"}, str(tmp_path / "s" / "b.png"): {"tags": "x y, z"},
             "c.png": {"caption": "three"}, "d": "four"}

@@ -500,8 +500,8 @@ def build_model(s, given, vae, ctx_dim, device):
     for name, value in (named | explicit | encoders).items():
         found = getattr(model.config, name)
         if found != value:
-            by = "encoders" if name in encoders else "command"
-            raise hdm.UserError(f"{name}: {found} in {source or 'the config'}, {value} by the {by}")
+            by = "encoders say" if name in encoders else "command says"
+            raise hdm.UserError(f"{name}: {source or 'the config'} says {found}, the {by} {value}")
     hdm.check_size(s.image_size, s.image_size, model.config, vae)
     model.checkpoint_blocks(s.checkpointing)
     return model.train()
