@@ -88,7 +88,7 @@ def check_bounds(settings, prefix="--"):
         least, most = kind.__metadata__
         if least <= value <= most:
             continue
-        low = "above 0" if 0 < least < 1 else f"{least} or more"
+        low = "above 0" if least == sys.float_info.min else f"{least} or more"
         high = {math.inf: "", math.nextafter(1, 0): ", below 1"}.get(most, f", at most {most}")
         raise UserError(f"{prefix}{name}={value}: must be {low}{high}")
 
@@ -857,12 +857,13 @@ class AdamW(OptimizerStep):
         return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
-def optimizers():
-    """{name for --optimizer: class}, all subclasses of OptimizerStep and theirs."""
-    classes = OptimizerStep.__subclasses__()
-    for cls in classes:                                      # reads what it adds, too
-        classes += cls.__subclasses__()
-    return {cls.__name__.lower(): cls for cls in classes}
+def optimizers(base=OptimizerStep):
+    """{name for --optimizer: class}, all subclasses of base and theirs."""
+    classes = {}
+    for cls in base.__subclasses__():
+        classes[cls.__name__.lower()] = cls
+        classes |= optimizers(cls)
+    return classes
 
 
 # ---- Samplers: functions of v(x, t), x and the times; Guidance makes v from the model --------------------
@@ -2112,14 +2113,21 @@ NEIGHBORS = dict(
     prompts="from_file prompt_file", file_type="output_format", ui="webui gradio listen port")
 
 
+def without(*names):
+    """-> a function of settings: whether all of these are off; always True where none is named."""
+    return lambda settings: not any(getattr(settings, name) for name in names)
+
+
 def warn_idle(given, calls, rules):
     """Warns of each setting that was given, {name: value}, and has no effect in any of calls, objects of all
     settings; rules: [(names, whether they have none in a call, why)]."""
     for names, is_idle, why in rules:
         for name in names.split():
-            is_given = given.get(name, "") != "" and given[name] is not False
-            if is_given and all(is_idle(call) for call in calls):
-                print(f"warning: --{name}={given[name]} has no effect {why}")
+            value = given.get(name, "")
+            if isinstance(value, list):                      # each was a flag of its own
+                value = f" --{name}=".join(value)
+            if value != "" and value is not False and all(is_idle(call) for call in calls):
+                print(f"warning: --{name}={value} has no effect {why}")
 
 
 # ---- Devices ---------------------------------------------------------------------------------------------

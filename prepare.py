@@ -1525,18 +1525,13 @@ def writes_no_latents(s):
     return not s.latents or s.dry_run
 
 
-def without(*names):
-    """-> a function of the settings: whether all of these are off; always True where none is named."""
-    return lambda s: not any(getattr(s, name) for name in names)
-
-
 IDLE = [  # settings, when they have no effect, and why
     ("vae batch_size workers device dtype", writes_no_latents, "without --latents"),
     ("text_encoder text_length tag_separator spaces caption_dropout tag_dropout group_dropout",
-     without("dry_run"), "without --dry_run"),
-    ("text_lengths mask_padding tread_rate t_shift vae_chunk", without(), "here: it is train.py's"),
-    ("image_size", without("latents", "dry_run"), "without --latents or --dry_run"),
-    ("sidecar_place", without("sidecar"), "without --sidecar")]
+     hdm.without("dry_run"), "without --dry_run"),
+    ("text_lengths mask_padding tread_rate t_shift vae_chunk", hdm.without(), "here: it is train.py's"),
+    ("image_size", hdm.without("latents", "dry_run"), "without --latents or --dry_run"),
+    ("sidecar_place", hdm.without("sidecar"), "without --sidecar")]
 
 
 def judge(settings):

@@ -129,12 +129,6 @@ FLAG = re.compile(rf"(?:^|\s+)(?=--\w+=|(?:{'|'.join(ALIASES)}|--(?:{'|'.join(IM
 
 
 # Conditions on a call: an object with all settings of one image and of the program.
-def without(name):
-    def condition(call):
-        return not getattr(call, name)
-    return condition
-
-
 def unguided(call):
     return call.cfg == 1
 
@@ -148,12 +142,12 @@ def never_guided(call):
 
 
 IDLE = [  # settings, the condition on which they have no effect, its words
-    ("strength", without("init_image"), "without --init_image"),
+    ("strength", hdm.without("init_image"), "without --init_image"),
     ("negative_prompt", unguided_without_tipo, "with --cfg=1"),
     ("cfg_low cfg_high cfg_rescale tread_uncond", unguided, "with --cfg=1"),
     ("cfg_low cfg_high", never_guided, "as cfg_low is above cfg_high: no guidance"),
-    ("format", without("slots"), "without --slots"),
-    ("force", without("export"), "without --export"),
+    ("format", hdm.without("slots"), "without --slots"),
+    ("force", hdm.without("export"), "without --export"),
     ("prompt prompts slots sheet tipo num_images ui device dtype", attrgetter("export"), "with --export")]
 
 
@@ -1059,10 +1053,7 @@ def warn_idle(command, jobs, settings):
         changed = [name for name in IMAGE_SETTINGS if getattr(job, name) != getattr(command.defaults, name)]
         own = {name: getattr(job, name) for name in changed if name != "seed" and name not in command.flags}
         lines[repr(own)] = own, call                         # the same once
-    flags = dict(command.flags)
-    if "prompt" in flags:                                    # a list: each was typed on its own
-        flags["prompt"] = " --prompt=".join(flags["prompt"])
-    hdm.warn_idle(flags, calls, IDLE)
+    hdm.warn_idle(command.flags, calls, IDLE)
     for own, call in lines.values():
         hdm.warn_idle(own, [call], IDLE)
 

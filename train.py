@@ -127,20 +127,15 @@ class Settings(CostSettings, OptimizerSettings, hdm.Example, InputSettings, Run)
 CLASSES = Run, InputSettings, hdm.Example, OptimizerSettings, CostSettings, hdm.XUTConfig
 
 
-def without(name):
-    """-> a function of the Settings: whether the one of this name is off."""
-    return lambda s: not getattr(s, name)
-
-
 IDLE = [  # settings, when they have no effect, and why
-    ("gpus tflops utilization dollars_per_gpu_hour", without("plan"), "without --plan"),
-    ("baseline caption_tokens", without("bench"), "without --bench"),
-    ("new_data", without("resume"), "without --resume"),
-    ("memory_budget", without("compile"), "with --compile=false"),
+    ("gpus tflops utilization dollars_per_gpu_hour", hdm.without("plan"), "without --plan"),
+    ("baseline caption_tokens", hdm.without("bench"), "without --bench"),
+    ("new_data", hdm.without("resume"), "without --resume"),
+    ("memory_budget", hdm.without("compile"), "with --compile=false"),
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
-    ("preview_prompts", without("sample_every"), "with --sample_every=0"),
+    ("preview_prompts", hdm.without("sample_every"), "with --sample_every=0"),
     ("eval_every", lambda s: s.eval_every > 0 and s.validation == 0, "with --validation=0"),
-    ("milestone_every", without("save_every"), "with --save_every=0")]
+    ("milestone_every", hdm.without("save_every"), "with --save_every=0")]
 
 
 def settings_of(values):
