@@ -1,6 +1,6 @@
 """HDM, the Home-made Diffusion Model, in one file: text in, image out, 343M parameters.
 
-    text  -> frozen causal LM, last hidden state --+
+    text  -> frozen language model's states -------+
     image -> frozen VAE latent -> + noise -> XUT --+-> flow velocity -> MSE to train, an Euler step to sample
 
 train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
@@ -69,8 +69,8 @@ Whole = Annotated[int, 0, math.inf]
 Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, sys.float_info.min, math.inf]
 NotNegative = Annotated[float, 0, math.inf]
-Share = Annotated[float, 0, math.nextafter(1, 0)]            # from 0, below 1
-Part = Annotated[float, sys.float_info.min, 1]               # above 0, up to 1
+Fraction = Annotated[float, 0, math.nextafter(1, 0)]            # from 0, below 1
+PositiveFraction = Annotated[float, sys.float_info.min, 1]               # above 0, up to 1
 
 
 class UserError(Exception):
@@ -80,7 +80,7 @@ class UserError(Exception):
 def check_bounds(settings, prefix="--"):
     """Refuses a value of a dataclass of settings that is outside the bounds of its type."""
     for name, kind in typing.get_type_hints(type(settings), include_extras=True).items():
-        if type(None) in typing.get_args(kind):              # Share | None: its first option has the bounds
+        if type(None) in typing.get_args(kind):              # Count | None: the first has the bounds
             kind = typing.get_args(kind)[0]
         value = getattr(settings, name)
         if value is None or not hasattr(kind, "__metadata__"):
@@ -469,7 +469,7 @@ class Backbone(nn.Module):
 def join_text(pos, T, ctx_mask):
     """pos (B or 1, N, 2), ctx_mask (B, T) -> those of [image | text]: (B or 1, S, 2), (B, 1, 1, S) or None.
 
-    Text sits at (0, 0), where RoPE turns nothing: its order comes from the causal LM.
+    Text sits at (0, 0), where RoPE turns nothing: its order comes from the language model.
     """
     all_pos = F.pad(pos, (0, 0, 0, T))
     if ctx_mask is None:
@@ -593,18 +593,18 @@ def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=No
 # ---- The training example, and the way from a batch to its loss ------------------------------------------
 
 @dataclass
-class Example:
+class ExampleSettings:
     """What a training example is made by."""
     image_size: Count = 256        # side of the square crop in pixels: an image's short side is scaled to it
     text_length: Count = 256       # tokens that captions are cut to
-    text_lengths: Annotated[int, 1, 4] = 4     # and padded to the nearest of so many, in equal steps
+    text_lengths: Annotated[int, 1, 4] = 4     # and padded to the next of so many equal steps
     mask_padding: bool = False     # False: pads are ordinary tokens, as published; True: nothing sees them
-    caption_dropout: Share = 0.1   # share of captions replaced by an empty one, for guidance
-    tag_dropout: Share = 0.25      # share of a caption's shuffled tags (after |||) that are left out
-    group_dropout: Share = 0.3     # share of its groups of them
-    tag_separator: str = "$$"      # ",": captions are plain lists of tags, shuffled as a whole but for a |||
+    caption_dropout: Fraction = 0.1   # share of captions replaced by an empty one, for guidance
+    tag_dropout: Fraction = 0.25      # share of a caption's shuffled tags (after |||) that are left out
+    group_dropout: Fraction = 0.3     # share of its groups of tags that are left out
+    tag_separator: str = "$$"      # ",": captions are lists of tags, all shuffled unless there is a |||
     spaces: bool = False           # underscores in captions become spaces, not in ^_^
-    tread_rate: Share = 0.5        # share of image tokens that go around the U
+    tread_rate: Fraction = 0.5        # share of image tokens that go around the U
     t_shift: Positive = 1.0        # > 1 moves training and sampling times toward noise; 1: published
     vae_chunk: Whole = 0           # images that the VAE takes at a time; 0: a micro-step's
 
@@ -771,7 +771,7 @@ class OptimizerStep:
     An optimizer is a subclass with make and state_bytes, such as AdamW below; --optimizer takes its name in
     lower case. Resume, --plan and the size of checkpoints follow.
     """
-    state_bytes: int               # of the state for each weight, in a checkpoint
+    state_bytes: int               # bytes of state for each parameter
     skips_steps = True             # by found_inf, as below; False: the host waits for each step's verdict
 
     def make(self, groups):
@@ -1240,7 +1240,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents):
-        """Normalised latents -> images, float32, not clamped."""
+        """Normalized latents -> images, float32, not clamped."""
         mean, std = self.statistics(latents)
         weight = self.decoder.conv_in.weight
         with torch.autocast(weight.device.type, enabled=False):
@@ -1551,8 +1551,8 @@ def underscores_to_spaces(tag):
 
 # ---- Weights in and out ----------------------------------------------------------------------------------
 
-TEXT_ENCODER = "Qwen/Qwen3-0.6B"                             # its text encoder, which its file does not hold
-EQ_VAE = "KBlueLeaf/EQ-SDXL-VAE"                             # its VAE, for files that hold none
+TEXT_ENCODER = "Qwen/Qwen3-0.6B"         # the released model's text encoder, which is not in its file
+EQ_VAE = "KBlueLeaf/EQ-SDXL-VAE"         # the released model's VAE, for files without one
 
 
 def fetch(name, filename, what):
@@ -1854,7 +1854,7 @@ def naming(path, what):
         raise UserError(f"{path}: {what} ({first_line(error)})") from error
 
 
-def run(main):
+def run_main(main):
     """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
@@ -2022,7 +2022,7 @@ def next_value(word, kind, rest):
 def print_help(doc, classes):
     """The program's docstring and the source of its settings."""
     print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
-          "Positive above 0, Share from 0 and below 1, Part above 0 and up to 1.\n")
+          "Positive above 0, Fraction from 0 and below 1, PositiveFraction above 0 and up to 1.\n")
     for cls in classes:
         fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
         print("\n".join(line for line in fields if line.strip()), end="\n\n")
@@ -2201,7 +2201,7 @@ class SharedCPU:
             elif not self.reported:
                 self.reported = True
                 print(f"cpu: other programs use it: {threads} of {self.most} threads while that is faster; "
-                      f"OMP_NUM_THREADS={self.most} keeps all (another number rounds sums anew)", flush=True)
+                      f"OMP_NUM_THREADS={self.most} keeps all (other numbers round differently)", flush=True)
         elif cores > 0.8 * threads:
             self.pause = 20.0
         elif now >= self.next_try:
@@ -2241,7 +2241,7 @@ def gather(thing):
     return things
 
 
-def share(things):
+def of_this_rank(things):
     """This process's part of a list, of n processes the first's is things[0], things[n], ..."""
     if not is_distributed():
         return things
@@ -2262,7 +2262,7 @@ def load_image(source, side=None):
     its size, several times as fast, as long as that leaves the short side twice as long as asked for.
     """
     with Image.open(source) as file:
-        (width, height), box, transform = file.size, None, colours_of(file)
+        (width, height), box, transform = file.size, None, color_transform(file)
         if side is not None:
             draft = file.draft(None, (2 * side, 2 * side))
             if draft:
@@ -2287,7 +2287,7 @@ def load_image(source, side=None):
         return image
 
 
-def colours_of(image):
+def color_transform(image):
     """profile_transform of an open image; None where it has no profile."""
     return profile_transform(image.info["icc_profile"], image.mode) if "icc_profile" in image.info else None
 
@@ -2324,24 +2324,25 @@ def check_size(height, width, config, vae):
                         f"factor), such as {near_w}x{near_h}")
 
 
-def image_grid(images, columns, scale=1, gap=2, tops=(), sides=()):
+def image_grid(images, columns, scale=1, gap=2, column_labels=(), row_labels=()):
     """Images (height, width, 3) uint8 of any sizes -> one PIL image, row by row, each enlarged; with labels
     of the columns above and of the rows to the left, where they are given."""
     letter = 7                                               # pixels
     height = max(image.shape[0] for image in images) * scale + gap
-    width = max([image.shape[1] * scale + gap for image in images] + [letter * len(label) for label in tops])
-    left = letter * max([len(label) for label in sides], default=0) + gap
+    widths = [image.shape[1] * scale + gap for image in images]
+    width = max(widths + [letter * len(label) for label in column_labels])
+    left = letter * max([len(label) for label in row_labels], default=0) + gap
     top = gap
-    if tops:
+    if column_labels:
         top += 2 * letter
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (left + columns * width, top + rows * height), "white")
     for i, image in enumerate(images):
         tile = ImageOps.scale(Image.fromarray(image), scale, Image.NEAREST)
         sheet.paste(tile, (left + i % columns * width, top + i // columns * height))
-    for i, label in enumerate(tops):
+    for i, label in enumerate(column_labels):
         ImageDraw.Draw(sheet).text((left + i * width, 1), label, "black")
-    for i, label in enumerate(sides):
+    for i, label in enumerate(row_labels):
         ImageDraw.Draw(sheet).text((gap, top + i * height), label, "black")
     return sheet
 

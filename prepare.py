@@ -26,8 +26,8 @@ id (1 and 1.0 are 1.jpg). --name_column=X takes column X. A row that names a fil
 left out, and the report names the flag that reads it. Several rows of one image are alternatives. In a tsv "
 is a letter; in a csv a quote that is closed late costs its row alone. Columns of tags are split at commas,
 else at spaces.
-PATH=0.5 is a weight: half of these images, drawn anew, stand in each epoch; PATH=2.5 is each twice and half
-of them once more.
+PATH=0.5 is a weight: half of these images, drawn again each time, stand in each epoch; PATH=2.5 is each
+twice and half of them once more.
 
 In order: the settings; sources, which are folders, tars and tables of captioned images; the index; the order
 of training; the cache of latents; training examples; commands. Then extras: a dry run, a text encoder for
@@ -73,7 +73,7 @@ class DemoSettings:
     out: str = "data/demo"  # folder of images and captions; OUT_unseen.txt and OUT_te are written beside it
     count: hdm.Count = 12000  # images; 12,000 take about 10 s on one core and 95 MB in blocks of 4 KB
     seed: hdm.Whole = 0     # image i depends on (seed, i) alone; also of the text encoder's weights
-    centred: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
+    centerd: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
 
 
 @dataclass
@@ -89,7 +89,7 @@ class DataSettings:
     out: str = "data/index"         # folder for the index; latents go beside it
     caption: str = ""               # by columns of tables and .json: '{characters} $$ {artist} ||| {tags}'
     name_column: str = ""           # of tables, with the images' names; default: as above
-    caption_lines: str = "join"     # a caption file's lines: join them, or choose one, each time anew
+    caption_lines: str = "join"     # a caption file's lines: join them, or choose one each time
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
     min_size: hdm.Whole = 0               # pixels of the short side
@@ -109,7 +109,7 @@ class DataSettings:
 
 
 @dataclass
-class PrepareSettings(DataSettings, hdm.Example):
+class PrepareSettings(DataSettings, hdm.ExampleSettings):
     pass                            # a dry run shows examples as train.py makes them
 
 
@@ -156,7 +156,7 @@ class Record(NamedTuple):
     lines: int        # in its caption file that are not empty
     source: int       # the source's number in the call
     place: float      # in [0, 1), a hash of the name: no added data move an image across the split
-    colours: int = 0  # 1: its profile makes other colours of its values; 2: its profile is broken
+    colors: int = 0  # 1: its profile makes other colors of its values; 2: its profile is broken
 
 
 class Report(dict):
@@ -226,7 +226,7 @@ def failing_as(kind):
 
 
 def measure_image(stream, length, verify=False):
-    """-> upright width and height of an image file of this length, from its header; and Record's colours.
+    """-> upright width and height of an image file of this length, from its header; and Record's colors.
 
     verify: decode it, too. UserError: zero bytes, no readable header, too large, truncated (JPEG, PNG and GIF
     have an end, a cut WebP has no readable header, BMP and AVIF do not tell), does not decode.
@@ -237,7 +237,7 @@ def measure_image(stream, length, verify=False):
         warnings.simplefilter("ignore")                      # Pillow's, about what is judged here
         image = Image.open(stream, formats=["JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF"])  # by content
         header = stream.tell()
-        transform = hdm.colours_of(image)
+        transform = hdm.color_transform(image)
         width, height = image.size
         with contextlib.suppress(Exception):                 # a broken EXIF turns nothing
             # A PNG's own getexif would decode it, to look for EXIF behind the pixels.
@@ -518,7 +518,7 @@ def image_bytes(cell):
 @functools.lru_cache(maxsize=1)
 def read_row_group(path, stamp, group):
     """The images of a row group, the least that parquet can read; the last one stays in memory. stamp: of the
-    file, so that an edited one is read anew."""
+    file, so that an edited one is read again."""
     file, image_column = open_parquet(path)
     return file.read_row_group(group, columns=[image_column], use_threads=False).column(0)
 
@@ -785,7 +785,7 @@ def folders_below(top, report):
     for folder, below, names in os.walk(
             top, followlinks=True, onerror=lambda error: report.add("unreadable", error.filename)):
         real = os.path.realpath(folder)
-        # Scratch: that of whole_folder, in use or of a killed run.
+        # Scratch: that of complete_folder, in use or of a killed run.
         is_scratch = re.search(r"[^/\\]\.tmp[a-z0-9_]{8}$", folder) and "lock" in names
         if real in seen or folder != top and is_scratch:
             below.clear()                        # os.walk goes where this list says
@@ -910,10 +910,10 @@ def new_record(name, span, texts, stamp, caption, spans, s):
         if length == 0:
             length = stream.seek(0, 2)           # of a parquet's image it is known only now
         stream.seek(0)
-        width, height, colours = measure_image(stream, length, s.verify)
+        width, height, colors = measure_image(stream, length, s.verify)
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2 ** 64
     return Record(name, file, texts, caption, offset, length, width, height, weight=1.0, stamp=stamp,
-                  image=stamp_of(file), lines=lines, source=0, place=place, colours=colours)
+                  image=stamp_of(file), lines=lines, source=0, place=place, colors=colors)
 
 
 def scan_image(path, group, source, s, known):
@@ -967,8 +967,8 @@ def scan(source, report, s, known=None, weight=1.0, number=0):
             with report.leaving_out(path):
                 record, how = scan_image(path, group, opened, s, known)
             if record is not None:
-                if record.colours == 2:
-                    report.add("kept: broken colour profile", path)
+                if record.colors == 2:
+                    report.add("kept: broken color profile", path)
                 counts[how] += 1
                 yield record._replace(weight=weight * record.weight, source=number)
         for kind, path in group.rest():
@@ -984,7 +984,7 @@ def scan(source, report, s, known=None, weight=1.0, number=0):
 # records.bin: a RECORD for each image, in order of weight and place; text.bin: its texts, from `text` on.
 FIELDS = dict.fromkeys((*Record._fields[4:], "text", "bytes"), "<u8") | {"weight": "<f8", "place": "<f8"}
 RECORD = np.dtype(list(FIELDS.items()))
-RECORD_4 = np.dtype([(name, kind) for name, kind in RECORD.descr if name != "colours"])   # of format 4
+RECORD_4 = np.dtype([(name, kind) for name, kind in RECORD.descr if name != "colors"])   # of format 4
 
 
 class Index:
@@ -995,7 +995,7 @@ class Index:
 
     @classmethod
     def open(cls, folder):
-        with hdm.naming(folder, "not a whole index; run prepare.py again"):
+        with hdm.naming(folder, "not a complete index; run prepare.py again"):
             about = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
             if about["format"] not in (4, 5):
                 raise ValueError("of another format")
@@ -1046,7 +1046,7 @@ class Index:
         record = self[i]
         file = record.file
         where = file if file.endswith(record.name) else f"{file}: {record.name}"
-        with hdm.naming(where, "not a whole image"):
+        with hdm.naming(where, "not a complete image"):
             if record.offset and stamp_of(file) != record.image:     # another image may lie there now
                 raise hdm.UserError(f"{where}: the file has changed since it was indexed")
             with open_at(file, record.offset, record.length) as stream:
@@ -1147,7 +1147,7 @@ def open_index(data):
 
 
 @contextlib.contextmanager
-def whole_folder(out):
+def complete_folder(out):
     """Yields a folder to write in, which takes the name `out` when the block is through: a half-written one
     never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
     out = Path(os.path.abspath(out))
@@ -1194,7 +1194,7 @@ def shuffled(i, n, *key):
 
 class Epochs:
     """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
-    weight says; of weights with fractions some stand once more, drawn anew each time.
+    weight says; of weights with fractions some stand once more, drawn again each time.
 
     Of records a and b of weight 1 and c of weight 1.5, numbers 0 to 2, the stream with seed 0 begins
         a c b | b c a c | c b a | a c c b
@@ -1247,8 +1247,8 @@ def latents_folder(data, index, vae, image_size):
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
-    if "colours" in index.records.dtype.names:
-        converted = index.records["colours"] == 1
+    if "colors" in index.records.dtype.names:
+        converted = index.records["colors"] == 1
         if converted.any():                      # without, the name is as before profiles were read
             digest.update(converted.tobytes())
     return f"{os.path.normpath(data)}_latents{image_size}_{digest.hexdigest()[:8]}"
@@ -1282,7 +1282,7 @@ class Latents:
                 return
         then = "" if index.folder else ", then --data=data/index"
         raise hdm.UserError(
-            f"--latents: {expected}, of these images and this VAE, is not there or not whole: "
+            f"--latents: {expected}, of these images and this VAE, is not there or not complete: "
             f"python prepare.py {s.data} --latents --image_size={s.image_size} --vae={s.vae}{then}")
 
     def read(self, i, side=None):
@@ -1323,7 +1323,7 @@ def read_cells(i, index, image_size, factor):
 
 
 def encode_shard(loaded, index, vae, channels, batch_size, device):
-    """Encodes (i, image) pairs, in batches of neighbours with one shape -> {str(i): moments}."""
+    """Encodes (i, image) pairs, in batches of neighbors with one shape -> {str(i): moments}."""
     latents = {}
     for _, pairs in itertools.groupby(loaded, key=lambda pair: pair[1].shape):
         while batch := list(itertools.islice(pairs, batch_size)):
@@ -1387,7 +1387,7 @@ class Samples(Dataset):
     """Item i of the endless training stream, or of the held-out set: hdm.training_example of one image.
 
     Training: places is an Epochs, seed the run's. Held out: places are record numbers, seed is None. latents:
-    a Latents, or None; s: settings with those of hdm.Example; factor: as in hdm.training_example.
+    a Latents, or None; s: settings with those of hdm.ExampleSettings; factor: as in hdm.training_example.
     """
 
     def __init__(self, index, places, latents, s, config, factor, seed=None):
@@ -1463,7 +1463,7 @@ def open_data(s):
     return index, epochs, held, identity
 
 
-def say_what_is_cut(index, te, s):
+def report_cut_captions(index, te, s):
     """Prints the share of captions that text_length cuts, of a sample as training draws and reads them."""
     some = range(0, len(index), 1 + len(index) // 2000)      # the index is in order of a hash
     texts = [hdm.draw_caption(index[i].caption, random.Random(i), s) for i in some]
@@ -1512,7 +1512,7 @@ def prepare(s, *paths):
         if s.image_size % vae.factor:
             raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, a cell's pixels")
     if rank == 0 and not ready:
-        with whole_folder(s.out) as folder:
+        with complete_folder(s.out) as folder:
             n = len(build_index(sources, s, folder, old))
             old = None                           # unmapped: Windows renames no folder of mapped files
         print(f"{n:,} images in {s.out}; report.json there names what was left out")
@@ -1552,7 +1552,7 @@ def main(argv):
         classes, idle = [kind], []
     else:
         command, kind, positionals = prepare, PrepareSettings, ["PATH ..."]
-        classes, idle = [DataSettings, hdm.Example], IDLE
+        classes, idle = [DataSettings, hdm.ExampleSettings], IDLE
     words, values = hdm.parse_args(argv, classes, positionals, doc=__doc__)
     settings = kind(**values)
     hdm.check_bounds(settings)
@@ -1687,9 +1687,9 @@ def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, **shape)
 # ---- what the demo shows ----------------------------------------------------------------------------------
 CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the images
 RADIUS = {"small": 0.30, "large": 0.42}  # in short sides
-CENTRED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
-CENTRED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
+CENTERD_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
+CENTERD_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
            "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (245,) * 3, "black": (20,) * 3}
 
 
@@ -1717,24 +1717,24 @@ SHAPES = {"circle": (1, 1, 1, in_circle), "square": (0.86, 0.86, 0.86, in_square
           "triangle": (1, 0.8, 1, in_triangle), "diamond": (1, 1, 0.75, in_diamond),
           "cross": (1, 1, 1, in_cross), "ring": (1, 1, 1, in_ring)}
 BACKGROUNDS = {"gray": (128, 128, 128), "navy": (25, 30, 80), "pink": (250, 190, 205), "teal": (20, 120, 120)}
-ATTRIBUTES = {"size": RADIUS, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
+ATTRIBUTES = {"size": RADIUS, "color": COLORS, "shape": SHAPES, "background": BACKGROUNDS}
 CAPTION = "a {} {} {} on a {} background"
-COMBINATIONS = list(itertools.product(*ATTRIBUTES.values()))  # 384 of (size, colour, shape, background)
+COMBINATIONS = list(itertools.product(*ATTRIBUTES.values()))  # 384 of (size, color, shape, background)
 # The test of composing: 32 combinations stay out of training, though each of their words is in it.
 UNSEEN = [words for words, numbers in zip(COMBINATIONS, np.ndindex(2, 8, 6, 4))
           if np.dot(numbers, (1, 1, 2, 3)) % 12 == 0]
 
 
-def centre_range(size, shape, height, width):
+def center_range(size, shape, height, width):
     """((lowest, highest) cy, (lowest, highest) cx), in pixels, that keep the whole shape on the canvas."""
     r = RADIUS[size] * min(height, width)
     up, down, side, _ = SHAPES[shape]
     return (up * r, height - down * r), (side * r, width - side * r)
 
 
-def random_centre(rng, size, shape, height, width):
+def random_center(rng, size, shape, height, width):
     """Uniform in the middle half of its range on each axis: anywhere is too hard for minutes of training."""
-    ranges = centre_range(size, shape, height, width)
+    ranges = center_range(size, shape, height, width)
     return [low + (high - low) * rng.uniform(0.25, 0.75) for low, high in ranges]
 
 
@@ -1747,11 +1747,11 @@ def coverage(size, shape, height, width, cy, cx, r=None):
     return SHAPES[shape][3](y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
 
 
-def draw(size, colour, shape, background, height, width, cy, cx, r=None):
-    """(height, width, 3) uint8: the shape with its centre at (cy, cx), in pixels from the top left corner."""
+def draw(size, color, shape, background, height, width, cy, cx, r=None):
+    """(height, width, 3) uint8: the shape with its center at (cy, cx), in pixels from the top left corner."""
     ground = np.array(BACKGROUNDS[background])
     share = coverage(size, shape, height, width, cy, cx, r)[..., None]
-    return np.rint(ground + share * (COLOURS[colour] - ground)).astype(np.uint8)
+    return np.rint(ground + share * (COLORS[color] - ground)).astype(np.uint8)
 
 
 def make_demo(settings):
@@ -1759,19 +1759,19 @@ def make_demo(settings):
     seen = [words for words in COMBINATIONS if words not in UNSEEN]
     # Each run of 352 images shows each combination once, in one shuffled order.
     order = np.random.default_rng(settings.seed).permutation(len(seen))
-    canvases = CENTRED_CANVASES if settings.centred else CANVASES
-    with whole_folder(out) as folder, whole_folder(out + "_te") as encoder:
+    canvases = CENTERD_CANVASES if settings.centerd else CANVASES
+    with complete_folder(out) as folder, complete_folder(out + "_te") as encoder:
         # From all 352 captions, not from those drawn: a demo of 20 images, too, has one token per word.
         make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
         for i in range(settings.count):
             rng = np.random.default_rng((settings.seed, i))
             words = seen[order[i % len(seen)]]
             height, width = rng.choice(list(canvases), p=list(canvases.values()))
-            cy, cx = random_centre(rng, words[0], words[2], height, width)
+            cy, cx = random_center(rng, words[0], words[2], height, width)
             radius = None                        # its size's
-            if settings.centred:
+            if settings.centerd:
                 cy, cx = height / 2, width / 2
-                radius = CENTRED_RADIUS[words[0]] * max(height, width)
+                radius = CENTERD_RADIUS[words[0]] * max(height, width)
             Image.fromarray(draw(*words, height, width, cy, cx, radius)).save(folder / f"{i:05d}.png")
             (folder / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
     Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
@@ -1782,10 +1782,10 @@ def text_encoder(settings, source):
     index = open_index(source)
     how = dict(separator=settings.tag_separator, spaces=settings.spaces)
     captions = (hdm.parse_caption(index[i].caption, **how) for i in range(len(index)))  # all alternatives'
-    with whole_folder(settings.out) as out:
+    with complete_folder(settings.out) as out:
         make_text_encoder(captions, out, settings.vocab)
     print(f"a text encoder for the words of {len(index)} captions in {settings.out}")
 
 
 if __name__ == "__main__":
-    hdm.run(main)
+    hdm.run_main(main)

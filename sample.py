@@ -72,8 +72,8 @@ class ImageSettings:           # of one image; a line of --prompts may end in an
     zoom: Annotated[float, 0.001, 1000] = 1.0           # camera: above 1 nearer
     x_shift: Annotated[float, -100, 100] = 0.0          # camera to the right; 1 is half of the longer side
     y_shift: Annotated[float, -100, 100] = 0.0          # camera down, likewise
-    tread_cond: hdm.Share = 0.0    # share of the tokens that skip the U, with the prompt
-    tread_uncond: hdm.Share = 0.0  # with the negative one: a weaker self to move away from (0.25 to 0.5)
+    tread_cond: hdm.Fraction = 0.0    # share of the tokens that skip the U, with the prompt
+    tread_uncond: hdm.Fraction = 0.0  # with the negative one: a weaker self to move away from (0.25 to 0.5)
     init_image: str = ""           # image to start from
     strength: Annotated[float, 0, 1] = 0.6              # share of the steps that are done on it
     mask: str = ""                 # image of the same size: white is redrawn, black stays
@@ -516,7 +516,8 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **image_se
     Under torchrun each process draws its part, and gets all."""
     job = resolved(Job(**image_settings), settings, model, vae)
     numbered = enumerate(zip(prompts, seeds))
-    jobs = hdm.share([replace(job, prompt=prompt, seed=seed, number=i) for i, (prompt, seed) in numbered])
+    jobs = [replace(job, prompt=prompt, seed=seed, number=i) for i, (prompt, seed) in numbered]
+    jobs = hdm.of_this_rank(jobs)
     texts = encode_texts(te, jobs, settings)
     images = []
     for batch in batches(jobs, batch_size):
@@ -577,7 +578,7 @@ def draw_files(checkpoint, jobs, options, watch):
 
     def watch_batch(t, x0):
         watch(done + len(x0) * (1 - t), x0)
-    for batch in batches(hdm.share(jobs), options.batch_size):
+    for batch in batches(hdm.of_this_rank(jobs), options.batch_size):
         for job in batch:                                    # what no file can hold fails before it is drawn
             blank = np.zeros((job.height, job.width, 3), np.uint8)
             job_file(job, blank, options, checkpoint.provenance)
@@ -668,7 +669,7 @@ def find_weights(name, ema):
     """A run, checkpoint, diffusers-style folder, file or hub id -> its file of weights or their index."""
     if not hdm.looks_local(name):
         if name == RELEASED:
-            print(f"weights: {name}, licence CC-BY-NC-SA 4.0 (no commercial use)")
+            print(f"weights: {name}, license CC-BY-NC-SA 4.0 (no commercial use)")
         return hdm.fetch(name, RELEASED_FILE, "checkpoint")
     path = (hdm.list_checkpoints(name) or [Path(name)])[-1]  # a run's last, else what is named
     if path.is_file():
@@ -1019,7 +1020,7 @@ def model_hash(file):
 def open_checkpoint(name, file, command):
     """-> the Checkpoint of --ckpt=name, whose weights are in file, with the encoders that are asked for."""
     options, device, dtype = command.options, command.device, command.dtype
-    model, vae, settings = load_model(file, device, dtype, options.ema, not options.vae)
+    model, vae, settings = load_model(file, device, dtype, options.ema, with_vae=not options.vae)
     channels = model.config.in_channels
     if options.vae or (vae is None and channels == 4):       # published without its VAE
         settings["vae"] = options.vae or hdm.EQ_VAE
@@ -1063,7 +1064,7 @@ def draw_checkpoint(name, file, jobs, command):
     checkpoint = open_checkpoint(name, file, command)
     warn_idle(command, jobs, checkpoint.settings)
     hidden = command.rank > 0 or None                        # None: tqdm shows it on a terminal alone
-    with tqdm(total=len(hdm.share(jobs)), unit_scale=True, disable=hidden) as bar:
+    with tqdm(total=len(hdm.of_this_rank(jobs)), unit_scale=True, disable=hidden) as bar:
         def watch(done, x0):
             bar.update(done - bar.n)
         return list(draw_files(checkpoint, jobs, command.options, watch))
@@ -1147,7 +1148,7 @@ def read_sheet(text, jobs):
     if len(axes) > 2 or several:
         raise hdm.UserError(f"--sheet={text}: one or two settings, and one prompt with one image, whose "
                             f"seed is not -1")
-    return cells, dict(columns=len(columns), tops=list(columns), sides=list(rows))
+    return cells, dict(columns=len(columns), column_labels=list(columns), row_labels=list(rows))
 
 
 # ---- TIPO: short prompts made longer -----------------------------------------------------------------------
@@ -1456,7 +1457,7 @@ def templates(height, width):
     candidates = []
     masks = []
     for size, shape in itertools.product(prepare.RADIUS, prepare.SHAPES):
-        rows, columns = prepare.centre_range(size, shape, height, width)
+        rows, columns = prepare.center_range(size, shape, height, width)
         for cy, cx in itertools.product(np.arange(*rows, step), np.arange(*columns, step)):
             candidates.append((size, shape, cy, cx))
             masks.append(prepare.coverage(size, shape, height, width, cy, cx).ravel())
@@ -1490,7 +1491,7 @@ def judge(image):
     candidates, masks, lengths = templates(*coverage.shape)
     fits = lengths - 2 * (masks @ coverage.ravel())          # |mask - coverage|^2 less a constant
     size, shape, _, _ = candidates[np.argmin(fits)]
-    return size, nearest(color, prepare.COLOURS), shape, nearest(background, prepare.BACKGROUNDS)
+    return size, nearest(color, prepare.COLORS), shape, nearest(background, prepare.BACKGROUNDS)
 
 
 def centers_and_sizes(images):
@@ -1534,4 +1535,4 @@ def judge_checkpoint(options):
 
 
 if __name__ == "__main__":
-    hdm.run(main)
+    hdm.run_main(main)

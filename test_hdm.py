@@ -218,7 +218,7 @@ def test_a_token_lies_at_the_mean_of_its_pixels(rows, cols, convention):
 
 @pytest.mark.parametrize("rows, cols", [(5, 5), (4, 9), (12, 3)])
 def test_conventions(rows, cols):
-    """Both centre the image at zero, with square cells; what they keep is the long side or the area."""
+    """Both center the image at zero, with square cells; what they keep is the long side or the area."""
     reach = {}
     for convention in CONVENTIONS:
         grid = hdm.grid_positions(rows, cols, convention).view(rows, cols, 2)
@@ -1121,7 +1121,7 @@ def test_wrong_flags_are_named(argv, words):
 
 
 PROGRAMS = dict(train=train.CLASSES, sample=[sample.ImageSettings, sample.Sampling],
-                prepare=[prepare.DataSettings, hdm.Example])
+                prepare=[prepare.DataSettings, hdm.ExampleSettings])
 
 
 def hint(program, name):
@@ -1303,11 +1303,11 @@ def in_child(main, argv, cwd, files, environment):
         os.dup2(file.fileno(), number)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
     sys.argv = argv
-    hdm.run(main)
+    hdm.run_main(main)
 
 
 class Forked:
-    """hdm.run(main) in `ranks` processes forked from this one, which has loaded torch: 0.1 s each, not 4."""
+    """hdm.run_main(main) in `ranks` processes forked from this one, which has loaded torch: fast."""
 
     def __init__(self, main, *argv, cwd, ranks=1, stdin=""):
         if not hasattr(os, "fork"):
@@ -1729,8 +1729,8 @@ def test_every_crop_is_drawn_and_knows_where_it_was(size, convention, tmp_path):
         counts[left, top] += 1
         assert torch.equal(pixels[0], left + torch.arange(16.0).expand(16, 16))
         assert torch.equal(pixels[1], top + torch.arange(16.0)[:, None].expand(16, 16))
-        centre = pixels.unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-2, -1)) + 0.5      # (3, 4, 4), in pixels
-        expected = torch.stack([centre[1] / height * 2 - 1, centre[0] / width * 2 - 1], dim=-1)
+        center = pixels.unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-2, -1)) + 0.5      # (3, 4, 4), in pixels
+        expected = torch.stack([center[1] / height * 2 - 1, center[0] / width * 2 - 1], dim=-1)
         expected = expected * torch.tensor([half_y, half_x])
         torch.testing.assert_close(item["pos"].view(4, 4, 2), expected, atol=1e-6, rtol=0)
         assert item["aspect"] == pytest.approx(math.log(width / height))
@@ -1800,7 +1800,7 @@ def test_what_is_transparent_becomes_white(tmp_path):
         assert mode == "LA" or (image[:, :4] == (200, 100, 0)).all()
 
 
-def test_sixteen_bit_grey_keeps_its_values(tmp_path):
+def test_sixteen_bit_gray_keeps_its_values(tmp_path):
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(levels * 257).save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode.startswith("I")
@@ -1814,7 +1814,7 @@ XYZ = dict(                        # red, green and blue, adapted to D50
 
 
 def icc(space, **tags):
-    """A colour profile, version 2, of tags' bytes."""
+    """A color profile, version 2, of tags' bytes."""
     fixed = struct.pack(">3i", 63190, 65536, 54061)          # D50
     head = b"lcms\2\x40\0\0" + b"mntr" + space + (b"Lab " if space == b"CMYK" else b"XYZ ") + bytes(12)
     head += b"acsp" + bytes(28) + fixed + bytes(48)
@@ -1833,18 +1833,18 @@ def rgb_profile(primaries, gamma):
 
 
 def seen_in_srgb(pixels, primaries, gamma):
-    """By the formulas: pixels (..., 3) uint8 in such a profile's colours -> in sRGB's."""
+    """By the formulas: pixels (..., 3) uint8 in such a profile's colors -> in sRGB's."""
     linear = (pixels / 255.0) ** gamma @ np.array(XYZ[primaries]) @ np.linalg.inv(np.array(XYZ["srgb"]))
     linear = linear.clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def test_colours_are_those_of_srgb(tmp_path, vae_folder):
+def test_colors_are_those_of_srgb(tmp_path, vae_folder):
     """By an embedded profile of any kind, in all that reads images; none, sRGB's or a broken one changes
     nothing, and a broken one is counted."""
     y, x = np.mgrid[:48, :64].astype(np.float32)
     pixels = np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
-    grey_curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    gray_curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
     ink = bytes(range(256)) * 4                              # Lab of no ink is white, of any much darker
     corners = [b"\xff\x80\x80" if not any(inks) else b"\x30\xa0\x60"
                for inks in itertools.product((0, 1), repeat=4)]
@@ -1854,7 +1854,7 @@ def test_colours_are_those_of_srgb(tmp_path, vae_folder):
     convert, plain = Image.fromarray(pixels).convert, {}
     for mode in ("RGB", "L", "P"):
         plain[mode] = np.asarray(convert(mode).convert("RGB"))
-    linear_grey, p3 = icc(b"GRAY", kTRC=grey_curve), rgb_profile("p3", 2.2)
+    linear_gray, p3 = icc(b"GRAY", kTRC=gray_curve), rgb_profile("p3", 2.2)
     cases = [                                                # name, mode, profile, what it looks like
         ("p3.png", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
         ("p3.webp", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
@@ -1862,13 +1862,13 @@ def test_colours_are_those_of_srgb(tmp_path, vae_folder):
         ("adobe.jpg", "RGB", rgb_profile("adobe", 2.2), seen_in_srgb(pixels, "adobe", 2.2)),
         ("linear.png", "RGB", rgb_profile("srgb", 1), seen_in_srgb(pixels, "srgb", 1)),
         ("palette.png", "P", rgb_profile("p3", 1.8), seen_in_srgb(plain["P"], "p3", 1.8)),
-        ("grey as RGB.png", "L", rgb_profile("p3", 1), seen_in_srgb(plain["L"], "p3", 1)),
-        ("grey.png", "L", linear_grey, seen_in_srgb(plain["L"], "srgb", 1)),
-        ("grey with alpha.png", "LA", linear_grey, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("gray as RGB.png", "L", rgb_profile("p3", 1), seen_in_srgb(plain["L"], "p3", 1)),
+        ("gray.png", "L", linear_gray, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("gray with alpha.png", "LA", linear_gray, seen_in_srgb(plain["L"], "srgb", 1)),
         ("no ink.jpg", "CMYK", cmyk, np.full((48, 64, 3), 255)),
         ("srgb.png", "RGB", srgb, pixels), ("none.png", "RGB", None, pixels),
         ("broken.png", "RGB", b"no profile", pixels), ("broken.webp", "RGB", p3[:300], pixels),
-        ("broken, grey.png", "RGB", linear_grey, pixels), ("broken, inks.png", "RGB", cmyk, pixels)]
+        ("broken, gray.png", "RGB", linear_gray, pixels), ("broken, inks.png", "RGB", cmyk, pixels)]
     for name, mode, profile, _ in cases:
         image = Image.new("CMYK", (64, 48)) if mode == "CMYK" else convert(mode)
         options = dict(quality=100, subsampling=0) if name.endswith("jpg") else {}
@@ -1876,15 +1876,15 @@ def test_colours_are_those_of_srgb(tmp_path, vae_folder):
         image.save(tmp_path / name, icc_profile=profile, **options)
         (tmp_path / name).with_suffix(".txt").write_text("x")
     report = prepare.Report()
-    index = {one.name: one.colours for one in scan(tmp_path, report)}
+    index = {one.name: one.colors for one in scan(tmp_path, report)}
     broken = sorted(name for name, *_ in cases if name.startswith("broken"))
     assert {kind: sorted(entry["paths"]) for kind, entry in report.items()} == {
-        "kept: broken colour profile": [str(tmp_path / name) for name in broken]}
+        "kept: broken color profile": [str(tmp_path / name) for name in broken]}
     for name, _, _, expected in cases:
-        same_colours = name in (*broken, "srgb.png", "none.png")
-        assert (index[name] == 1) == (not same_colours)
+        same_colors = name in (*broken, "srgb.png", "none.png")
+        assert (index[name] == 1) == (not same_colors)
         whole = np.asarray(hdm.load_image(tmp_path / name)).astype(float)
-        most = 0 if same_colours else 12 if name.endswith("jpg") else 2               # of 255
+        most = 0 if same_colors else 12 if name.endswith("jpg") else 2               # of 255
         assert abs(whole - expected).max() <= most, name
         small = hdm.load_image(tmp_path / name, 24)
         halved = np.asarray(expected).reshape(24, 2, 32, 2, 3).mean((1, 3))
@@ -1892,7 +1892,7 @@ def test_colours_are_those_of_srgb(tmp_path, vae_folder):
         assert np.array_equal(np.asarray(sample.load_source(str(tmp_path / name), "")[0]), whole)
     index, vae = prepare.open_index(tmp_path), hdm.load_vae(vae_folder)
     folder = prepare.latents_folder("x", index, vae, 16)
-    index.records["colours"] = 0                             # as before there were profiles
+    index.records["colors"] = 0                             # as before there were profiles
     assert folder != prepare.latents_folder("x", index, vae, 16)
 
 
@@ -2040,7 +2040,7 @@ def failing(*arguments):
         {how}
     return original(*arguments)
 hdm.loss_inputs = failing
-hdm.run(train.main)
+hdm.run_main(train.main)
 """)
     began = time.monotonic()
     done = together(2, place / "tiny.py", "--images=80000", cwd=tmp_path, program=tmp_path / "dying.py")
@@ -2082,7 +2082,7 @@ def test_a_broken_picture_is_named_and_the_next_takes_its_place(place, data, tmp
     train_tiny(place, tmp_path / "run", data=data, max_steps=3)
     train_tiny(place, tmp_path / "run", data=data, resume=True)
     said = capsys.readouterr().out
-    assert said.count(f"warning: {path}: not a whole image") == 2                     # once in each run
+    assert said.count(f"warning: {path}: not a complete image") == 2                     # once in each run
     assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
     samples = stream(data)
     i = next(i for i in range(48) if names(samples.index, [samples.places[i][2]]) == ["picture2.png"])
@@ -2386,7 +2386,7 @@ def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
 
     def act():
         sys.stdout = sys.stderr = None if sink == "no stream" else open(out, "w", encoding=encoding)
-        hdm.run(main)
+        hdm.run_main(main)
 
     process = multiprocessing.get_context("fork").Process(target=act)
     process.start()
@@ -2413,7 +2413,7 @@ def test_an_optional_package_is_needed_where_it_is_asked_for(
     program, *words = argv.replace("@", f"{shelf}/").split()
     monkeypatch.setattr(sys, "argv", [program, *words])
     with pytest.raises(SystemExit) as caught:
-        hdm.run({"train.py": train, "sample.py": sample}[program].main)
+        hdm.run_main({"train.py": train, "sample.py": sample}[program].main)
     error = capfd.readouterr().err
     assert caught.value.code == 2 and f"pip install {package}" in error and error.count("\n") == 1
     assert "--log=" in argv or content(tmp_path) == {}
@@ -2676,7 +2676,7 @@ def test_json_beside_an_image(tmp_path):
 
 
 def test_a_column_without_a_name_and_our_own_scratch_folders_are_nothing(tmp_path):
-    """pandas writes its index so; whole_folder leaves such a folder when it is killed."""
+    """pandas writes its index so; complete_folder leaves such a folder when it is killed."""
     for source, table in (("folder", "folder/metadata.csv"), ("named/t.csv", "named/t.csv")):
         write_files(tmp_path, {table: ",file_name,text\n7,a.png,one\n8,b.png,\n"})
         folder = os.path.dirname(table)
@@ -3017,9 +3017,9 @@ def bomb(width, height):
 
 
 def moving(kind, frames=3):
-    colours = [Image.new("RGB", (6, 4), (80 * i, 0, 99)) for i in range(frames)]
+    colors = [Image.new("RGB", (6, 4), (80 * i, 0, 99)) for i in range(frames)]
     file = io.BytesIO()
-    colours[0].save(file, kind, save_all=True, append_images=colours[1:])
+    colors[0].save(file, kind, save_all=True, append_images=colors[1:])
     return file.getvalue()
 
 
@@ -3187,7 +3187,7 @@ def test_an_image_that_decodes_is_whole_whatever_else_its_file_holds(tmp_path):
     for verify in (False, True):
         found, report = scanned(tmp_path, verify=verify)     # whose laws are that training reads them, too
         assert set(found) == {f"{name}.png" for name in files}
-        assert report == {"kept: broken colour profile": 1}
+        assert report == {"kept: broken color profile": 1}
     for kind in ("JPEG", "PNG", "GIF"):
         for length in (1, 8, 300):
             cut = kinds[kind][:-length - (kind == "GIF")] + bytes(100_000 * (kind != "GIF"))
@@ -3219,7 +3219,7 @@ def test_lines_end_at_newlines_and_a_byte_order_mark_is_none_of_the_text(vae_fol
     assert [(job.prompt, job.seed) for job in jobs] == [(odd, 5), (odd, 0), ("one", 0)]
 
     (tmp_path / "config.py").write_text(f"{mark}seed = 7\n", encoding="utf-8")
-    assert hdm.read_config(str(tmp_path / "config.py"), [train.Run]) == dict(seed=7)
+    assert hdm.read_config(str(tmp_path / "config.py"), [train.RunSettings]) == dict(seed=7)
     vae = shutil.copytree(vae_folder, tmp_path / "vae")
     config = (vae / "config.json").read_text()
     (vae / "config.json").write_text(mark + config, encoding="utf-8")
@@ -3554,7 +3554,7 @@ def test_what_changed_after_indexing_is_seen(place, data, tmp_path, capsys):
     train_tiny(place, tmp_path / "run", data=tmp_path / "index", caption_dropout=0.0)
     said = capsys.readouterr().out
     assert said.count("is not as it was indexed: run prepare.py again") == 1
-    assert all(said.count(f"warning: {path}: not a whole image") == 1 for path in gone)
+    assert all(said.count(f"warning: {path}: not a complete image") == 1 for path in gone)
     assert metrics(tmp_path / "run")[-1]["unreadable"] >= 2
     index = indexed(tmp_path / "index", data)
     assert len(index) == 22 and sum(index[i].caption == "another caption" for i in range(22)) == 2
@@ -3730,11 +3730,11 @@ def test_an_index_is_read_as_the_folder_is(form, place, vae_folder, tmp_path, mo
     assert "changed since it was indexed" in one_line(index.read, 0) and index.changed(0)
 
 
-def test_an_index_of_before_colour_profiles_is_read(place, tmp_path):
+def test_an_index_of_before_color_profiles_is_read(place, tmp_path):
     prepare.main([str(place / "data"), f"--out={tmp_path / 'index'}"])
     index, about = prepare.open_index(tmp_path / "index"), tmp_path / "index" / "index.json"
     images = [index[i] for i in range(len(index))]
-    old = index.records[[name for name in index.records.dtype.names if name != "colours"]]
+    old = index.records[[name for name in index.records.dtype.names if name != "colors"]]
     old.astype(prepare.RECORD_4).tofile(tmp_path / "index" / "records.bin")
     about.write_text(json.dumps(json.loads(about.read_text()) | dict(format=4)))
     index = prepare.open_index(tmp_path / "index")
@@ -3862,7 +3862,7 @@ def test_a_cache_trains_and_one_that_does_not_belong_is_refused_by_its_command(
     def refused(**others):
         message = one_line(lambda: train_tiny(place, tmp_path / "no", **how | others))
         assert f"python prepare.py {tmp_path / 'index'} --latents --image_size=" in message
-        assert "not there or not whole" in message
+        assert "not there or not complete" in message
         return message
     indexed(tmp_path / "index", data)
     refused()                                                # there is none
@@ -3952,8 +3952,8 @@ def photograph(width, height, seed=0):
     f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     f[0, 0] = 1
     noise = rng.standard_normal((4, height, width))
-    light, *colours = np.fft.irfft2(np.fft.rfft2(noise) / f, (height, width))
-    pixels = np.stack([127 + (48 * light + 12 * colour) / light.std() for colour in colours], axis=-1)
+    light, *colors = np.fft.irfft2(np.fft.rfft2(noise) / f, (height, width))
+    pixels = np.stack([127 + (48 * light + 12 * color) / light.std() for color in colors], axis=-1)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -4490,7 +4490,7 @@ def test_out_of_memory_is_one_line(trained, place, tmp_path, monkeypatch, capsys
     refused("--batch_size=2 in place of 4 --checkpointing", train_tiny, place, tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={trained}", "--prompt=a", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as caught:
-        hdm.run(sample.main)
+        hdm.run_main(sample.main)
     line, = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and line.startswith("error: out of memory: a lower --batch_size")
 
@@ -4512,10 +4512,10 @@ def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
     alive, whole = [], sample.draw
     gc.freeze()                                              # what is here already is not looked at again
     def watched(load):
-        def loading(*how):
+        def loading(*how, **named):
             gc.collect()
             assert load.__name__ != "load_model" or not [one for one in alive if one() is not None]
-            thing = load(*how)
+            thing = load(*how, **named)
             alive.append(weakref.ref(thing[0] if isinstance(thing, tuple) else thing))
             return thing
         return loading
@@ -4786,19 +4786,19 @@ def test_tipo_never_says_a_tag_of_the_negative_prompt(say):
             assert not re.search(rf"\b{tag}\b", text) and len(text.split()) > 2, (tag, text)
 
 
-def test_a_tag_spelt_otherwise_ends_the_reply(llama_of_bytes, monkeypatch):
+def test_a_tag_spelled_otherwise_ends_the_reply(llama_of_bytes, monkeypatch):
     """Letter by letter, not with the tokenizer's own tokens: its sentence goes, and what follows."""
     llama = llama_of_bytes
     expand = sample.load_tipo(str(llama))
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     def generate(self, input_ids, **options):
-        return torch.cat([input_ids, torch.tensor([spelt])], dim=1)
+        return torch.cat([input_ids, torch.tensor([spelled])], dim=1)
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
     job = sample.Job(prompt="1girl", negative_prompt="red_circle")
     for reply, text in ((" a square. on Red circle. large.", "1girl, a square."), (" a red circle.", "1girl"),
                         (" a red circles.", "1girl, a red circles."), (" a_red_circle.", "1girl"),
                         (" square\nnl: x", "1girl, square.")):
-        spelt = [tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in reply]
+        spelled = [tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in reply]
         assert expand(job, {}) == text
 
 
@@ -5609,7 +5609,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     shutil.copytree(trained, shelf / "run")
     shutil.copy(place / "tiny.py", shelf / "tiny.py")
     shutil.copy(published, shelf / "published.safetensors")
-    for name, text in (("misspelt", "batchsize = 8"), ("mistyped", "lr = 'fast'"), ("broken", "lr = = 3")):
+    for name, text in (("misspelled", "batchsize = 8"), ("mistyped", "lr = 'fast'"), ("broken", "lr = = 3")):
         (shelf / f"{name}.py").write_text(text + "\n")
     for name in ("empty", "uncaptioned", "captions", "vae"):
         (shelf / name).mkdir()
@@ -5677,7 +5677,7 @@ BAD_INPUT = {  # how a command begins: how it goes on | words of its error, wher
         "--latents --vae=@good_vae --patch_size=2 | prepare.py --latents --vae=@good_vae data/index",
         "--data=@cut_index | @cut_index prepare.py"],
     "train.py": [
-        "| CONFIG", "nowhere.py", "@misspelt.py | misspelt.py batchsize 'batch_size'",
+        "| CONFIG", "nowhere.py", "@misspelled.py | misspelled.py batchsize 'batch_size'",
         "@mistyped.py | mistyped.py lr 'fast'", "@broken.py | broken.py line", "--plot | RUN",
         "--plot nowhere | nowhere"],
     "sample.py --prompt=a --ckpt=@run --init_image=@photo.png": [
@@ -5747,7 +5747,7 @@ def test_bad_input_is_one_line(line, words, shelf, tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     before = stamps(shelf)
     with pytest.raises(SystemExit) as caught:
-        hdm.run({"train.py": train, "sample.py": sample, "prepare.py": prepare}[program].main)
+        hdm.run_main({"train.py": train, "sample.py": sample, "prepare.py": prepare}[program].main)
     error = capfd.readouterr().err
     assert caught.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -5757,7 +5757,7 @@ def test_bad_input_is_one_line(line, words, shelf, tmp_path, monkeypatch, capfd)
 
 def test_a_mistake_of_ours_keeps_its_traceback(capfd):
     with pytest.raises(SystemExit) as caught:
-        hdm.run(lambda argv: 1 / 0)
+        hdm.run_main(lambda argv: 1 / 0)
     error = capfd.readouterr().err
     assert caught.value.code == 1 and "Traceback" in error and "ZeroDivisionError" in error
 
@@ -6072,15 +6072,15 @@ def test_the_plan_is_counted(vae_folder, te_folder, capsys):
 # ---- prepare.py: the demo, its judge, the text encoder ---------------------------------------------------
 
 def true_pictures(seed):
-    """Every combination once, at a random centre, on the square canvas that the model is judged on."""
+    """Every combination once, at a random center, on the square canvas that the model is judged on."""
     rng = np.random.default_rng(seed)
-    return [prepare.draw(*words, 32, 32, *prepare.random_centre(rng, words[0], words[2], 32, 32))
+    return [prepare.draw(*words, 32, 32, *prepare.random_center(rng, words[0], words[2], 32, 32))
             for words in prepare.COMBINATIONS]
 
 
-def test_the_centred_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(tmp_path, monkeypatch):
+def test_the_centerd_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepare.main(["demo", "--centred", "--count=200", "--out=c"])
+    prepare.main(["demo", "--centerd", "--count=200", "--out=c"])
     canvases = collections.Counter()
     for path in sorted(Path("c").glob("*.png")):
         size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
@@ -6106,8 +6106,8 @@ def camera_rows(capsys):
 
 def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
     def draw(zoom=1, x_shift=0, y_shift=0):                  # as the camera promises
-        return [prepare.draw("small", colour, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
-                             16 - 16 * x_shift / zoom, 6 * zoom) for colour in ("red", "blue", "white")]
+        return [prepare.draw("small", color, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
+                             16 - 16 * x_shift / zoom, 6 * zoom) for color in ("red", "blue", "white")]
     sample.judge_camera(draw, 32)
     rows = camera_rows(capsys)
     assert list(rows) == ["x_shift=0.25", "x_shift=-0.25", "y_shift=0.25", "y_shift=-0.25", "zoom=1.33",
@@ -6126,7 +6126,7 @@ def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
 
 
 def share_right(verdicts, combinations):
-    """(4,) share of images with the size, colour, shape, background that was asked for."""
+    """(4,) share of images with the size, color, shape, background that was asked for."""
     return np.mean(np.array(verdicts) == np.array(combinations), axis=0)
 
 
@@ -6153,17 +6153,17 @@ def test_judge_forgives_ragged_edges_and_noise():
 @pytest.mark.parametrize("height, width", prepare.CANVASES)
 def test_shapes_are_whole_and_of_the_palette(height, width):
     rng = np.random.default_rng(0)
-    for size, colour, shape, background in prepare.COMBINATIONS[::7]:
-        centre = prepare.random_centre(rng, size, shape, height, width)
-        for (low, high), place in zip(prepare.centre_range(size, shape, height, width), centre):
+    for size, color, shape, background in prepare.COMBINATIONS[::7]:
+        center = prepare.random_center(rng, size, shape, height, width)
+        for (low, high), place in zip(prepare.center_range(size, shape, height, width), center):
             assert low + (high - low) / 4 <= place <= high - (high - low) / 4
-        image = prepare.draw(size, colour, shape, background, height, width, *centre)
-        share = prepare.coverage(size, shape, height, width, *centre)
+        image = prepare.draw(size, color, shape, background, height, width, *center)
+        share = prepare.coverage(size, shape, height, width, *center)
         assert image.shape == (height, width, 3) and image.dtype == np.uint8
-        assert (image[share == 1] == prepare.COLOURS[colour]).all() and (share == 1).sum() > 100
+        assert (image[share == 1] == prepare.COLORS[color]).all() and (share == 1).sum() > 100
         assert (image[share == 0] == prepare.BACKGROUNDS[background]).all()
         # Whole, also at the ends of the range: on a canvas with 8 more pixels all round it has the same area.
-        for cy, cx in zip(*prepare.centre_range(size, shape, height, width)):
+        for cy, cx in zip(*prepare.center_range(size, shape, height, width)):
             r = prepare.RADIUS[size] * 32
             y = ((np.arange(4 * height + 64) + 0.5) / 4 - 8 - cy) / r
             x = ((np.arange(4 * width + 64) + 0.5) / 4 - 8 - cx) / r
@@ -6176,8 +6176,8 @@ def test_area_of_each_shape_is_its_formula():
     areas = {"circle": np.pi, "square": 1.72**2, "triangle": 1.8, "diamond": 1.5,
              "cross": 2 * 2 * 0.66 - 0.66**2, "ring": np.pi * (1 - 0.62**2)}
     for shape, area in areas.items():
-        mean = np.mean([prepare.coverage("large", shape, 48, 48, *centre).sum()
-                        for centre in np.random.default_rng(0).uniform(22, 26, (20, 2))])
+        mean = np.mean([prepare.coverage("large", shape, 48, 48, *center).sum()
+                        for center in np.random.default_rng(0).uniform(22, 26, (20, 2))])
         assert mean == pytest.approx(area * r * r, rel=0.01)
 
 
@@ -6217,7 +6217,7 @@ def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path
 def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
     """Neither those of a run that lives, nor another OUT's, nor what has such a name by chance."""
     def write(out, ready, go_on):
-        with prepare.whole_folder(out) as folder:
+        with prepare.complete_folder(out) as folder:
             (folder / "x").write_text("x")
             ready.set()
             go_on.wait()
@@ -6237,13 +6237,13 @@ def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
         process.kill()
         process.join()
     alive, go_on = start("alive")
-    with prepare.whole_folder(tmp_path / name) as folder:
+    with prepare.complete_folder(tmp_path / name) as folder:
         (folder / "x").write_text("x")
     left = sorted(entry.partition(".")[0] for entry in set(os.listdir(tmp_path)) - before)
     assert left == ["alive", name, "other"]
     go_on.set()
     alive.join()
-    with prepare.whole_folder(tmp_path / "other") as folder:
+    with prepare.complete_folder(tmp_path / "other") as folder:
         (folder / "x").write_text("x")
     assert set(os.listdir(tmp_path)) - before == {"alive", name, "other"}
 
@@ -6284,9 +6284,9 @@ def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
     assert tokenizer("")["input_ids"] == [] and tokenizer.pad_token_id is not None
     with torch.no_grad():
         states = model(torch.tensor(ids)).last_hidden_state  # (384, 8, 128)
-    colours = torch.nn.functional.normalize(states[:, 2], dim=-1)
+    colors = torch.nn.functional.normalize(states[:, 2], dim=-1)
     same = torch.tensor([[a[1] == b[1] for b in prepare.COMBINATIONS] for a in prepare.COMBINATIONS])
-    cosine = colours @ colours.T
+    cosine = colors @ colors.T
     assert cosine[same].min() > 0.7 > 0.4 > cosine[~same].max()  # its own word first
     assert cosine[same].min() < 0.999                             # and something of the words before it
 

@@ -10,8 +10,9 @@
 
 In order: settings; checkpoints; the log; the model; the open run and what opens it; what the loop calls;
 train (the loop), finish. Then extras: curves, what a run costs, the bench.
-All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of (seed,
-epoch, sample), drawn on the CPU: the number of workers or GPUs changes nothing, resuming needs no generator.
+All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of the seed,
+the epoch and the image's name, drawn on the CPU: the number of workers or GPUs changes nothing, and resuming
+needs no generator.
 """
 import contextlib
 import copy
@@ -51,7 +52,7 @@ import sample
 # ---- Settings: flat, together with the fields of hdm.XUTConfig -------------------------------------------
 
 @dataclasses.dataclass
-class Run:
+class RunSettings:
     out_dir: str = "out/run"           # checkpoints, metrics.jsonl, run.json and samples/ go here
     preset: str = "base"               # small, base or large: an XUTConfig, which its own settings change
     init_from: str = ""                # weights to start from: a run, a checkpoint, a published file, hub id
@@ -60,7 +61,7 @@ class Run:
     device: str = "auto"               # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"                # float32, or autocast to bfloat16 or float16; auto: 16 bit on CUDA
     compile: bool = True               # torch.compile of XUT's blocks, where a compiler is found
-    memory_budget: hdm.Part = 1.0      # compiled: share of activations kept, others are made again
+    memory_budget: hdm.PositiveFraction = 1.0  # compiled: share of activations kept, others are made again
     workers: hdm.Whole = 4             # loader processes; 0: the main process loads
     max_steps: hdm.Whole = 0           # stop early at this step, the schedule unchanged; 0: at the end
     max_hours: hdm.NotNegative = 0.0   # stop early, as by Ctrl-C, after this time; 0: never
@@ -74,19 +75,19 @@ class Run:
     preview_prompts: str = ""          # file with a prompt a line, # first: a comment; after the captions
     sample_steps: Annotated[int, 1, 1000] = 24  # Euler steps of previews, and sample.py's default
     sample_cfg: Annotated[float, 0, 100] = 3.0  # guidance, likewise
-    sample_cfg_low: hdm.Share = 0.0    # ... at times t from here on alone: below, it sharpens mistakes
+    sample_cfg_low: hdm.Fraction = 0.0    # ... at t >= this alone: at lower ones it sharpens mistakes
 
 
 @dataclasses.dataclass
 class InputSettings:
     data: str = "data/train"           # what prepare.py wrote, or a source of captioned images as it takes it
     vae: str = hdm.EQ_VAE              # folder or hub id; "": train on pixels
-    text_encoder: str = hdm.TEXT_ENCODER  # folder or hub id of a causal LM
-    validation: hdm.Share | None = None  # share of images held out, by a hash of the name; at most 512 are
+    text_encoder: str = hdm.TEXT_ENCODER  # folder or hub id of a language model
+    validation: hdm.Fraction | None = None  # share of images held out, by a hash of the name; at most 512 are
                                        # used; None: 0.02, of few images what holds out one
     new_data: bool = False             # with --resume: other images than before, from a fresh epoch on
     latents: bool = False              # read prepare.py's cache of VAE latents in place of the images
-    max_unreadable: hdm.Share = 0.05   # share of the images; when more of them cannot be read, the run ends
+    max_unreadable: hdm.Fraction = 0.05  # share of the images; when more cannot be read, the run ends
 
 
 @dataclasses.dataclass
@@ -100,11 +101,11 @@ class OptimizerSettings:
     warmup: hdm.Whole = 1000           # steps of linear warm-up to the peak
     schedule: str = "cosine"           # then: cosine, to 1 % of the peak at the stage's end; constant
     optimizer: str = "adamw"           # a class of hdm.py in lower case
-    beta1: hdm.Share = 0.9             # AdamW
-    beta2: hdm.Share = 0.98            # AdamW
+    beta1: hdm.Fraction = 0.9             # AdamW
+    beta2: hdm.Fraction = 0.98            # AdamW
     weight_decay: hdm.NotNegative = 0.02  # AdamW's, times the tensor's own lr
     clip: hdm.NotNegative = 3.0        # largest global gradient norm; 0: any
-    ema: hdm.Share = 0.9999            # decay of the averaged weights, a step; 0: no average
+    ema: hdm.Fraction = 0.9999            # decay of the averaged weights, a step; 0: no average
 
 
 @dataclasses.dataclass
@@ -115,16 +116,16 @@ class CostSettings:
     plan: bool = False                 # in place of training: say what it will cost and whether it fits
     gpus: hdm.Count = 4                # ... on so many of these
     tflops: hdm.Positive = 209.5       # ... dense, 16 bit, with float32 sums, of each (RTX 5090: 209.5)
-    utilization: hdm.Part = 0.25       # ... the share of it reached, a guess: --bench measures it
+    utilization: hdm.PositiveFraction = 0.25       # ... the share of it reached, a guess: --bench measures it
     dollars_per_gpu_hour: hdm.NotNegative = 0.35  # ... likewise a guess
 
 
 @dataclasses.dataclass
-class Settings(CostSettings, OptimizerSettings, hdm.Example, InputSettings, Run):
+class Settings(CostSettings, OptimizerSettings, hdm.ExampleSettings, InputSettings, RunSettings):
     pass                           # all of them, flat
 
 
-CLASSES = Run, InputSettings, hdm.Example, OptimizerSettings, CostSettings, hdm.XUTConfig
+CLASSES = RunSettings, InputSettings, hdm.ExampleSettings, OptimizerSettings, CostSettings, hdm.XUTConfig
 
 
 IDLE = [  # settings, when they have no effect, and why
@@ -467,7 +468,7 @@ def load_weights(s, given, device):
     """-> the XUT of --resume or --init_from. An older one without the aspect input gets it, at zero."""
     source = s.resume or s.init_from
     model, _, header = sample.load_model(source, device, ema=not s.resume, with_vae=False)
-    model = copy.deepcopy(model)                             # mapped weights lie unaligned: sums round anew
+    model = copy.deepcopy(model)                 # mapped weights lie unaligned: sums would round differently
     line = f"weights: {source}"
     if header["step"]:
         line += f", step {header['step']:,}, {header['images']:,} images"
@@ -590,7 +591,7 @@ def catch_signals(worker=None):
 
 
 def keep_freed_memory():
-    """Where there is glibc: to get it anew from the system costs a tenth of a step on a CPU."""
+    """Where there is glibc: to get it again from the system costs a tenth of a step on a CPU."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(-4, 0)                     # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)           # M_TRIM_THRESHOLD
@@ -631,7 +632,7 @@ class OpenRun:
     vae: hdm.VAE | None            # frozen; None: XUT reads pixels
     model: hdm.XUT                 # float32
     network: torch.nn.Module       # model, under DDP where there are several ranks
-    optimizer: hdm.AdamW           # it holds the averaged weights, too: optimizer.average
+    optimizer: hdm.OptimizerStep   # it holds the averaged weights, too: optimizer.average
     autocast: torch.autocast       # around forward passes
 
     # What comes in
@@ -723,7 +724,7 @@ def open_examples(run):
     cache = prepare.Latents(s, run.index, run.vae) if s.latents else None
     training = prepare.Samples(run.index, run.epochs, cache, s, run.model.config, factor, s.seed)
     held_out = prepare.Samples(run.index, run.held_out, cache, s, run.model.config, factor)
-    prepare.say_what_is_cut(run.index, run.te, s)
+    prepare.report_cut_captions(run.index, run.te, s)
     return training, held_out
 
 
@@ -760,7 +761,7 @@ def checkpoint_header(s, config):
 
 
 def checkpoints_at_most(s, total):
-    """How many checkpoints a run of `total` steps leaves."""
+    """How many checkpoints of a run of `total` steps are on the disk at the same time."""
     kept = 1                                                 # at the end
     if s.keep_ckpts > 0:
         kept = s.keep_ckpts + 1
@@ -1023,7 +1024,7 @@ def train(s, given, rank, ranks):
             tenths = (10 * inputs["t"]).long().clamp(max=9)                           # (B,)
             one_hot = (tenths[:, None] == torch.arange(10, device=run.device)).float()    # (B, 10)
             stats += torch.stack([losses.detach() @ one_hot, one_hot.sum(0)])
-        if stopped:                                          # the step begins anew when the run goes on
+        if stopped:                                          # the step begins again when the run goes on
             break
 
         # Clip, step, average
@@ -1395,4 +1396,4 @@ def bench(s, given, rank, ranks):
 
 
 if __name__ == "__main__":
-    hdm.run(main)
+    hdm.run_main(main)

@@ -1,4 +1,4 @@
-# All weights of the released model, on your own folder. Its licence, CC-BY-NC-SA 4.0, goes over to what you
+# All weights of the released model, on your own folder. Its license, CC-BY-NC-SA 4.0, goes over to what you
 # make. A first guess for hundreds to some ten thousand pictures, not a measured recipe: watch val_loss and
 # the previews.
 out_dir = "out/finetune"
