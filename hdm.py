@@ -249,7 +249,7 @@ def grid_positions(rows, cols, convention="long_side"):
 
 
 class Rotate(torch.autograd.Function):
-    """Turns the feature pairs (j, j + K/2) of x (B, H, S, K) by an angle (B, H, S, K/2), cos and sin its own.
+    """Turns the feature pairs (j, j + K/2) of x (B, H, S, K) by angle (B, H, S, K/2); cos, sin: of that angle.
 
     Autograd by itself would keep x; the gradients need the result alone, which attention keeps anyway.
     """
@@ -511,7 +511,7 @@ class XUT(nn.Module):
             nn.init.zeros_(self.addon_info_embs_proj[2].weight)
             nn.init.zeros_(self.addon_info_embs_proj[2].bias)
         for adaln in (self.shared_adaln_attn, self.shared_adaln_xattn, self.shared_adaln_ffw):
-            nn.init.zeros_(adaln[3].weight)                  # zero: so do scale, shift and gate
+            nn.init.zeros_(adaln[3].weight)                  # zero: so start scale, shift and gate
             nn.init.zeros_(adaln[3].bias)
         for module in self.modules():
             if isinstance(module, RoPE):                     # from a half to 2.5 turns per unit of position
@@ -1003,24 +1003,6 @@ class Guidance:
 def sample(model, ctx, uncond=None, *, noise, steps=24, t_shift=1.0, **guidance):
     """noise (B, C, h, w) -> x0 of the same shape: Euler from t = 1 to 0; guidance: fields of Guidance."""
     return euler(Guidance(model, ctx, uncond, **guidance), noise, sampling_times(steps, t_shift))
-
-
-@contextlib.contextmanager
-def in_float32(module):
-    """In the block the module works in float32, without autocast; then it has the very weights it had."""
-    def cast(weight, dtype):
-        with torch.inference_mode(weight.is_inference()):    # ordinary weights stay such: they can be trained
-            weight.data = weight.data.to(dtype)
-
-    narrow = [(weight, weight.dtype) for weight in module.parameters() if weight.dtype != torch.float32]
-    try:
-        for weight, _ in narrow:
-            cast(weight, torch.float32)
-        with torch.autocast(next(module.parameters()).device.type, enabled=False):
-            yield
-    finally:
-        for weight, dtype in narrow:
-            cast(weight, dtype)
 
 
 # ---- VAE: the SDXL AutoencoderKL architecture in the diffusers layout (Rombach et al., arXiv 2112.10752) -
@@ -1794,11 +1776,6 @@ def load_vae(path_or_hub_id, device="cpu", dtype=torch.float32, tensors=None):
     return vae_from_tensors(read_tensors(weights)[0], weights, device, dtype, **statistics)
 
 
-def list_checkpoints(out_dir):
-    """The complete checkpoints of a run, oldest first (a checkpoint gets its name when it is complete)."""
-    return sorted(path for path in Path(out_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d{8}", path.name))
-
-
 def weights_in(folder, stem):
     """folder/stem.safetensors, or the index of its shards, or .bin, or a variant in 16 bits, or None."""
     for variant in ("", ".fp16", ".bf16"):
@@ -1820,8 +1797,13 @@ def open_modes(path):
             one.chmod(special | mode & ~mask)
 
 
+def list_checkpoints(out_dir):
+    """The complete checkpoints of a run, oldest first (a checkpoint gets its name when it is complete)."""
+    return sorted(path for path in Path(out_dir).glob("ckpt_*") if re.fullmatch(r"ckpt_\d{8}", path.name))
+
+
 def save_model(path, tensors, settings):
-    """Write tensors with the settings (as from load_model) in the safetensors header."""
+    """Write tensors with the settings (as from sample.load_model) in the safetensors header."""
     from safetensors.torch import save_file
     settings = dict(settings, config=dataclasses.asdict(settings["config"]))
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
@@ -2029,7 +2011,8 @@ def print_help(doc, classes):
 
 
 def read_config(path, classes):
-    """A config file, plain Python `name = value` lines -> {name: typed value}; _names are its own."""
+    """A config file, plain Python `name = value` lines -> {name: typed value}. A name that begins
+    with _ is not a setting."""
     if not os.path.isfile(path):
         raise UserError(f"config {path}: no such file")
     names, types = {}, setting_types(classes)
@@ -2135,6 +2118,24 @@ def warn_idle(given, calls, rules):
 def to_device(x, device):
     """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
     return x.to(device, non_blocking="cuda" in str(device))
+
+
+@contextlib.contextmanager
+def in_float32(module):
+    """In the block the module works in float32, without autocast; then it has the very weights it had."""
+    def cast(weight, dtype):
+        with torch.inference_mode(weight.is_inference()):    # ordinary weights stay such: they can be trained
+            weight.data = weight.data.to(dtype)
+
+    narrow = [(weight, weight.dtype) for weight in module.parameters() if weight.dtype != torch.float32]
+    try:
+        for weight, _ in narrow:
+            cast(weight, torch.float32)
+        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for weight, dtype in narrow:
+            cast(weight, dtype)
 
 
 def pick_device(name):
