@@ -249,7 +249,7 @@ def grid_positions(rows, cols, convention="long_side"):
 
 
 class Rotate(torch.autograd.Function):
-    """Turns the feature pairs (j, j + K/2) of x (B, H, S, K) by angle (B, H, S, K/2); cos, sin: of that angle.
+    """Turns the feature pairs (j, j + K/2) of x (B, H, S, K) by angle (B, H, S, K/2); cos, sin: of it.
 
     Autograd by itself would keep x; the gradients need the result alone, which attention keeps anyway.
     """
