@@ -1,8 +1,8 @@
-"""Tests of hdm.py, train.py, sample.py and prepare.py: `pytest -q`, four minutes, no network, no GPU.
+"""Tests of hdm.py, prepare.py, sample.py, train.py: `pytest -q`, without network or GPU; the rest: `-m slow`.
 
-Each test states a law that holds whatever the numbers, not an example. In order: the model against the golden
-numbers of the published one; positions and TREAD; flow and sampling; padding; VAE; text; files in and out;
-settings; training; sample.py; bad input; torch.compile; prepare.py.
+Each test states a law that holds whatever the numbers, not an example. In the order of the four files: the
+model against the golden numbers of the published one; positions and TREAD; flow and sampling; padding; VAE;
+text; files in and out; settings; data; the demo; sample.py; training; torch.compile; costs; bad input.
 
 assets/golden.npz holds outputs of the authors' model on made-up weights (its `meta` says with which settings)
 and the names and shapes of the published files, as json bytes. `fill` below makes the same weights.
@@ -77,6 +77,14 @@ def close(a, b, tolerance=1e-4):
     """Equal to within a share of b's largest value."""
     b = torch.as_tensor(b)
     return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+SLOW = [pytest.mark.slow, pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow")]
+
+
+def slow(test):
+    """For tests of half a minute and more, which `pytest -m slow` runs."""
+    return functools.reduce(lambda test, mark: mark(test), SLOW, test)
 
 
 # ---- The model against the golden numbers ----------------------------------------------------------------
@@ -571,7 +579,7 @@ def test_a_padded_negative_does_not_change_what_is_drawn(te):
     assert all(close(other, drawn[0]) for other in drawn[1:])
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_alone(te):
+def test_a_image_depends_on_its_prompt_and_seed_alone(te):
     """Not on its batch nor on the other prompts in it: within one level of 255."""
     model, prompts, seeds = tiny_xut(), list(LENGTHS), [5, 5, 6, 7]
     settings = dict(image_size=8, steps=3, cfg=2.0, cfg_low=0.0, t_shift=1.0)
@@ -1246,1312 +1254,6 @@ def test_help_shows_every_setting_with_its_default_and_comment(main, argv, class
         assert "#" in line and (field.default is dataclasses.MISSING or "=" in line)
 
 
-# ---- Training --------------------------------------------------------------------------------------------
-
-TINY = dict(vae="", image_size=16, text_length=8, dim=32, heads=2, head_dim=16, mlp_dim=48, depth=1,
-            enc_blocks=1, dec_blocks=1, pre_blocks=1, post_blocks=1, patch_size=4, validation=0.2, images=48,
-            batch_size=4, global_batch=8, warmup=2, tread_rate=0.5, caption_dropout=0.3, ema=0.9, log_every=3,
-            eval_every=3, sample_every=3, save_every=0, sample_steps=2, workers=0, compile=False,
-            device="cpu")
-
-
-def write_picture(path, size, i):
-    """A smooth image with a caption of its own; every fourth is a WebP with alpha."""
-    path.parent.mkdir(exist_ok=True)
-    y, x = np.mgrid[:size[1], :size[0]] / 16
-    channels = [127 + 120 * np.sin(x * (i % 3 - 1) + y * (i % 5 - 2) + i + c) for c in range(4)]
-    pixels = np.stack(channels, axis=-1).astype(np.uint8)
-    if i % 4:
-        Image.fromarray(pixels[..., :3]).save(path.with_suffix(".png"))
-    else:
-        Image.fromarray(pixels).save(path.with_suffix(".webp"), lossless=True)
-    caption = f"{WORDS[3 + i % 4]} {WORDS[7 + i % 3]} {i} ||| on navy $$ large %% with pink"
-    path.with_suffix(".txt").write_text(caption + "\n")
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory, te_folder):
-    """A folder with images in data/ and a config file tiny.py that trains on them."""
-    place = tmp_path_factory.mktemp("place")
-    (place / "data").mkdir()
-    for i in range(24):
-        folder = place / "data" / ("more" if i % 5 == 0 else ".")
-        write_picture(folder / f"picture{i}", [(32, 32), (48, 32), (33, 47), (16, 20)][i % 4], i)
-    settings = TINY | dict(data=str(place / "data"), text_encoder=str(te_folder))
-    (place / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
-    return place
-
-
-@pytest.fixture
-def data(place, tmp_path):
-    """A copy of its images, to change."""
-    return Path(shutil.copytree(place / "data", tmp_path / "data"))
-
-
-def command(program, *argv, cwd):
-    """A program as its user runs it, in a Python of its own."""
-    return subprocess.run([sys.executable, str(HERE / program), *map(str, argv)], cwd=cwd, env=ONE_THREAD,
-                          capture_output=True, text=True)
-
-
-def in_child(main, argv, cwd, files, environment):
-    """What a forked process does in place of the rest of the tests."""
-    atexit._clear()                                          # pytest's own
-    os.chdir(cwd)
-    os.environ.update(environment)
-    for number, file in enumerate(files):
-        os.dup2(file.fileno(), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
-    sys.argv = argv
-    hdm.run_main(main)
-
-
-class Forked:
-    """hdm.run_main(main) in `ranks` processes forked from this one, which has loaded torch: fast."""
-
-    def __init__(self, main, *argv, cwd, ranks=1, stdin=""):
-        if not hasattr(os, "fork"):
-            pytest.skip("needs processes that fork")
-        self.files, environment = [tempfile.TemporaryFile("w+") for _ in range(3)], {}
-        self.files[0].write(stdin)
-        self.files[0].seek(0)
-        if ranks > 1:                                        # as torchrun sets them; it also keeps the store
-            self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            environment = dict(WORLD_SIZE=f"{ranks}", MASTER_ADDR="127.0.0.1",
-                               MASTER_PORT=f"{self.store.port}", TORCHELASTIC_USE_AGENT_STORE="True")
-        self.processes, argv = [], [f"{main.__module__}.py", *map(str, argv)]
-        for rank in range(ranks):
-            if ranks > 1:
-                environment |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
-            process = multiprocessing.get_context("fork").Process(
-                target=in_child, args=(main, argv, cwd, self.files, environment))
-            process.start()
-            self.processes.append(process)
-
-    def wait(self):
-        """For their end -> what subprocess.run would give."""
-        for process in self.processes:
-            process.join(60)
-            process.kill()
-        for file in self.files:
-            file.seek(0)
-        code = max((process.exitcode for process in self.processes), key=abs)
-        return SimpleNamespace(returncode=code, stdout=self.files[1].read(), stderr=self.files[2].read())
-
-
-def forked(main, *argv, **how):
-    return Forked(main, *argv, **how).wait()
-
-
-def train_tiny(place, out, **settings):
-    argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
-    train.main([str(place / "tiny.py"), f"--out_dir={out}", *argv])
-    return out
-
-
-def metrics(out):
-    """The lines of metrics.jsonl without their speed and memory, which no two runs share."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    own = ("images_per_s", "data_s", "memory_gb", "split_s")
-    return [{name: value for name, value in line.items() if name not in own} for line in lines]
-
-
-def same(a, b):
-    """Bitwise equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def checkpoint(path):
-    """Everything that a checkpoint holds, but the times since its last line of metrics and the settings."""
-    files = {name: load_file(path / name) for name in ("model.safetensors", "ema.safetensors")}
-    state = train_state(path)
-    for name in ("seconds", "settings"):
-        state.pop(name)
-    return files | {"train.pt": state}
-
-
-def train_state(path):
-    return torch.load(path / "train.pt", weights_only=True)
-
-
-def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="session")
-def trained(place):
-    """Six steps through the command line, all that is random switched on: other runs are compared with it."""
-    done = command("train.py", place / "tiny.py", "--out_dir=run", "--save_every", "1", cwd=place)
-    assert done.returncode == 0, done.stderr
-    return place / "run"
-
-
-def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    keys = {"step", "images", "loss", "lr", "grad_norm", "images_per_s", "val_loss"}
-    others = {"epoch", "loss_by_t", "data_s", "memory_gb", "skipped", "unreadable", "split_s", "text_tokens"}
-    assert all(set(line) == keys | others for line in lines)
-    assert [(line["step"], line["images"]) for line in lines] == [(0, 0), (3, 24), (6, 48)]
-    assert [line["epoch"] for line in lines] == [0, 24 / 22, 48 / 22]                 # two are held out
-    assert lines[0]["loss"] is None and lines[0]["val_loss"] > 0
-    for line in lines[1:]:
-        assert all(line[key] > 0 for key in (*keys, "data_s")) and line["memory_gb"] >= 0
-        known = [loss for loss in line["loss_by_t"] if loss is not None]
-        assert len(line["loss_by_t"]) == 10 and min(known) <= line["loss"] <= max(known)
-    assert not any(line["skipped"] or line["unreadable"] for line in lines)
-    record = json.loads((trained / "run.json").read_text())
-    assert record["settings"]["lr"] == 0.5 and record["settings"]["tread_rate"] == 0.5
-    assert record["config"]["dim"] == 32 and "tiny.py" in " ".join(record["command"])
-    assert record["versions"]["torch"] == torch.__version__ and "git_commit" in record
-    assert sorted(os.listdir(trained / "samples")) == ["00000000.png", "00000003.png", "00000006.png"]
-    names = sorted(path.name for path in trained.iterdir() if path.is_dir())
-    assert names == ["ckpt_00000004", "ckpt_00000005", "ckpt_00000006", "samples"]    # three are kept
-    _, vae, settings = sample.load_model(trained)
-    assert vae is None
-    assert [settings[name] for name in ("step", "images", "text_length", "image_size")] == [6, 48, 8, 16]
-    assert settings["config"] == hdm.XUTConfig(**record["config"])
-
-
-@pytest.mark.parametrize("how", [
-    "3 + 3 steps", "3 + 3 by workers", "2 + 4 steps", "a path", "max_hours", "killed", "old"])
-def test_a_stopped_run_goes_on_bitwise(how, trained, place, tmp_path, capsys):
-    """Cut anywhere, by any number of workers, which the uninterrupted run did not have; killed while it wrote
-    a checkpoint, after which it had even logged; and from a checkpoint without the newer settings."""
-    out, settings = tmp_path / "run", dict(resume=True)
-    if how[1:4] == " + ":
-        settings["workers"] = 2 * how.endswith("workers")
-        train_tiny(place, out, workers=settings["workers"], max_steps=int(how[0]))
-        assert [path.name for path in hdm.list_checkpoints(out)] == [f"ckpt_0000000{how[0]}"]
-    elif how == "a path":
-        settings["resume"] = trained / "ckpt_00000005"
-    elif how == "max_hours":
-        train_tiny(place, out, max_hours=1e-9)
-        assert "stopped at step 0; to go on:" in capsys.readouterr().out
-    elif how == "killed":
-        shutil.copytree(trained, out)
-        shutil.rmtree(out / "ckpt_00000006")
-        (out / "ckpt_00000005").rename(out / "partial_ckpt")
-        (out / "partial_ckpt" / "junk").write_text("")
-        settings["save_every"] = 1
-    else:
-        shutil.copytree(trained / "ckpt_00000004", out / "ckpt_00000004")
-        state = train_state(out / "ckpt_00000004")
-        for name in ("schedule", "epochs", "preview_prompts"):
-            state["settings"].pop(name)
-        del state["warmup_images"], state["wandb"]
-        torch.save(state, out / "ckpt_00000004" / "train.pt")
-    train_tiny(place, out, **settings)
-    said = capsys.readouterr().out
-    assert same(checkpoint(out / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
-    if how not in ("a path", "old"):                         # these have not the first lines
-        assert metrics(out) == metrics(trained)
-        assert content(out / "samples") == content(trained / "samples")
-    if how == "killed":
-        assert same(checkpoint(out / "ckpt_00000005"), checkpoint(trained / "ckpt_00000005"))
-        assert content(out).keys() == content(trained).keys() | {Path("run_00000004.json")}
-    if how == "old":
-        assert "schedule" not in said and "lr at" not in said
-
-
-def test_a_start_that_would_harm_or_lead_nowhere_is_refused_and_touches_nothing(trained, place, tmp_path):
-    run, before = Path(shutil.copytree(trained, tmp_path / "run")), content(trained)
-    refused("nothing to do", train_tiny, place, run, resume=True)
-    refused("newer ckpt_00000006", train_tiny, place, run, resume=run / "ckpt_00000004")
-    refused(f"{run} --resume --out_dir", train_tiny, place, run)
-    assert content(run) == before
-    for changed in (dict(mlp_dim=64), dict(skips="mirror"), dict(aspect_cond="false")):
-        for how in ("init_from", "resume"):                  # another architecture than the file's
-            source = trained / "ckpt_00000006"
-            refused(f"{source} {next(iter(changed))}", train_tiny, place, tmp_path / "new",
-                    **changed, **{how: source})
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_resume_takes_and_reports_what_the_command_changes(trained, place, tmp_path, capsys):
-    start = trained / "ckpt_00000004"
-    changes = dict(lr=0.25, images=80, batch_size=2, beta2=0.5, weight_decay=0.3)
-    train_tiny(place, tmp_path / "a", resume=start, max_steps=5, **changes)
-    said, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("resume: "))
-    for words in ("lr 0.5 -> 0.25", "images 48 -> 80", "batch_size 4 -> 2", "save_every 1 -> 0"):
-        assert words in said
-    groups = train_state(tmp_path / "a" / "ckpt_00000005")["optimizer"]["param_groups"]
-    assert {(tuple(group["betas"]), group["weight_decay"]) for group in groups} == {((0.9, 0.5), 0.3)}
-    train_tiny(place, tmp_path / "b", resume=start, global_batch=16, log_every=1)
-    lines = [(line["step"], line["images"]) for line in metrics(tmp_path / "b")]      # 32 seen, 16 to see
-    assert lines == [(5, 48)]
-
-
-def test_another_optimizer_is_one_class(trained, place, tmp_path):
-    """It resumes bitwise, its state has its own size, and the state of another one is refused by name."""
-    class Momentum(hdm.AdamW):
-        state_bytes, skips_steps = 4, False
-        def make(self, groups):
-            return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    run, settings = tmp_path / "run", dict(optimizer="momentum", save_every=2)
-    train_tiny(place, run, **settings, max_steps=4)
-    train_tiny(place, tmp_path / "again", **settings, resume=run / "ckpt_00000002", max_steps=4)
-    assert same(*(checkpoint(folder / "ckpt_00000004") for folder in (run, tmp_path / "again")))
-    refused("adamw --optimizer=momentum --init_from=", train_tiny, place, tmp_path / "other",
-            optimizer="momentum", resume=trained)
-    refused("adamw", train_tiny, place, tmp_path / "none", optimizer="adamwx")
-    s = train.Settings(beta1=0.5, ema=0.9)
-    adamw, momentum = (kind(tiny_xut(), s, "cpu", torch.float32) for kind in (hdm.AdamW, Momentum))
-    parameters = sum(value.numel() for value in tiny_xut().parameters())
-    assert adamw.checkpoint_gb() - momentum.checkpoint_gb() == pytest.approx(4e-9 * parameters)
-
-
-def test_loss_falls_on_a_few_pictures(place, tmp_path):
-    train_tiny(place, tmp_path, images=400, batch_size=8, patch_size=2, warmup=10, tread_rate=0,
-               caption_dropout=0, validation=0.8, eval_every=0, sample_every=0, log_every=10)
-    losses = [line["loss"] for line in metrics(tmp_path)]
-    assert losses[-1] < 0.3 * losses[1]
-
-
-def test_accumulated_micro_steps_are_one_large_step(place, tmp_path):
-    for micro in (2, 8):
-        train_tiny(place, tmp_path / f"{micro}", batch_size=micro, max_steps=2, log_every=1, sample_every=0)
-    small, large = (metrics(tmp_path / name) for name in ("2", "8"))
-    for a, b in zip(small[1:], large[1:]):
-        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
-
-
-@pytest.mark.parametrize("clip", [0.01, 1e9, 0])
-def test_the_gradient_is_clipped_to_its_global_norm(clip, place, tmp_path):
-    """In the folder of a run that died before its first checkpoint, whose log begins anew."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
-    train_tiny(place, tmp_path, clip=clip, max_steps=1, log_every=1)
-    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
-    gradient = torch.cat([each.flatten() for each in first_gradient(tmp_path)])
-    norm = metrics(tmp_path)[1]["grad_norm"]                 # logged before it is clipped
-    assert norm > 0.1
-    assert gradient.norm().item() == pytest.approx(min(clip or math.inf, norm), rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_trains_float32_weights_and_draws(dtype, place, tmp_path):
-    train_tiny(place, tmp_path / "run", dtype=dtype, max_steps=2)
-    losses = [line["loss"] for line in metrics(tmp_path / "run")[1:]]
-    assert all(math.isfinite(loss) for loss in losses)
-    weights = load_file(tmp_path / "run" / "ckpt_00000002" / "model.safetensors").values()
-    assert {weight.dtype for weight in weights} == {torch.float32}
-    sample.main([f"--ckpt={tmp_path / 'run'}", "--prompt=a", f"--dtype={dtype}", f"--out={tmp_path}"])
-    assert Image.open(tmp_path / "00000-0.png").size == (16, 16)
-
-
-def test_ema_follows_the_weights(trained):
-    """After step s: ema = d ema + (1 - d) weights, d at most (1 + s) / (10 + s) in the first steps."""
-    states = [checkpoint(trained / f"ckpt_0000000{step}") for step in (4, 5, 6)]
-    for step, (before, after) in zip((4, 5), zip(states, states[1:])):
-        decay = min(0.9, (1 + step) / (10 + step))
-        for name, weight in after["model.safetensors"].items():
-            expected = decay * before["ema.safetensors"][name] + (1 - decay) * weight
-            torch.testing.assert_close(after["ema.safetensors"][name], expected, atol=1e-6, rtol=1e-5)
-
-
-def fan_in(weight):
-    return weight.shape[0] if weight.dim() == 1 else math.prod(weight.shape[1:])
-
-
-def test_every_weight_of_the_base_model_is_in_one_of_ten_groups():
-    with torch.device("meta"):
-        model = hdm.XUT(hdm.PRESETS["base"])
-    groups = hdm.parameter_groups(model)
-    assert len(groups) <= 10
-    grouped = [parameter for group in groups for parameter in group["params"]]
-    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
-    for group in groups:
-        assert {fan_in(parameter) for parameter in group["params"]} == {group["fan_in"]}
-
-
-def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(trained, place, tmp_path):
-    """Adam's first step moves each weight by its lr, whatever the gradient: so the rule shows in the weights,
-    and that neither the old run's optimizer nor its step came along. What is taken is what sample.py uses."""
-    train_tiny(place, tmp_path, init_from=trained, lr=0.4, weight_decay=0, max_steps=1)
-    start = load_file(trained / "ckpt_00000006" / "ema.safetensors")
-    after = load_file(tmp_path / "ckpt_00000001" / "model.safetensors")
-    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
-    moved = 0
-    for name, value in start.items():
-        step = (after[name] - value).abs().max().item()
-        expected = 0.4 / 2 / fan_in(value)                   # the first of two steps of warm-up
-        assert step <= expected * 1.001 + 1e-6, name
-        moved += step > expected * 0.9
-    assert moved > 0.9 * len(start) - 1                      # some gradients are near AdamW's eps
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-@pytest.mark.parametrize("lr, images, global_batch, warmup", [
-    (0.5, 152_500_000, 2048, 1000), (0.1, 42_340_000, 516, 1000), (0.3, 56_000, 12, 200), (0.7, 1001, 7, 0),
-    (0.3, 100, 7, 15)])
-def test_lr_of_an_uninterrupted_run_is_bitwise_the_formula_in_steps(
-        lr, images, global_batch, warmup, schedule):
-    """A linear warm-up, then the lr as it is or half a cosine down to one percent."""
-    s = train.Settings(lr=lr, images=images, global_batch=global_batch, warmup=warmup, schedule=schedule)
-    total, lengths = math.ceil(images / global_batch), train.open_schedule(s, {})
-    for step in [*range(min(total, 1200)), *range(0, total, 97), total - 1]:
-        part = (step - warmup) / max(1, total - warmup)
-        cosine = lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
-        expected = cosine if schedule == "cosine" else lr
-        if step < warmup:
-            expected = lr * (step + 1) / warmup
-        assert hdm.lr_at(step * global_batch, s, *lengths) == expected
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-@pytest.mark.parametrize("batches", [(8, 32, 8), (32, 8, 16), (24, 56, 40)])
-def test_another_global_batch_at_a_resume_moves_the_lr_by_no_more_than_a_step_does(schedule, batches, capsys):
-    """Wherever the run is, and again after the next resume; another --warmup is taken as it is."""
-    state, before = {}, 0.0
-    for turn, batch in enumerate(batches):
-        s = train.Settings(lr=1.0, images=40_000, global_batch=batch, warmup=150, schedule=schedule)
-        warmup, end = train.open_schedule(s, state)
-        assert warmup == 150 * batches[0] and 0 <= end - 40_000 < batch
-        rates = [hdm.lr_at(seen, s, warmup, end) for seen in range(state.get("images", 0), end, batch)]
-        for rate in rates[:len(rates) if turn == 2 else 100]:
-            assert abs(rate - before) <= 1.01 * max(batches) / warmup and rate <= 1
-            before = rate
-        assert before == (pytest.approx(0.01, abs=1e-3) if schedule == "cosine" else 1) or turn < 2
-        state = dict(images=state.get("images", 0) + 100 * batch, settings=vars(s), warmup_images=warmup)
-    changed = train.Settings(lr=1.0, images=40_000, global_batch=16, warmup=10)
-    assert train.open_schedule(changed, state)[0] == 160
-    capsys.readouterr()
-    longer = dataclasses.replace(s, images=80_000)
-    now = hdm.lr_at(state["images"], longer, *train.open_schedule(longer, state))
-    line, = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"lr at this point, {state['images']:,} images: ")
-    assert line.endswith(f"-> {now:.4g}")
-
-
-def test_a_run_is_as_long_as_its_images_or_its_epochs(place, tmp_path):
-    train_tiny(place, tmp_path / "run", epochs=1.5, eval_every=0, sample_every=0)
-    assert metrics(tmp_path / "run")[-1]["images"] == 40     # 1.5 x 22, in whole steps of 8
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["images"] == 33
-    refused("images=48, epochs=1.5", train_tiny, place, tmp_path / "other", epochs=1.5, images=48)
-    by_epochs = tmp_path / "epochs.py"                       # a flag wins over the other one of the file
-    by_epochs.write_text(re.sub("images = 48", "epochs = 2", (place / "tiny.py").read_text()))
-    assert train.read_settings([str(by_epochs)])[0].epochs == 2
-    s, _ = train.read_settings([str(by_epochs), "--images=16"])
-    assert (s.images, s.epochs) == (16, 0)
-
-
-def test_held_out_times_and_noise_depend_on_no_setting(place, monkeypatch):
-    """So that runs compare: a fork's distribution of training times moves none either."""
-    def drawn(**settings):
-        held = stream(place / "data", training=False, **settings)
-        return [(held[i]["t"], held[i]["noise"]) for i in range(len(held.places))]
-    expected = drawn(validation=0.2)
-    times = torch.stack([t for t, _ in expected])
-    assert len(set(times.tolist())) == len(times) and (0 < times).all() and (times < 1).all()
-    changes = [dict(t_shift=4.0), dict(tread_rate=0.0), dict(seed=7), dict(batch_size=1, global_batch=2),
-               dict(text_lengths=1, text_length=3), dict(mask_padding=True), dict(tag_dropout=0.9),
-               dict(caption_dropout=0.9, group_dropout=0.0), dict(tag_separator=","), dict(workers=3)]
-    for change in changes:
-        assert same(drawn(validation=0.2, **change), expected), change
-    monkeypatch.setattr(hdm, "draw_time", lambda n, shift=1.0, generator=None: torch.full((n,), 0.5))
-    assert same(drawn(validation=0.2), expected)
-    assert stream(place / "data")[0]["t"] == 0.5
-
-
-def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place, tmp_path):
-    """Of fixed images, prompts, noise and seeds, so that lines and grids of a run compare. The prompts of a
-    file, one a line, which ends at a line feed, come after the captions, with seeds of their own."""
-    file = tmp_path / "mine.txt"
-    file.write_bytes("\ufeff# mine\r\nlarge circle\r\n\n  a\u2028b  \n".encode())
-    train_tiny(place, tmp_path / "run", preview_prompts=file, max_steps=1, sample_every=1, eval_every=1)
-    for run, more in (trained, []), (tmp_path / "run", ["large circle", "a\u2028b"]):
-        model, _, settings = sample.load_model(run)
-        te = sample.load_text_encoder(settings)
-        held = stream(place / "data", training=False, validation=TINY["validation"])
-        n = len(held.places)
-        batch = default_collate([held[i] for i in range(n)])
-        with torch.no_grad():
-            loss = hdm.flow_loss(model, **hdm.loss_inputs(batch, None, te, held.s, "cpu"))
-        assert metrics(run)[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
-        seeds = [*range(n), *range(len(more))]
-        images = sample.generate(model, None, te, batch["caption"] + more, seeds, settings)
-        assert apart(max((run / "samples").iterdir()), np.asarray(hdm.image_grid(images, 4, scale=8))) <= 1
-
-
-def test_files_of_preview_prompts_that_are_none_are_refused(place, tmp_path):
-    for name, text in dict(none="# none\n", settings="a circle --cfg=2\n", half="a circle --cfg\n").items():
-        (tmp_path / name).write_text(text)
-    for name in ("none", "settings", "half", "missing"):
-        refused(str(tmp_path / name), train_tiny, place, tmp_path / "run", preview_prompts=tmp_path / name)
-
-
-def stream(data, training=True, pos="long_side", latents=None, **settings):
-    """The samples that train.py would read from a folder of images, or from an index."""
-    s = SimpleNamespace(**vars(train.Settings()) | TINY | dict(validation=0.0) | settings)
-    index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
-    parts, held = index.split(s.validation)
-    places = prepare.Epochs(parts, s.seed) if training else held or list(range(len(index)))
-    channels, factor = (4, 2) if s.vae else (3, None)
-    config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
-    return prepare.Samples(index, places, latents, s, config, factor, s.seed if training else None)
-
-
-def names(index, numbers=None):
-    """The names of an index's records."""
-    return [index[i].name for i in (range(len(index)) if numbers is None else numbers)]
-
-
-def split(folder, validation):
-    """The names that train.py trains on, and those that it holds out."""
-    index = prepare.open_index(folder)
-    parts, held = index.split(validation)
-    trained_on = [name for first, n, _ in parts for name in names(index, range(first, first + n))]
-    return trained_on, names(index, held)
-
-
-@pytest.mark.parametrize("size, convention", [
-    ((24, 16), "long_side"), ((16, 24), "unit_area"), ((16, 16), "long_side")])
-def test_every_crop_is_drawn_and_knows_where_it_was(size, convention, tmp_path):
-    """Each pixel's red is its column and its green is its row, so a crop's pixels tell its true place."""
-    width, height = size
-    y, x = np.mgrid[:height, :width]
-    Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a")
-    samples = stream(tmp_path, pos=convention)
-    half_x, half_y = (width / max(size), height / max(size))
-    if convention == "unit_area":
-        half_x, half_y = math.sqrt(width / height), math.sqrt(height / width)
-    counts = collections.Counter()
-    for i in range(450):
-        item = samples[i]
-        pixels = item["pixels"].float()
-        left, top = (int(value) for value in pixels[:2, 0, 0])
-        counts[left, top] += 1
-        assert torch.equal(pixels[0], left + torch.arange(16.0).expand(16, 16))
-        assert torch.equal(pixels[1], top + torch.arange(16.0)[:, None].expand(16, 16))
-        center = pixels.unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-2, -1)) + 0.5      # (3, 4, 4), in pixels
-        expected = torch.stack([center[1] / height * 2 - 1, center[0] / width * 2 - 1], dim=-1)
-        expected = expected * torch.tensor([half_y, half_x])
-        torch.testing.assert_close(item["pos"].view(4, 4, 2), expected, atol=1e-6, rtol=0)
-        assert item["aspect"] == pytest.approx(math.log(width / height))
-    wanted = {(left, top) for left in range(width - 15) for top in range(height - 15)}
-    assert set(counts) == wanted                             # every offset from 0 to long - X, both ends too
-    assert min(counts.values()) > 450 / len(wanted) / 2      # and about as often
-    held_out = stream(tmp_path, training=False)[0]["pixels"][:2, 0, 0].tolist()
-    assert held_out == [(width - 16) // 2, (height - 16) // 2]
-
-
-def test_the_short_side_becomes_the_stages_and_the_long_side_is_floored(tmp_path):
-    write_picture(tmp_path / "a", (20, 33), 1)
-    samples = stream(tmp_path)
-    items = [samples[i] for i in range(200)]
-    aspects = {item["aspect"].item() for item in items}
-    assert aspects == {torch.tensor(math.log(16 / 26)).item()}                        # 33 * 16 / 20 = 26.4
-    tops = {round(item["pos"][0, 0].item() * 13 + 13 - 2, 3) for item in items}       # y of the first token
-    assert tops == set(range(11))
-    assert all(item["pixels"].shape == (3, 16, 16) for item in items)
-
-
-def test_a_sample_is_a_function_of_seed_epoch_and_name(place):
-    def items(indices, **settings):
-        samples = stream(place / "data", **settings)
-        return {i: samples[i] for i in indices}
-
-    forward, backward = items(range(30, 40)), items(reversed(range(20, 50)))
-    other = items(range(30, 40), seed=1)
-    assert all(same(backward[i], forward[i]) for i in forward)
-    assert not any(same(forward[i]["noise"], other[i]["noise"]) for i in forward)
-    noises = [item["noise"] for item in backward.values()]   # every sample's own, the next epoch's too
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(noises, 2))
-    empty = [not item["caption"] for item in items(range(480)).values()]
-    assert sum(empty) / 480 == pytest.approx(0.3, abs=0.09)
-    held = [stream(place / "data", training=False, seed=seed)[3] for seed in (0, 1)]
-    assert same(*held) and "keep" not in held[0] and held[0]["caption"].endswith("on navy, large, with pink")
-
-
-def test_a_step_reads_what_the_samples_drew(place, te):
-    samples, vae = stream(place / "data", vae="a VAE"), tiny_vae(**STATISTICS)
-    batch = default_collate([samples[i] for i in range(4)])
-    inputs = hdm.loss_inputs(batch, vae, te, samples.s, "cpu")
-    assert all(same(inputs[name], batch[name]) for name in ("pos", "t", "noise", "keep"))
-    assert close(inputs["aspect"], batch["aspect"].float())
-    images = batch["pixels"] / 127.5 - 1
-    assert torch.equal(inputs["x0"], vae.encode(images, sample=True, noise=batch["vae_noise"]))
-    assert torch.equal(hdm.loss_inputs(batch, None, te, samples.s, "cpu")["x0"], images)
-    ctx, mask = te(batch["caption"], pad_to=8)
-    own = 2 * ((mask.sum(1) + 1) // 2)                       # 8 tokens, four lengths: the next even number
-    assert torch.equal(inputs["ctx"], ctx)
-    assert torch.equal(inputs["ctx_mask"], torch.arange(8) < own[:, None])            # pads are tokens
-    samples.s.text_lengths = 1
-    assert hdm.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"] is None    # all of them
-    samples.s.mask_padding = True
-    assert torch.equal(hdm.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"], mask)
-
-
-def test_what_is_transparent_becomes_white(tmp_path):
-    pixels = np.zeros((8, 8, 4), np.uint8)
-    pixels[:, :4] = 200, 100, 0, 255
-    for mode, suffix in (("RGBA", "png"), ("RGBA", "webp"), ("LA", "png"), ("RGB", "png")):
-        path = tmp_path / f"{mode}.{suffix}"
-        Image.fromarray(pixels).convert(mode).save(path, **dict(lossless=True) if suffix == "webp" else {})
-        image = np.asarray(hdm.load_image(path))
-        assert image.shape == (8, 8, 3)
-        assert (image[:, 4:] == (0 if mode == "RGB" else 255)).all()
-        assert mode == "LA" or (image[:, :4] == (200, 100, 0)).all()
-
-
-def test_sixteen_bit_gray_keeps_its_values(tmp_path):
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(levels * 257).save(tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").mode.startswith("I")
-    assert np.array_equal(np.asarray(hdm.load_image(tmp_path / "a.png")), np.stack([levels] * 3, axis=-1))
-
-
-XYZ = dict(                        # red, green and blue, adapted to D50
-    srgb=[(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)],
-    p3=[(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)],
-    adobe=[(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)])
-
-
-def icc(space, **tags):
-    """A color profile, version 2, of tags' bytes."""
-    fixed = struct.pack(">3i", 63190, 65536, 54061)          # D50
-    head = b"lcms\2\x40\0\0" + b"mntr" + space + (b"Lab " if space == b"CMYK" else b"XYZ ") + bytes(12)
-    head += b"acsp" + bytes(28) + fixed + bytes(48)
-    table, body = struct.pack(">I", len(tags)), b""
-    for name, data in tags.items():
-        table += name.encode() + struct.pack(">2I", 132 + 12 * len(tags) + len(body), len(data))
-        body += data + bytes(-len(data) % 4)
-    return struct.pack(">I", 132 + 12 * len(tags) + len(body)) + head + table + body
-
-
-def rgb_profile(primaries, gamma):
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma))
-    tags = {f"{name}XYZ": b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * one) for one in xyz))
-            for name, xyz in zip("rgb", XYZ[primaries])}
-    return icc(b"RGB ", **tags, rTRC=curve, gTRC=curve, bTRC=curve)
-
-
-def seen_in_srgb(pixels, primaries, gamma):
-    """By the formulas: pixels (..., 3) uint8 in such a profile's colors -> in sRGB's."""
-    linear = (pixels / 255.0) ** gamma @ np.array(XYZ[primaries]) @ np.linalg.inv(np.array(XYZ["srgb"]))
-    linear = linear.clip(0, 1)
-    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-
-
-def test_colors_are_those_of_srgb(tmp_path, vae_folder):
-    """By an embedded profile of any kind, in all that reads images; none, sRGB's or a broken one changes
-    nothing, and a broken one is counted."""
-    y, x = np.mgrid[:48, :64].astype(np.float32)
-    pixels = np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
-    gray_curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
-    ink = bytes(range(256)) * 4                              # Lab of no ink is white, of any much darker
-    corners = [b"\xff\x80\x80" if not any(inks) else b"\x30\xa0\x60"
-               for inks in itertools.product((0, 1), repeat=4)]
-    cmyk = icc(b"CMYK", A2B0=b"mft1" + bytes(4) + b"\4\3\2\0" + struct.pack(
-        ">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536) + ink + b"".join(corners) + bytes(range(256)) * 3)
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    convert, plain = Image.fromarray(pixels).convert, {}
-    for mode in ("RGB", "L", "P"):
-        plain[mode] = np.asarray(convert(mode).convert("RGB"))
-    linear_gray, p3 = icc(b"GRAY", kTRC=gray_curve), rgb_profile("p3", 2.2)
-    cases = [                                                # name, mode, profile, what it looks like
-        ("p3.png", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
-        ("p3.webp", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
-        ("alpha.png", "RGBA", p3, seen_in_srgb(pixels, "p3", 2.2)),
-        ("adobe.jpg", "RGB", rgb_profile("adobe", 2.2), seen_in_srgb(pixels, "adobe", 2.2)),
-        ("linear.png", "RGB", rgb_profile("srgb", 1), seen_in_srgb(pixels, "srgb", 1)),
-        ("palette.png", "P", rgb_profile("p3", 1.8), seen_in_srgb(plain["P"], "p3", 1.8)),
-        ("gray as RGB.png", "L", rgb_profile("p3", 1), seen_in_srgb(plain["L"], "p3", 1)),
-        ("gray.png", "L", linear_gray, seen_in_srgb(plain["L"], "srgb", 1)),
-        ("gray with alpha.png", "LA", linear_gray, seen_in_srgb(plain["L"], "srgb", 1)),
-        ("no ink.jpg", "CMYK", cmyk, np.full((48, 64, 3), 255)),
-        ("srgb.png", "RGB", srgb, pixels), ("none.png", "RGB", None, pixels),
-        ("broken.png", "RGB", b"no profile", pixels), ("broken.webp", "RGB", p3[:300], pixels),
-        ("broken, gray.png", "RGB", linear_gray, pixels), ("broken, inks.png", "RGB", cmyk, pixels)]
-    for name, mode, profile, _ in cases:
-        image = Image.new("CMYK", (64, 48)) if mode == "CMYK" else convert(mode)
-        options = dict(quality=100, subsampling=0) if name.endswith("jpg") else {}
-        options |= dict(lossless=True) if name.endswith("webp") else {}
-        image.save(tmp_path / name, icc_profile=profile, **options)
-        (tmp_path / name).with_suffix(".txt").write_text("x")
-    report = prepare.Report()
-    index = {one.name: one.colors for one in scan(tmp_path, report)}
-    broken = sorted(name for name, *_ in cases if name.startswith("broken"))
-    assert {kind: sorted(entry["paths"]) for kind, entry in report.items()} == {
-        "kept: broken color profile": [str(tmp_path / name) for name in broken]}
-    for name, _, _, expected in cases:
-        same_colors = name in (*broken, "srgb.png", "none.png")
-        assert (index[name] == 1) == (not same_colors)
-        whole = np.asarray(hdm.load_image(tmp_path / name)).astype(float)
-        most = 0 if same_colors else 12 if name.endswith("jpg") else 2               # of 255
-        assert abs(whole - expected).max() <= most, name
-        small = hdm.load_image(tmp_path / name, 24)
-        halved = np.asarray(expected).reshape(24, 2, 32, 2, 3).mean((1, 3))
-        assert abs(np.asarray(small).astype(float) - halved).mean() < 6 and "icc_profile" not in small.info
-        assert np.array_equal(np.asarray(sample.load_source(str(tmp_path / name), "")[0]), whole)
-    index, vae = prepare.open_index(tmp_path), hdm.load_vae(vae_folder)
-    folder = prepare.latents_folder("x", index, vae, 16)
-    index.records["colors"] = 0                             # as before there were profiles
-    assert folder != prepare.latents_folder("x", index, vae, 16)
-
-
-def test_adding_pictures_moves_none_across_the_split(tmp_path):
-    for i in range(40):
-        write_picture(tmp_path / f"{i}", (16, 16), i)
-    few = [set(part) for part in split(tmp_path, 0.3)]
-    for i in range(40, 80):
-        write_picture(tmp_path / "more" / f"{i}", (16, 16), i)
-    many = [set(part) for part in split(tmp_path, 0.3)]
-    assert few[0] < many[0] and few[1] < many[1] and not many[0] & many[1]
-    assert 12 < len(many[1]) < 36
-    assert split(tmp_path, 0.0)[1] == []
-
-
-@pytest.fixture(scope="session")
-def moved(place, te_folder, tmp_path_factory):
-    """A run in latents whose VAE and text encoder were deleted, and which was moved, after it had ended."""
-    lab = tmp_path_factory.mktemp("lab")
-    shutil.copytree(te_folder, lab / "te")
-    (lab / "vae").mkdir()
-    save_file(tiny_vae().state_dict(), lab / "vae" / "diffusion_pytorch_model.safetensors")
-    config = dict(_class_name="AutoencoderKL", block_out_channels=[32, 64], layers_per_block=1,
-                  latent_channels=4, norm_num_groups=32, scaling_factor=0.13025, **STATISTICS)
-    (lab / "vae" / "config.json").write_text(json.dumps(config))
-    train_tiny(place, lab / "run", vae=lab / "vae", text_encoder=lab / "te", patch_size=2, images=16)
-    shutil.move(lab / "run", lab / "elsewhere")
-    shutil.rmtree(lab / "te")
-    shutil.rmtree(lab / "vae")
-    return lab / "elsewhere"
-
-
-def test_a_run_moved_elsewhere_still_draws(moved, tmp_path):
-    model, vae, settings = sample.load_model(moved)
-    assert vae.factor == 2 and model.config.in_channels == 4
-    assert vae.mean == tuple(STATISTICS["latents_mean"]) and vae.std == tuple(STATISTICS["latents_std"])
-    images = torch.rand(1, 3, 16, 16)
-    expected = tiny_vae(**STATISTICS).to(memory_format=torch.channels_last)
-    assert torch.equal(vae.encode(images), expected.encode(images))
-    assert len(metrics(moved)) == 2 and all(line["val_loss"] > 0 for line in metrics(moved))
-    sample.main([f"--ckpt={moved}", "--prompt=red circle", "--width=20", f"--out={tmp_path}"])
-    assert Image.open(tmp_path / "00000-0.png").size == (20, 16)
-
-
-# ---- Training that can be left alone ---------------------------------------------------------------------
-
-SLOW = [pytest.mark.slow, pytest.mark.skipif("slow" not in sys.argv, reason="pytest -m slow")]
-
-
-def slow(test):
-    """For tests of half a minute and more, which `pytest -m slow` runs."""
-    return functools.reduce(lambda test, mark: mark(test), SLOW, test)
-
-
-
-def together(ranks, *argv, cwd, program="train.py"):
-    """A program on several processes of torchrun, with gloo."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*words, *map(str, (HERE / program, *argv))], cwd=cwd, env=ONE_THREAD,
-                          capture_output=True, text=True, timeout=300)
-
-
-def first_gradient(run):
-    """Of each weight, as Adam's first moment holds it after one step: the reduced and clipped one."""
-    state = train_state(run / "ckpt_00000001")["optimizer"]["state"]
-    return [each["exp_avg"] / (1 - 0.9) for each in state.values()]
-
-
-@pytest.mark.parametrize("ranks, steps", [(2, 10), pytest.param(4, 20, marks=SLOW)])
-def test_many_processes_are_one(ranks, steps, place, tmp_path):
-    """The gradient of step 1 to 1e-5, all losses to 1e-3: with TREAD, crops, dropout and accumulation."""
-    argv = [f"--images={8 * steps}", "--save_every=1", "--keep_ckpts=0", "--log_every=1", "--eval_every=10",
-            "--clip=1e9", "--sample_every=10", f"--batch_size={8 // ranks // 2}"]
-    train_tiny(place, tmp_path / "one", **dict(word[2:].split("=") for word in argv))
-    done = forked(train.main, place / "tiny.py", "--out_dir=many", *argv, cwd=tmp_path, ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    assert f"a step: {ranks} ranks x 2 x {4 // ranks}\n" in done.stdout
-    assert done.stdout.count("done:") == 1
-    for one, many in zip(*(first_gradient(tmp_path / name) for name in ("one", "many"))):
-        assert close(many, one, 1e-5)
-    for one, many in zip(*(metrics(tmp_path / name) for name in ("one", "many")), strict=True):
-        for name in ("loss", "val_loss", "grad_norm"):
-            assert many[name] == one[name] or many[name] == pytest.approx(one[name], rel=1e-3)
-    a, b = (np.asarray(Image.open(tmp_path / name / "samples" / "00000010.png")) for name in ("one", "many"))
-    assert abs(a.astype(int) - b).max() <= 2
-
-
-def test_gradients_are_exchanged_once_a_step(place, tmp_path, monkeypatch):
-    """Two processes, two micro-steps, two steps: the one bucket of gradients leaves each process twice."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-    original = torch.nn.parallel.DistributedDataParallel
-
-    def counted(module, **how):
-        def hook(state, bucket):
-            os.write(2, b"exchanged\n")
-            return allreduce_hook(state, bucket)
-        network = original(module, **how)
-        network.register_comm_hook(None, hook)
-        return network
-
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", counted)
-    done = forked(train.main, place / "tiny.py", "--batch_size=2", "--max_steps=2", cwd=tmp_path, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("exchanged") == 2 * 2
-
-
-@slow
-def test_two_processes_resume_bitwise_and_one_goes_on_with_the_same_images(trained, place, tmp_path):
-    argv = [place / "tiny.py", "--batch_size=2", "--workers=1"]
-    assert together(2, *argv, "--out_dir=whole", cwd=tmp_path).returncode == 0
-    assert together(2, *argv, "--out_dir=cut", "--max_steps=2", cwd=tmp_path).returncode == 0
-    shutil.copytree(tmp_path / "cut", tmp_path / "one")
-    assert together(2, *argv, "--out_dir=cut", "--resume", cwd=tmp_path).returncode == 0
-    whole, cut = (tmp_path / name / "ckpt_00000006" for name in ("whole", "cut"))
-    assert same(checkpoint(whole), checkpoint(cut))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
-    train_tiny(place, tmp_path / "one", resume=True)         # on one process
-    shutil.copytree(trained / "ckpt_00000004", tmp_path / "two" / "ckpt_00000004")    # of one process, on two
-    assert together(2, *argv, "--out_dir=two", "--resume", cwd=tmp_path).returncode == 0
-    assert metrics(tmp_path / "two")[-1]["loss"] == pytest.approx(metrics(trained)[-1]["loss"], rel=1e-4)
-    for name in ("one", "whole"):
-        for line, expected in zip(metrics(tmp_path / name), metrics(trained)):
-            assert (line["loss"] or 0) == pytest.approx(expected["loss"] or 0, rel=1e-4)
-
-
-def test_an_error_is_told_once_by_one_process(place, tmp_path):
-    done = forked(train.main, place / "tiny.py", "--batchsize=2", cwd=tmp_path, ranks=2)
-    assert done.returncode != 0 and done.stderr.count("error: --batchsize=2") == 1
-    done = together(2, place / "tiny.py", "--global_batch=10", "--batch_size=2", cwd=tmp_path)
-    message = "error: --global_batch=10: no multiple of batch_size x processes = 2 x 2; 8 is"
-    assert done.returncode != 0 and done.stderr.count(message) == 1
-
-
-@slow
-@pytest.mark.parametrize("how", ["raise ValueError('the cat sat on rank 1')", "os.kill(os.getpid(), 9)"])
-def test_a_process_that_dies_takes_the_others_down(how, place, tmp_path):
-    (tmp_path / "dying.py").write_text(f"""
-import os, sys
-sys.path.insert(0, {str(HERE)!r})
-import hdm, train
-calls, original = [], hdm.loss_inputs
-def failing(*arguments):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 20:
-        {how}
-    return original(*arguments)
-hdm.loss_inputs = failing
-hdm.run_main(train.main)
-""")
-    began = time.monotonic()
-    done = together(2, place / "tiny.py", "--images=80000", cwd=tmp_path, program=tmp_path / "dying.py")
-    assert done.returncode != 0 and time.monotonic() - began < 60
-    told = done.stderr.count("    main(sys.argv[1:])\n")      # a traceback of ours; torchrun adds its own
-    assert told == 1
-    assert done.stderr.count("ValueError: the cat sat on rank 1") == ("raise" in how)
-
-
-@pytest.mark.parametrize("error", [ValueError, hdm.UserError])
-def test_a_crash_ends_the_loader_processes_too(error, place, tmp_path, monkeypatch):
-    """They do not listen to the signal by which Python ends them, and would be waited for."""
-    def failing(*arguments):
-        raise error("the cat sat")
-    monkeypatch.setattr(hdm, "loss_inputs", failing)
-    done = forked(train.main, place / "tiny.py", "--workers=2", "--eval_every=0", cwd=tmp_path)
-    assert done.returncode == (1 if error == ValueError else 2)
-    assert done.stderr.count("the cat sat") == 1 + (error == ValueError)
-
-
-def test_processes_that_see_other_pictures_are_refused(place, tmp_path):
-    shutil.copytree(place / "data", tmp_path / "other")
-    write_picture(tmp_path / "other" / "one_more", (16, 16), 1)
-    def main(argv):
-        train.main([*argv, *["--data=other"] * (os.environ["RANK"] == "1")])
-    done = forked(main, place / "tiny.py", cwd=tmp_path, ranks=2)
-    assert done.returncode != 0 and done.stderr.count("not the same to all processes") == 1
-
-
-def spoil(path):
-    """A PNG whose ends are whole and whose pixels cannot be decoded."""
-    data = path.read_bytes()
-    path.write_bytes(data[:41] + bytes(20) + data[61:])
-
-
-def test_a_broken_picture_is_named_and_the_next_takes_its_place(place, data, tmp_path, capsys):
-    path = data / "picture2.png"
-    spoil(path)
-    train_tiny(place, tmp_path / "run", data=data, max_steps=3)
-    train_tiny(place, tmp_path / "run", data=data, resume=True)
-    said = capsys.readouterr().out
-    assert said.count(f"warning: {path}: not a complete image") == 2                     # once in each run
-    assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
-    samples = stream(data)
-    i = next(i for i in range(48) if names(samples.index, [samples.places[i][2]]) == ["picture2.png"])
-    item = samples[i]
-    assert str(path) in item["trouble"][0] and samples[i + 1]["trouble"] == ("", "")
-    assert same(item, samples[i + 1] | dict(trouble=item["trouble"]))
-    for i in (3, 6, 7):                                      # too many of them end the run
-        spoil(data / f"picture{i}.png")
-    message = one_line(train_tiny, place, tmp_path / "many", data=data, images=800)
-    assert "images cannot be read, more than --max_unreadable=0.05" in message
-    train_tiny(place, tmp_path / "allowed", data=data, max_unreadable=0.2)
-
-
-def started(*argv, cwd, after):
-    """train.py in a process of its own, at the moment when run/metrics.jsonl has `after` lines."""
-    run = Forked(train.main, *argv, cwd=cwd)
-    log = cwd / "run" / "metrics.jsonl"
-    while run.processes[0].is_alive() and (not log.exists() or log.read_text().count("\n") < after):
-        time.sleep(0.01)
-    return run
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_and_goes_on_as_if_never_stopped(number, trained, place, tmp_path, monkeypatch):
-    """Also in the middle of a step's accumulation, with loader processes."""
-    loss_inputs = hdm.loss_inputs
-    def slowly(*arguments):
-        time.sleep(0.1)
-        return loss_inputs(*arguments)
-    monkeypatch.setattr(hdm, "loss_inputs", slowly)
-    run = started(place / "tiny.py", "--out_dir=run", "--workers=2", cwd=tmp_path, after=1)
-    os.kill(run.processes[0].pid, number)
-    done = run.wait()
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("--resume")
-    saved, = hdm.list_checkpoints(tmp_path / "run")
-    assert saved.name < "ckpt_00000006"
-    monkeypatch.undo()
-    train_tiny(place, tmp_path / "run", resume=True)
-    assert same(checkpoint(tmp_path / "run" / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
-    assert metrics(tmp_path / "run") == metrics(trained)
-
-
-def test_a_second_signal_ends_the_process_and_an_echo_does_not(monkeypatch):
-    ended, clock = [], iter([0.0, 0.2, 5.0])
-    monkeypatch.setattr(train.os, "_exit", ended.append)
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
-    noted = train.catch_signals()
-    for expected in ([], [], [128 + signal.SIGTERM]):
-        signal.raise_signal(signal.SIGTERM)
-        assert noted and ended == expected
-
-
-@slow
-def test_a_run_killed_again_and_again_ends_like_one_that_never_was(trained, place, tmp_path):
-    rng, killed_while_saving = random.Random(0), 0
-    argv = [place / "tiny.py", "--out_dir=run", "--save_every=1", "--log_every=1"]
-    train_tiny(place, tmp_path / "whole", log_every=1)
-    for attempt in range(30):
-        resume = ["--resume"] if hdm.list_checkpoints(tmp_path / "run") else []
-        lines = len(train.read_metrics(tmp_path / "run"))
-        process, = started(*argv, *resume, cwd=tmp_path, after=lines + 1).processes
-        while attempt % 2 and process.is_alive() and not list((tmp_path / "run").glob("partial_*")):
-            pass                                             # every second time: while it saves
-        time.sleep(rng.uniform(0, 0.004 if attempt % 2 else 0.15))
-        process.kill()
-        process.join()
-        killed_while_saving += bool(list((tmp_path / "run").glob("partial_*")))
-        if (tmp_path / "run" / "ckpt_00000006").exists():    # it may have been killed as it ended
-            break
-    assert killed_while_saving >= 1
-    ends = [checkpoint(tmp_path / name / "ckpt_00000006") for name in ("run", "whole")]
-    assert same(*ends)
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    assert not list((tmp_path / "run").glob("partial_*"))
-
-
-def test_milestones_and_the_newest_checkpoints_stay(place, tmp_path):
-    settings = dict(save_every=1, keep_ckpts=1, milestone_every=20, eval_every=0, sample_every=0)
-    train_tiny(place, tmp_path / "a", **settings)
-    train_tiny(place, tmp_path / "b", **settings, max_steps=4)
-    train_tiny(place, tmp_path / "b", **settings, resume=True)
-    for run in "ab":                                         # of 24 and 40 images, and the last; where it
-        steps = [int(path.name[5:]) for path in hdm.list_checkpoints(tmp_path / run)]  # stopped is none
-        assert steps == [3, 5, 6]
-
-
-def test_times_begin_at_one_and_fall_to_zero_at_any_shift():
-    for shift in [*(hundredths / 100 for hundredths in range(1, 1000)), 0.33, 1.57, 1.82]:
-        times = hdm.sampling_times(7, shift)
-        assert times[0] == 1 and times[-1] == 0 and (times[1:] < times[:-1]).all()
-
-
-def test_a_full_disk_stops_the_save_and_not_the_run(place, tmp_path):
-    """A limit on the size of files is as good: a write fails in its middle."""
-    resource = pytest.importorskip("resource")
-    train_tiny(place, tmp_path / "run", max_steps=2)
-    before = content(tmp_path / "run" / "ckpt_00000002")
-
-    def limited(argv):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        train.main(argv)
-
-    done = forked(limited, place / "tiny.py", f"--out_dir={tmp_path / 'run'}", "--resume", "--save_every=1",
-                  "--max_steps=5", cwd=tmp_path)
-    assert done.stdout.count("warning: not written: ") == 3  # steps 3 and 4, and the last
-    assert "ckpt_00000003, which takes 0.00" in done.stdout and "are free" in done.stdout
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --out_dir=")
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 3, 5]
-    assert [path.name for path in (tmp_path / "run").glob("*ckpt_*")] == ["ckpt_00000002"]
-    assert content(tmp_path / "run" / "ckpt_00000002") == before
-
-
-class Poisoned:
-    """hdm.loss_inputs, with images that are not finite in some calls."""
-
-    def __init__(self, calls):
-        self.original, self.calls, self.count = hdm.loss_inputs, calls, 0
-
-    def __call__(self, *arguments):
-        inputs = self.original(*arguments)
-        if self.count in self.calls:
-            inputs["x0"] = inputs["x0"] * math.nan
-        self.count += 1
-        return inputs
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, place, tmp_path, monkeypatch):
-    settings = dict(eval_every=0, sample_every=0, save_every=1, log_every=1, max_steps=4, ema=0, dtype=dtype)
-    monkeypatch.setattr(hdm, "loss_inputs", Poisoned([3]))      # the second half of step 2
-    train_tiny(place, tmp_path, keep_ckpts=0, **settings)
-    folders = hdm.list_checkpoints(tmp_path)
-    states = [torch.load(path / "train.pt", weights_only=True)["optimizer"]["state"] for path in folders]
-    weights = [load_file(path / "model.safetensors") for path in folders]
-    assert same(weights[0], weights[1]) and same(states[0], states[1])
-    assert not same(weights[1], weights[2])
-    lines = metrics(tmp_path)[1:]
-    assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
-    assert [line["loss"] is None for line in lines] == [False, True, False, False]
-
-
-def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(hdm, "loss_inputs", Poisoned(range(6, 1000)))               # from step 3 on
-    how = dict(images=400, eval_every=0, sample_every=0, save_every=1, ema=0)
-    message = one_line(lambda: train_tiny(place, tmp_path, **how))
-    samples = stream(place / "data", validation=TINY["validation"])
-    bad = names(samples.index, [samples.places[i][2] for i in range(24, 32)])
-    assert "since step 3" in message and all(name in message for name in bad)
-    assert message.count(".png") + message.count(".webp") == 8
-    first, last = (load_file(hdm.list_checkpoints(tmp_path)[i] / "model.safetensors") for i in (0, -1))
-    assert same(first, last)                                 # of steps 10 to 12, all as after step 3
-
-
-@pytest.mark.parametrize("changes", [{}, dict(residual="raw", skips="mirror")])
-def test_gradient_checkpointing_changes_no_gradient(changes, monkeypatch):
-    model = tiny_xut(**changes)
-    keep, mask = hdm.pick_tokens(2, 16, 0.5), torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    fixed = dict(x0=torch.randn(2, 3, 8, 8), ctx=torch.randn(2, 5, 32), t=torch.rand(2), keep=keep,
-                 noise=torch.randn(2, 3, 8, 8), ctx_mask=mask)
-    gradients, calls, compute = [], [], hdm.Block.compute
-    monkeypatch.setattr(hdm.Block, "compute", lambda *arguments: calls.append(1) or compute(*arguments))
-    for on in (False, True):
-        model.checkpoint_blocks(on)
-        gradients.append(torch.autograd.grad(hdm.flow_loss(model, **fixed), list(model.parameters())))
-    assert same(*gradients)
-    blocks = sum(isinstance(module, hdm.Block) for module in model.modules())
-    assert len(calls) == 3 * blocks                          # once, then once forward and once again backward
-
-
-def test_a_file_without_the_aspect_input_starts_it_at_zero(place, te_folder, tmp_path, capsys):
-    model = tiny_xut(aspect_cond=False, depth=1, dec_blocks=1, patch_size=4)
-    settings = dict(config=model.config, text_encoder=str(te_folder), text_length=8, vae="", image_size=16,
-                    step=3, images=24, steps=2, cfg=2.0, t_shift=1.0)
-    hdm.save_model(tmp_path / "old.safetensors", model.state_dict(), settings)
-    how = dict(init_from=tmp_path / "old.safetensors", max_steps=1)
-    train_tiny(place, tmp_path / "new", **how, lr=1e-9, ema=0)
-    assert "has no aspect input" in capsys.readouterr().out
-    new = sample.load_model(tmp_path / "new")[0]
-    x, t, ctx = torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 5, 32)
-    assert new.config.aspect_cond
-    assert close(new(x, t, ctx, aspect=torch.tensor([0.5, -1])), model(x, t, ctx), 1e-5)
-    train_tiny(place, tmp_path / "off", aspect_cond="false", **how)
-    assert not sample.load_model(tmp_path / "off")[0].config.aspect_cond
-
-
-def test_a_resume_with_grown_data_begins_an_epoch_and_with_others_is_refused_unless_asked_for(
-        place, data, tmp_path, capsys):
-    run = tmp_path / "run"
-    train_tiny(place, run, data=data, max_steps=2)
-    write_picture(data / "one_more", (16, 16), 1)
-    train_tiny(place, run, data=data, max_steps=4, resume=True, log_every=1)
-    assert "a new epoch begins" in capsys.readouterr().out
-    state = train_state(run / "ckpt_00000004")
-    n, before = state["pictures"], state["pictures"] - 1
-    assert state["images"] == 32 and state["position"] == math.ceil(16 / before) * n + 16
-    (data / "one_more.png").unlink()
-    refused(f"{data} --new_data", train_tiny, place, run, data=data, resume=True)
-    train_tiny(place, run, data=data, resume=True, new_data=True, log_every=1)
-    position = train_state(run / "ckpt_00000006")["position"]
-    assert position == math.ceil((math.ceil(16 / before) * n + 16) / n) * before + 16
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_where_files_cannot_be_locked_a_run_warns_and_trains(number, place, tmp_path, monkeypatch, capsys):
-    def flock(file, operation):
-        raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
-    with warnings.catch_warnings(record=True) as caught:     # filelock's own, where it has another way
-        warnings.simplefilter("always")
-        train_tiny(place, tmp_path, max_steps=1, eval_every=0, sample_every=0)
-    assert "cannot be locked" in capsys.readouterr().out or any("lock" in str(one.message) for one in caught)
-    assert len(hdm.list_checkpoints(tmp_path)) == 1
-
-
-def test_ranks_wait_for_hours(monkeypatch):
-    """For what one of them does alone: indexing, a download, encoding."""
-    waits = []
-    def join(*arguments, timeout=datetime.timedelta(minutes=30), **how):
-        waits.append(timeout)
-        raise KeyboardInterrupt
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(torch.distributed, "init_process_group", join)
-    with pytest.raises(KeyboardInterrupt):
-        hdm.start_ranks()
-    assert waits[0] >= datetime.timedelta(hours=6)
-
-
-@pytest.mark.parametrize("text", [
-    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
-    "out of shared memory. Please try to raise your shared memory limit.",
-    "unable to open shared memory object </torch_7_1_0> in read-write mode: No such file or directory (2)",
-    "unable to write to file </torch_7_1>: No space left on device (28)",
-    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-    "RuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"])
-def test_loaders_without_shared_memory_are_one_line(text, place, tmp_path, monkeypatch):
-    """The texts of torch 1.13 to 2.13."""
-    def failing(*arguments):
-        raise RuntimeError(text)
-    monkeypatch.setattr(hdm, "loss_inputs", failing)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    refused(f"--workers=0 --shm-size {text.splitlines()[-1]}", train_tiny, place, tmp_path)
-
-
-@slow
-@pytest.mark.parametrize("size", ["4k", "64k"])
-def test_a_small_dev_shm_is_one_line(size, place, tmp_path):
-    """The first has no room for a semaphore, the second none for a batch."""
-    mount = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
-        pytest.skip("needs a mount of its own")
-    argv = [*mount, sys.executable, HERE / "train.py", place / "tiny.py", "--workers=2", "--image_size=128"]
-    done = subprocess.run(list(map(str, argv)), cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: --workers=2") and "--workers=0" in done.stderr
-
-
-def test_two_runs_do_not_share_a_folder(place, tmp_path):
-    process, = started(place / "tiny.py", "--out_dir=run", "--images=80000", cwd=tmp_path, after=1).processes
-    before = content(tmp_path / "run").keys()
-    message = one_line(lambda: train_tiny(place, tmp_path / "run"))
-    process.kill()
-    process.join()
-    assert "another run is at work" in message and before <= content(tmp_path / "run").keys()
-    train_tiny(place, tmp_path / "run", max_steps=1)         # a lock ends with its process
-
-
-@pytest.mark.parametrize("others, left", [(0, 2), (2, 1), (0.3, 2)])
-def test_fewer_threads_work_while_others_use_the_cores_and_where_that_is_faster(others, left, monkeypatch):
-    """On two cores: two threads that share them with others are slow, one is less so."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(threads, "n", n))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads.n)
-    threads, cpu = SimpleNamespace(n=2), hdm.SharedCPU()
-    def run(others, start):
-        seen = collections.Counter()
-        for now in range(start, start + 1000, 2):
-            share = 2 / (2 + others)                         # of a core, for each of these programs
-            seconds = {1: 2.0, 2: 1.0 + 3 * others}[threads.n]
-            cpu.choose(seconds, threads.n * share, now)
-            seen[threads.n] += 1
-        return seen.most_common(1)[0][0]
-    assert run(others, 0) == left
-    assert run(0, 1000) == 2                                 # the others have ended
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
-@pytest.mark.parametrize("encoding, sink", [("ascii", "pipe"), ("cp1252", "pipe"), ("utf-8", "closed pipe"),
-                                            ("utf-8", "full disk"), ("utf-8", "no stream")])
-def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
-    names = "\u732b3.jpg \u00e9 \U0001f600 \udce9 \x1b"
-    if sink == "closed pipe":
-        reader, out = os.pipe()
-        os.close(reader)
-    else:
-        out = os.open("/dev/full" if sink == "full disk" else tmp_path / "out", os.O_CREAT | os.O_RDWR)
-
-    def main(argv):
-        for stream in (sys.stdout, sys.stderr):
-            print(names, file=stream, flush=True)
-        (tmp_path / "through").touch()
-        raise hdm.UserError(names)
-
-    def act():
-        sys.stdout = sys.stderr = None if sink == "no stream" else open(out, "w", encoding=encoding)
-        hdm.run_main(main)
-
-    process = multiprocessing.get_context("fork").Process(target=act)
-    process.start()
-    process.join(60)
-    assert (tmp_path / "through").exists() and process.exitcode == 2
-    if sink == "pipe":
-        expected = names.encode(encoding, "backslashreplace")
-        assert (tmp_path / "out").read_bytes().splitlines() == [expected, expected, b"error: " + expected]
-
-
-@pytest.mark.parametrize("argv, package", [
-    ("train.py --plot @run", "matplotlib"), ("train.py @tiny.py --log=wandb", "wandb"),
-    ("train.py @tiny.py --log=tensorboard", "tensorboard"),
-    ("sample.py --ckpt=@published.safetensors --text_encoder=@wide_te --ui", "gradio")])
-def test_an_optional_package_is_needed_where_it_is_asked_for(
-        argv, package, shelf, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    for name in (package, *[name for name in sys.modules if name.startswith(f"{package}.")]):
-        monkeypatch.setitem(sys.modules, name, None)
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
-        monkeypatch.setenv(name, "")
-    program, *words = argv.replace("@", f"{shelf}/").split()
-    monkeypatch.setattr(sys, "argv", [program, *words])
-    with pytest.raises(SystemExit) as caught:
-        hdm.run_main({"train.py": train, "sample.py": sample}[program].main)
-    error = capfd.readouterr().err
-    assert caught.value.code == 2 and f"pip install {package}" in error and error.count("\n") == 1
-    assert "--log=" in argv or content(tmp_path) == {}
-
-
-def test_curves_of_runs_are_drawn(trained, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    train.main(["--plot", str(trained), str(trained)])
-    assert Image.open("plot.png").width >= 1000
-
-
-def test_tensorboard_goes_on_where_a_run_does(trained, place, tmp_path):
-    """A run that was killed after step 5 goes on from step 3: each step stands there once, with previews."""
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    argv = dict(log="tensorboard", log_every=1, save_every=3)
-    train_tiny(place, tmp_path, **argv, max_steps=5)
-    shutil.rmtree(tmp_path / "ckpt_00000005")
-    train_tiny(place, tmp_path, **argv, resume=True)
-    events = reader.EventAccumulator(str(tmp_path)).Reload()
-    lines = metrics(tmp_path)
-    for name in ("lr", "loss", "val_loss", "epoch"):
-        expected = [(line["step"], line[name]) for line in lines if line[name] is not None]
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [
-            (step, pytest.approx(value)) for step, value in expected]
-    previews = {event.step: event.encoded_image_string for event in events.Images("previews")}
-    assert sorted(previews) == [0, 3, 6]
-    drawn = Image.open(tmp_path / "samples" / "00000006.png")
-    assert same(np.asarray(Image.open(io.BytesIO(previews[6]))).tolist(), np.asarray(drawn).tolist())
-
-
-@slow
-def test_wandb_goes_on_in_the_same_run(place, tmp_path, monkeypatch):
-    """The real one, offline: two folders of one run id, with previews."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for argv in (["--max_steps=3"], ["--resume", "--images=96"]):
-        done = command("train.py", place / "tiny.py", "--out_dir=run", "--log=wandb", *argv, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    ids = {torch.load(path / "train.pt", weights_only=True)["wandb"]
-           for path in hdm.list_checkpoints(tmp_path / "run")}
-    assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == ids
-    assert all(list(folder.rglob("previews_*.png")) for folder in folders)
-
-
-def test_loader_processes_may_be_spawned(place, tmp_path, monkeypatch):
-    """As on Windows and macOS, where all that they get is pickled."""
-    sent = []
-    def loader(samples, batch_size, worker_init_fn=None, **how):
-        sent.append(type(samples))
-        pickled = pickle.loads(pickle.dumps((samples, worker_init_fn)))
-        return torch.utils.data.DataLoader(pickled[0], batch_size, worker_init_fn=pickled[1], **how)
-    train_tiny(place, tmp_path / "plain", max_steps=1)
-    monkeypatch.setattr(train, "DataLoader", loader)
-    train_tiny(place, tmp_path / "pickled", max_steps=1, workers=1)
-    assert sent == [prepare.Samples] * 2
-    assert same(*(checkpoint(tmp_path / name / "ckpt_00000001") for name in ("plain", "pickled")))
-
-
-@slow
-def test_spawned_loader_processes_train_the_same(trained, place, tmp_path):
-    (tmp_path / "spawned.py").write_text(f"""
-import multiprocessing, sys
-sys.path.insert(0, {str(HERE)!r})
-import train
-if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
-    train.main(sys.argv[1:])
-""")
-    done = command(tmp_path / "spawned.py", place / "tiny.py", "--out_dir=run", "--workers=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert same(checkpoint(tmp_path / "run" / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
-
-
-Stage = collections.namedtuple("Stage", "images lr batch accumulation weight_decay beta2 clip checkpointing "
-                               "tread_rate text_length")
-STAGES = {  # SPEC 1
-    "256": Stage(152_500_000, 0.5, 128, 4, 0.02, 0.98, 3.0, False, 0.5, 256),
-    "512": Stage(42_340_000, 0.1, 64, 2, 0.005, 0.995, 1.0, True, 0.5, 256),
-    "768": Stage(8_469_000, 0.05, 64, 2, 0.002, 0.995, 1.0, True, 0.5, 256),
-    "1024": Stage(3_649_000, 0.02, 16, 4, 0.002, 0.995, 1.0, True, 0.0, 512)}
-
-
-def test_configs_are_the_published_stages():
-    for size, stage in STAGES.items():
-        values = hdm.read_config(str(HERE / "configs" / f"{size}.py"), train.CLASSES)
-        expected = dict(image_size=int(size), batch_size=stage.batch, beta1=0.9, warmup=1000,
-                        global_batch=stage.batch * stage.accumulation * 4, vae="KBlueLeaf/EQ-SDXL-VAE",
-                        text_encoder="Qwen/Qwen3-0.6B")
-        expected |= {name: value for name, value in stage._asdict().items() if name in values}
-        assert len(expected) == 7 + 8
-        assert {name: values[name] for name in expected} == expected
-    message = one_line(train.read_settings, [str(HERE / "configs" / "512.py")])
-    assert "--init_from=out/256" in message and "configs/256.py" in message
-    train.read_settings([str(HERE / "configs" / "finetune.py")])
-
-
-@slow
-def test_the_four_stages_follow_each_other(place, moved, tmp_path):
-    """Two steps each, by the real configs, in small: what a stage is, reaches the optimizer and the loop."""
-    folder = hdm.list_checkpoints(moved)[-1]
-    argv = ["--vae", folder / "vae", "--text_encoder", folder / "text_encoder", "--data", place / "data"]
-    argv += "--device=cpu --validation=0.2 --max_steps=2 --workers=1 --compile=false --log_every=1".split()
-    argv += "--dim=32 --heads=2 --head_dim=16 --mlp_dim=48 --ctx_dim=32 --depth=1 --dec_blocks=1".split()
-    for size, stage in STAGES.items():
-        done = command("train.py", HERE / "configs" / f"{size}.py", *argv, "--post_blocks=1",
-                       "--sample_steps=2", f"--image_size={int(size) // 16}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        run = tmp_path / "out" / size
-        settings = json.loads((run / "run.json").read_text())["settings"]
-        for name in ("clip", "checkpointing", "tread_rate", "text_length"):
-            assert settings[name] == getattr(stage, name)
-        assert metrics(run)[-1]["images"] == 2 * stage.batch * stage.accumulation * 4
-        state = torch.load(run / "ckpt_00000002" / "train.pt", weights_only=True)
-        for group in state["optimizer"]["param_groups"]:     # at the second of 1000 steps of warm-up
-            assert group["lr"] == pytest.approx(stage.lr * 2 / 1000 / group["fan_in"])
-            assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, stage.beta2), stage.weight_decay)
-
-
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(place, tmp_path, monkeypatch):
-    """All its files and its folder are flushed, and only then is it renamed."""
-    flushed, fsync, rename = [], os.fsync, Path.rename
-
-    def seen(file):
-        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
-        fsync(file)
-
-    def renamed(path, target):
-        assert {str(path), *(str(inner) for inner in path.rglob("*"))} <= set(flushed)
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", seen)
-    monkeypatch.setattr(Path, "rename", renamed)
-    train_tiny(place, tmp_path, max_steps=1)
-    assert len(hdm.list_checkpoints(tmp_path)) == 1 and len(flushed) > 5
-
-
 # ---- Layouts that prepare.py reads, broken files -----------------------------------------------------------
 
 def image_bytes(kind="PNG", size=(6, 4), noise=False, **options):
@@ -2938,7 +1640,7 @@ def test_names_beside_an_image_are_compared_composed(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_is_passed_over_is_told_by_its_kind(tmp_path, packed):
+def test_what_is_passed_over_is_reported_by_its_kind(tmp_path, packed):
     unknown = dict(zip(("a", "b.image", "c.bin", "d.tmp", "e.x"), map(image_bytes, (
         "PNG", "JPEG", "GIF", "WEBP", "BMP"))))
     kinds = {"image without a known suffix": unknown, "extra caption file": ["x.json", "x.png.txt"],
@@ -3463,7 +2165,7 @@ def test_an_order_of_ten_millions_is_random():
 
 
 def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
-    """Whole copies each time, fractions drawn anew: over ten epochs exactly, in one epoch to within one."""
+    """Whole copies each time, fractions drawn again: over ten epochs exactly, in one epoch to within one."""
     parts = [(0, 7, 1.0), (7, 5, 3.0), (12, 10, 0.25), (22, 6, 1.5), (28, 1, 0.1)]
     epochs = prepare.Epochs(parts, seed=3)
     items = [epochs[i] for i in range(epochs.start(20))]
@@ -3614,7 +2316,7 @@ def test_parquet_without_pyarrow_names_it(tmp_path, monkeypatch):
     assert "pip install pyarrow" in one_line(lambda: scan(tmp_path / "x.parquet"))
 
 
-def test_a_caption_that_is_gone_or_changed_costs_no_picture(data, tmp_path):
+def test_a_caption_that_is_gone_or_changed_costs_no_image(data, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(data, arcname=".")
     rows = [{"file": f"a.tar/picture{i}.png", "text": f"row {i}"} for i in (1, 2, 3)]
@@ -3629,7 +2331,7 @@ def test_a_caption_that_is_gone_or_changed_costs_no_picture(data, tmp_path):
     assert trouble[0] == "" and trouble[1].startswith("a.tar/picture")
 
 
-def test_what_is_not_read_is_told_too(tmp_path):
+def test_what_is_not_read_is_reported_too(tmp_path):
     write_files(tmp_path, {"a.heic": "x", "b.TIF": "x", "c.png": PNG, "c.txt": "x", "metadata.jsonl":
                            '{"file_name": "c.png", "text": "t", "stage": "late age", "tag_string": "x y"}'})
     write_files(tmp_path / "900_0", {"t.tar": tar_bytes([("c.png", PNG), ("c.txt", "x")])})
@@ -3815,7 +2517,7 @@ def cached(place, vae_folder, tmp_path, *argv, data="data"):
 
 
 @pytest.mark.parametrize("mean_only", [False, True])
-def test_cached_latents_are_those_of_the_whole_picture_cut_at_the_same_cells(
+def test_cached_latents_are_those_of_the_complete_image_cut_at_the_same_cells(
         mean_only, place, vae_folder, te, tmp_path):
     index, latents, s = cached(place, vae_folder, tmp_path, *["--mean_only"] * mean_only)
     vae = hdm.load_vae(vae_folder)
@@ -4034,6 +2736,276 @@ def test_a_dry_run_tells_and_draws_what_training_takes(place, te_folder, tmp_pat
     assert (sheet == (255, 0, 0)).all(-1).sum() > 24 * 4 * 100
 
 
+# ---- prepare.py: the demo, its judge, the text encoder ---------------------------------------------------
+
+def true_pictures(seed):
+    """Every combination once, at a random center, on the square canvas that the model is judged on."""
+    rng = np.random.default_rng(seed)
+    return [prepare.draw(*words, 32, 32, *prepare.random_center(rng, words[0], words[2], 32, 32))
+            for words in prepare.COMBINATIONS]
+
+
+def test_the_centerd_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["demo", "--centerd", "--count=200", "--out=c"])
+    canvases = collections.Counter()
+    for path in sorted(Path("c").glob("*.png")):
+        size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
+        image = np.asarray(Image.open(path))
+        height, width, _ = image.shape
+        (y, x, root), = sample.centers_and_sizes([image])
+        canvases[height, width] += 1
+        assert abs(x - (width - 1) / 2) < 0.3
+        assert shape == "triangle" or abs(y - (height - 1) / 2) < 0.3
+        if shape in ("circle", "square"):
+            root_of_area = dict(circle=math.sqrt(math.pi), square=1.72)[shape]
+            expected = dict(small=0.20, large=0.32)[size] * max(height, width) * root_of_area
+            assert root == pytest.approx(expected, abs=1.1)
+    assert 0.35 < canvases[32, 32] / 200 < 0.65 and canvases[32, 48] > 30 and canvases[48, 32] > 30
+    assert len(Path("c_unseen.txt").read_text().splitlines()) == 32
+
+
+def camera_rows(capsys):
+    """{camera: (moved / predicted, direction %, size / predicted)} as printed; a zoom has the last alone."""
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    return {name: tuple(map(float, values)) for name, *values in lines}
+
+
+def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
+    def draw(zoom=1, x_shift=0, y_shift=0):                  # as the camera promises
+        return [prepare.draw("small", color, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
+                             16 - 16 * x_shift / zoom, 6 * zoom) for color in ("red", "blue", "white")]
+    sample.judge_camera(draw, 32)
+    rows = camera_rows(capsys)
+    assert list(rows) == ["x_shift=0.25", "x_shift=-0.25", "y_shift=0.25", "y_shift=-0.25", "zoom=1.33",
+                          "zoom=0.75"]
+    for name, row in rows.items():
+        expected = (1,) if "zoom" in name else (1, 100, 1)
+        assert row == pytest.approx(expected, rel=0.06), name
+    sample.judge_camera(lambda **camera: draw(), 32)        # a camera that does nothing
+    rows = camera_rows(capsys)
+    assert rows["x_shift=0.25"] == rows["y_shift=-0.25"] == (0, 0, 1)
+    assert rows["zoom=1.33"][0] == pytest.approx(1 / 1.33, abs=0.01)
+    def mirrored(**camera):
+        return draw(**{name: value if name == "zoom" else -value for name, value in camera.items()})
+    sample.judge_camera(mirrored, 32)
+    assert camera_rows(capsys)["x_shift=0.25"] == pytest.approx((-1, 0, 1), abs=0.05)
+
+
+def share_right(verdicts, combinations):
+    """(4,) share of images with the size, color, shape, background that was asked for."""
+    return np.mean(np.array(verdicts) == np.array(combinations), axis=0)
+
+
+def test_judge_is_right_on_true_images_and_at_chance_on_shuffled_captions():
+    verdicts = [sample.judge(image) for image in true_pictures(seed=0)]
+    assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
+    rng = np.random.default_rng(0)
+    shuffles = [rng.permutation(prepare.COMBINATIONS) for _ in range(20)]
+    shuffled = np.mean([share_right(verdicts, asked) for asked in shuffles], axis=0)
+    chance = [1 / len(words) for words in prepare.ATTRIBUTES.values()]
+    assert shuffled == pytest.approx(chance, abs=0.03)
+
+
+def test_judge_forgives_ragged_edges_and_noise():
+    rng = np.random.default_rng(2)
+    verdicts = []
+    for image in true_pictures(seed=2):
+        y, x = np.clip(np.indices((32, 32)) + rng.integers(-1, 2, (2, 32, 32)), 0, 31)  # pixels change places
+        noisy = image[y, x] + rng.normal(0, 10, image.shape)
+        verdicts.append(sample.judge(noisy.clip(0, 255).astype(np.uint8)))
+    assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
+
+
+@pytest.mark.parametrize("height, width", prepare.CANVASES)
+def test_shapes_are_whole_and_of_the_palette(height, width):
+    rng = np.random.default_rng(0)
+    for size, color, shape, background in prepare.COMBINATIONS[::7]:
+        center = prepare.random_center(rng, size, shape, height, width)
+        for (low, high), place in zip(prepare.center_range(size, shape, height, width), center):
+            assert low + (high - low) / 4 <= place <= high - (high - low) / 4
+        image = prepare.draw(size, color, shape, background, height, width, *center)
+        share = prepare.coverage(size, shape, height, width, *center)
+        assert image.shape == (height, width, 3) and image.dtype == np.uint8
+        assert (image[share == 1] == prepare.COLORS[color]).all() and (share == 1).sum() > 100
+        assert (image[share == 0] == prepare.BACKGROUNDS[background]).all()
+        # Whole, also at the ends of the range: on a canvas with 8 more pixels all round it has the same area.
+        for cy, cx in zip(*prepare.center_range(size, shape, height, width)):
+            r = prepare.RADIUS[size] * 32
+            y = ((np.arange(4 * height + 64) + 0.5) / 4 - 8 - cy) / r
+            x = ((np.arange(4 * width + 64) + 0.5) / 4 - 8 - cx) / r
+            larger = prepare.SHAPES[shape][3](y[:, None], x[None]).sum() / 16
+            assert prepare.coverage(size, shape, height, width, cy, cx).sum() == larger
+
+
+def test_area_of_each_shape_is_its_formula():
+    r = prepare.RADIUS["large"] * 48
+    areas = {"circle": np.pi, "square": 1.72**2, "triangle": 1.8, "diamond": 1.5,
+             "cross": 2 * 2 * 0.66 - 0.66**2, "ring": np.pi * (1 - 0.62**2)}
+    for shape, area in areas.items():
+        mean = np.mean([prepare.coverage("large", shape, 48, 48, *center).sum()
+                        for center in np.random.default_rng(0).uniform(22, 26, (20, 2))])
+        assert mean == pytest.approx(area * r * r, rel=0.01)
+
+
+def test_unseen_are_32_combinations_of_words_that_training_holds():
+    seen = set(prepare.COMBINATIONS) - set(prepare.UNSEEN)
+    assert (len(seen), len(prepare.UNSEEN)) == (352, 32)
+    for place, words in enumerate(prepare.ATTRIBUTES.values()):
+        assert {combination[place] for combination in seen} == set(words)
+    assert ("large", "red", "square", "teal") in prepare.UNSEEN  # 1 + 0 + 2 * 1 + 3 * 3 = 12
+
+
+def demo(folder, **settings):
+    """{file name: bytes} of a demo written to folder/demo and beside it."""
+    prepare.make_demo(prepare.DemoSettings(out=str(folder / "demo"), **settings))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path):
+    short = demo(tmp_path / "a", count=20)
+    long = demo(tmp_path / "b", count=400)
+    assert all(long[name] == data for name, data in short.items() if not name.endswith(".prepare"))
+    assert demo(tmp_path / "c", count=20, seed=1)["demo/00003.png"] != short["demo/00003.png"]
+    unseen = long["demo_unseen.txt"].decode().splitlines()
+    captions = [data.decode().strip() for name, data in long.items()
+                if name.startswith("demo/") and name.endswith(".txt")]
+    assert len(captions) == 400 and len(set(captions)) == 352 and not set(captions) & set(unseen)
+    for i in range(0, 400, 10):  # an image shows what its caption says
+        image = np.asarray(Image.open(tmp_path / "b" / "demo" / f"{i:05d}.png"))
+        if image.shape == (32, 32, 3):  # the judge's templates for other canvases take seconds to draw
+            shown = prepare.CAPTION.format(*sample.judge(image))
+            assert shown == long[f"demo/{i:05d}.txt"].decode().strip()
+    # A second run replaces the first and leaves nothing of it behind.
+    assert demo(tmp_path / "b", count=20) == short
+    assert sorted(os.listdir(tmp_path / "b")) == ["demo", "demo_te", "demo_unseen.txt"]
+
+
+def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
+    """Neither those of a run that lives, nor another OUT's, nor what has such a name by chance."""
+    def write(out, ready, go_on):
+        with prepare.complete_folder(out) as folder:
+            (folder / "x").write_text("x")
+            ready.set()
+            go_on.wait()
+    def start(name):
+        ready, go_on = context.Event(), context.Event()
+        process = context.Process(target=write, args=(tmp_path / name, ready, go_on))
+        process.start()
+        assert ready.wait(60)
+        return process, go_on
+
+    context, name = multiprocessing.get_context("fork"), "da[t]a"
+    for stranger in ("da[t]a.tmp_mine123", "da[t]a.tmp", "dat.tmpx"):
+        write_files(tmp_path, {f"{stranger}/scratch.txt": "mine"})
+    before = set(os.listdir(tmp_path))
+    for killed in (name, "other"):
+        process, _ = start(killed)
+        process.kill()
+        process.join()
+    alive, go_on = start("alive")
+    with prepare.complete_folder(tmp_path / name) as folder:
+        (folder / "x").write_text("x")
+    left = sorted(entry.partition(".")[0] for entry in set(os.listdir(tmp_path)) - before)
+    assert left == ["alive", name, "other"]
+    go_on.set()
+    alive.join()
+    with prepare.complete_folder(tmp_path / "other") as folder:
+        (folder / "x").write_text("x")
+    assert set(os.listdir(tmp_path)) - before == {"alive", name, "other"}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
+def test_an_index_is_mapped_by_nobody_when_it_is_replaced(place, tmp_path, monkeypatch):
+    """Windows renames no folder of mapped files."""
+    rename, seen = Path.rename, []
+    def unmapped(path, target):
+        seen.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", unmapped)
+    for _ in range(2):
+        prepare.main([str(place / "data"), f"--out={tmp_path / 'index'}"])
+    assert seen == [False] * 3
+
+
+def test_demo_never_touches_a_folder_that_is_not_its_own(tmp_path):
+    demo(tmp_path, count=2)
+    (tmp_path / "demo" / "mine.png").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(hdm.UserError, match="--out"):
+        demo(tmp_path, count=3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+    captions = [prepare.CAPTION.format(*words) for words in prepare.COMBINATIONS]
+    state = torch.get_rng_state()
+    prepare.make_text_encoder(captions, tmp_path)
+    assert torch.equal(state, torch.get_rng_state())
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
+    for text in ("naïve 日本 🦊👩‍👩‍👧", " two  spaces, don 't . \n\t", "<pad>", "\x00 \u202e"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer(captions)["input_ids"]
+    assert all(len(row) == len(text.split()) for row, text in zip(ids, captions))  # one token a word, no BOS
+    assert tokenizer("")["input_ids"] == [] and tokenizer.pad_token_id is not None
+    with torch.no_grad():
+        states = model(torch.tensor(ids)).last_hidden_state  # (384, 8, 128)
+    colors = torch.nn.functional.normalize(states[:, 2], dim=-1)
+    same = torch.tensor([[a[1] == b[1] for b in prepare.COMBINATIONS] for a in prepare.COMBINATIONS])
+    cosine = colors @ colors.T
+    assert cosine[same].min() > 0.7 > 0.4 > cosine[~same].max()  # its own word first
+    assert cosine[same].min() < 0.999                             # and something of the words before it
+
+
+def test_a_text_encoder_knows_the_words_of_a_sources_captions(tmp_path):
+    """Of all alternatives, and of what stands beside them; not the separators."""
+    write_files(tmp_path / "in", {"a.png": PNG, "a.json": '{"text": ["dragon $$ fire", "knight ||| sword"]}',
+                                  "a.nl.txt": "some words"})
+    index = indexed(tmp_path / "index", tmp_path / "in", "--sidecar=.nl.txt")
+    prepare.main(["text_encoder", str(tmp_path / "index"), f"--out={tmp_path / 'te'}", "--vocab=400"])
+    tokenizer = hdm.TextEncoder(tmp_path / "te").tokenizer
+    words = ("dragon", " fire", " knight", " sword", " some", " words", ",")
+    assert [len(tokenizer(word)["input_ids"]) for word in words] == [1] * 7
+    assert len(index) == 1 and len(tokenizer("$$ |||")["input_ids"]) == 6
+
+
+def test_judge_scores_what_was_drawn(monkeypatch, capsys):
+    """A model that draws every caption truly gets 100 %; one that draws only circles, their share."""
+    meaning = {prepare.CAPTION.format(*words): words for words in prepare.COMBINATIONS}
+    monkeypatch.setattr(sample, "load_model", lambda ckpt: (None, None, {}))
+    monkeypatch.setattr(sample, "load_text_encoder", lambda settings: None)
+
+    def generate(model, vae, te, prompts, seeds, settings):
+        picture = [(words[0], words[1], change(words[2]), words[3]) for words in map(meaning.get, prompts)]
+        return np.stack([prepare.draw(*words, 32, 32, 15.7 + seed / 4, 16)
+                         for words, seed in zip(picture, seeds)])
+
+    monkeypatch.setattr(sample, "generate", generate)
+    settings = prepare.JudgeSettings(ckpt="x", seeds=2)
+    tables = []
+    for change in (lambda shape: shape, lambda shape: "circle"):
+        sample.judge_checkpoint(settings)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-5:]})
+    assert all(row[:3] == ["64", "64", "100.0"] for row in tables[0].values())
+    circles = 2 * sum(words[2] == "circle" for words in prepare.UNSEEN)
+    assert tables[1]["shape"][0] == tables[1]["all four"][0] == str(circles) and tables[1]["size"][0] == "64"
+
+
+def test_the_demos_commands_follow_each_other(tmp_path, monkeypatch, capsys):
+    """README's first chain, with 40 images and three steps: paths, sizes and defaults fit together."""
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["demo", "--count=40"])
+    train.main([str(HERE / "configs" / "demo.py"), "--images=96", "--warmup=1", "--sample_steps=2",
+                "--validation=0.1"])
+    sample.main(["--ckpt=out/demo", "--prompt", "a large red circle on a navy background"])
+    assert Image.open("out/samples/00000-0.png").size == (32, 32)
+    capsys.readouterr()
+    prepare.main(["judge", "--ckpt=out/demo", "--seeds=1"])
+    assert "background" in capsys.readouterr().out
+
+
 # ---- sample.py -------------------------------------------------------------------------------------------
 
 def test_a_published_file_draws_through_the_command_line(published, te_folder, tmp_path):
@@ -4071,7 +3043,7 @@ def draw(trained, out, *argv):
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(Path(out).glob("0*.png"))}
 
 
-def test_seed_and_prompt_make_the_picture_and_the_batch_does_not(trained, tmp_path):
+def test_seed_and_prompt_make_the_image_and_the_batch_does_not(trained, tmp_path):
     prompts = ["--prompt=red circle", "--prompt=", "--prompt=a large blue square on a pink background"]
     three = draw(trained, tmp_path / "a", *prompts, "--num_images=3", "--seed=4", "--batch_size=4")
     assert [name[6:7] for name in three] == list("456456456")
@@ -4132,13 +3104,13 @@ def test_an_image_that_is_not_finite_is_named_and_touches_no_other(
     plain = draw(trained, tmp_path / "a", *argv)
     full = draw(trained, tmp_path / "b", *prompts, "-n", "2")
     te = sample.load_text_encoder(sample.load_model(trained)[2])
-    assert "warning" not in told(capfd)
+    assert "warning" not in printed(capfd)
     for cured in (True, False):
         poisoned(monkeypatch, te, "blue square", value,
                  where=lambda model: not cured or model.in_patch.proj.weight.dtype != torch.float32)
         drawn = draw(trained, tmp_path / str(cured), *argv)
         monkeypatch.undo()
-        lines = [line for line in told(capfd).splitlines() if line.startswith("warning")]
+        lines = [line for line in printed(capfd).splitlines() if line.startswith("warning")]
         named = [re.match(r"warning: image (\d+-\d), 'blue square': .*", line)[1] for line in lines]
         again = [line.endswith("again in float32") for line in lines]
         count = 0 if dtype == "float32" and cured else 1 if cured or dtype == "float32" else 2
@@ -4159,7 +3131,7 @@ def test_a_preview_that_autocast_breaks_is_drawn_again_without_it(trained, monke
     poisoned(monkeypatch, te, "blue square", math.nan, where=lambda model: torch.is_autocast_enabled("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
         images = sample.generate(*how)
-    assert "image 00001-5, 'blue square': its latent is not finite in bfloat16" in told(capfd)
+    assert "image 00001-5, 'blue square': its latent is not finite in bfloat16" in printed(capfd)
     assert abs(images[1].astype(int) - expected[1]).max() <= 1 and not np.array_equal(images[0], expected[0])
     for weight in model.parameters():
         weight.data.mul_(1)                                  # training goes on: they can be written
@@ -4170,7 +3142,7 @@ def test_what_a_vae_makes_infinite_is_named_too(published, te_folder, tmp_path, 
     monkeypatch.setattr(hdm.VAE, "decode", lambda vae, z: decode(vae, z) / (z[0, 0, 0, 0] > 0))
     draw(published, tmp_path, "--prompt=red circle", "-n", "6", "--width=8", "--height=8", "--steps=1",
          f"--text_encoder={te_folder}", "--dtype=bfloat16", "--latents_out")
-    lines = [line for line in told(capfd).splitlines() if "VAE" in line]
+    lines = [line for line in printed(capfd).splitlines() if "VAE" in line]
     bad = [path.stem for path in sorted(tmp_path.glob("0*.safetensors"))
            if load_file(path)["latent"][0, 0, 0] <= 0]
     assert 0 < len(bad) < 6 and len(lines) == 2 * len(bad)
@@ -4261,7 +3233,7 @@ def test_a_published_model_without_a_vae_takes_the_published_one(layout, te_fold
     assert sample.load_model(ckpt)[1] is None                   # a model alone asks for no download
 
 
-def told(capfd):
+def printed(capfd):
     return capfd.readouterr().out
 
 
@@ -4279,10 +3251,10 @@ def test_the_names_people_know_and_prompts_of_any_look(trained, tmp_path, capfd)
     found = [(about(file)["prompt"], about(file)["seed"]) for file in files]
     assert found == [(prompt, seed) for prompt in [*prompts, "--steps"] for seed in (3, 4)]
     assert (about(files[0])["steps"], about(files[0])["cfg"]) == (2, 1.5)
-    out = told(capfd)                                        # what other programs would read otherwise
+    out = printed(capfd)                                        # what other programs would read otherwise
     assert r"\(" in out and "(tag:1.2)" in out
     draw(trained, tmp_path, "--prompt=red circle (large)")
-    assert "tag:" not in told(capfd)
+    assert "tag:" not in printed(capfd)
 
 
 def test_a_prompt_file_has_comments_and_settings_of_its_own(trained, tmp_path, monkeypatch):
@@ -4317,16 +3289,16 @@ def test_slots_fill_the_model_cards_template(trained, tmp_path, capfd):
     (tmp_path / "slots.json").write_text('{"artist": "red_one", "quality": "large"}')
     draw(trained, tmp_path / "a", f"--slots={tmp_path / 'slots.json'}", "--prompt=blue_square", "--steps=1")
     found = [about(path)["prompt"] for path in sorted((tmp_path / "a").glob("0*"))]
-    assert found == ["blue_square", "red one, large"] and "red one, large" in told(capfd)
+    assert found == ["blue_square", "red one, large"] and "red one, large" in printed(capfd)
     draw(trained, tmp_path / "b", '--slots={"meta": "small"}', "--format=<|meta|>!", "--steps=1")
     assert about(tmp_path / "b" / "00000-0.png")["prompt"] == "small!"
 
 
-def test_a_seed_of_minus_one_is_drawn_and_told(trained, tmp_path, capfd):
+def test_a_seed_of_minus_one_is_drawn_and_reported(trained, tmp_path, capfd):
     one = ["--prompt=red circle", "--steps=1", "--batch_size=1"]       # batches of two sizes may round apart
     files = draw(trained, tmp_path, *one, "--seed=-1", "-n", "2")
     first = about(tmp_path / next(iter(files)))["seed"]
-    assert list(files) == [f"00000-{first}.png", f"00001-{first + 1}.png"] and str(first) in told(capfd)
+    assert list(files) == [f"00000-{first}.png", f"00001-{first + 1}.png"] and str(first) in printed(capfd)
     again = draw(trained, tmp_path, *one, f"--seed={first}")
     assert np.array_equal(again[f"00000-{first}.png"], again[f"00002-{first}.png"])
 
@@ -4359,7 +3331,7 @@ WILD = "red, circle: \"large\"\nSteps: 3, Seed: 9 \U0001f3a8 é"
 @pytest.mark.parametrize("kind, prompt, negative", [
     ("png", "red circle", ""), ("png", WILD, "blue:\nsquare, 青"), ("png", "", "green"),
     ("webp", WILD, "blue:\nsquare, 青"), ("jpg", WILD, "blue:\nsquare, 青"), ("jpg", "", "green")])
-def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negative, trained, tmp_path):
+def test_a_image_tells_how_it_was_made_and_is_made_again(kind, prompt, negative, trained, tmp_path):
     how = ["--cfg=3", "--steps=2", "--width=24", "--height=16", "--sampler=heun", "--zoom=1.25",
            "--tread_uncond=0.5", "--cfg_rescale=0.3", "--shift=2", f"--file_type={kind}"]
     sample.main([f"--ckpt={trained}", f"--out={tmp_path / 'a'}", f"--prompt={prompt}", "--seed=41", "-n", "2",
@@ -4393,12 +3365,12 @@ def test_a_picture_tells_how_it_was_made_and_is_made_again(kind, prompt, negativ
     assert not any(word in bare for word in (b"circle", "circle".encode("utf-16-be"), b"heun", b"Heun"))
 
 
-def test_the_model_of_a_picture_is_known_by_its_hash(trained, tmp_path, capfd):
+def test_the_model_of_a_image_is_known_by_its_hash(trained, tmp_path, capfd):
     draw(trained, tmp_path, "--prompt=red circle")
     capfd.readouterr()
     for more, warned in ([], False), (["--ema=false"], True):
         sample.main([f"--from_image={tmp_path / '00000-0.png'}", f"--out={tmp_path}", *more])
-        assert ("warning" in told(capfd)) == warned
+        assert ("warning" in printed(capfd)) == warned
     job = sample.Job(prompt="a", ckpt="my, model: 2\n", steps=1, cfg=2.5, width=8, height=8)
     text = sample.parameters(job, "0" * 64)                  # quoted, as its name would break the line
     assert read_parameters(text)[2]["Model"] == "my, model: 2\n" and '"my, model: 2\\n"' in text
@@ -4416,7 +3388,7 @@ def test_nothing_is_overwritten(trained, tmp_path):
     assert (tmp_path / "00041-9.webp").read_bytes() == b"mine"
 
 
-def test_a_full_disk_leaves_no_half_picture(tmp_path):
+def test_a_full_disk_leaves_no_half_image(tmp_path):
     """The last bytes of a file fail only as it is closed."""
     resource = pytest.importorskip("resource")
     def limited(argv):
@@ -4426,7 +3398,7 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path):
     assert "error: --out: a.png cannot be written" in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_strangers_picture_sets_nothing_but_a_picture(trained, tmp_path, monkeypatch):
+def test_a_strangers_image_sets_nothing_but_a_image(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     info = PngInfo()
     wishes = dict(out="elsewhere", export="weights.safetensors", force=True, ui=True, prompts="/etc/hosts")
@@ -4468,7 +3440,7 @@ def test_prompts_are_shared_among_processes(trained, tmp_path):
         assert abs(images[0] - images[1]).max() <= 1
 
 
-def test_ctrl_c_keeps_the_finished_pictures(trained, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_finished_images(trained, tmp_path, monkeypatch):
     whole, calls = sample.draw, []
     def interrupted(*args):
         calls.append(args)
@@ -4555,10 +3527,10 @@ def test_the_camera_moves_the_positions(trained, tmp_path, asked):
 
 def test_long_prompts_and_odd_sizes_are_said(trained, tmp_path, capfd):
     draw(trained, tmp_path, f"--prompt={phrase(10_000)}", "--steps=1")
-    assert "10000 tokens" in told(capfd)
+    assert "10000 tokens" in printed(capfd)
     for width, height, warned in ((16, 16, 0), (16, 24, 0), (24, 16, 0), (24, 24, 1), (8, 8, 1), (24, 8, 1)):
         draw(trained, tmp_path, "--prompt=a", f"--width={width}", f"--height={height}", "--steps=1")
-        assert ("warning" in told(capfd)) == warned, (width, height)
+        assert ("warning" in printed(capfd)) == warned, (width, height)
 
 
 # ---- img2img, inpainting, sheets --------------------------------------------------------------------------
@@ -4577,7 +3549,7 @@ def photo(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
-def test_img2img_runs_the_last_steps_from_the_picture(
+def test_img2img_runs_the_last_steps_from_the_image(
         kind, trained, published, te_folder, photo, tmp_path, asked):
     """Upright, in its own size or that asked for; a large one comes down to what the model does."""
     upright = torch.from_numpy(np.array(hdm.load_image(photo))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -4618,7 +3590,7 @@ def test_inpainting_leaves_what_is_not_masked(trained, photo, sampler, tmp_path,
             assert close(one.x[seed][:, ~inside], at[:, ~inside], 1e-4)
     wide = np.random.default_rng(0).integers(0, 256, (19, 31, 3), dtype=np.uint8)     # cut, not scaled
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    Image.fromarray(np.zeros_like(wide)).save(tmp_path / "mask.png")                  # nothing is drawn anew
+    Image.fromarray(np.zeros_like(wide)).save(tmp_path / "mask.png")                  # nothing is drawn again
     drawn = draw(trained, tmp_path / "b", "--prompt=a", f"--init_image={tmp_path / 'wide.png'}",
                  f"--mask={tmp_path / 'mask.png'}", "--steps=2")["00000-0.png"]
     assert np.array_equal(drawn, wide[1:17, 1:29])
@@ -4819,7 +3791,8 @@ def test_tipo_through_the_command_line(llama, trained, tmp_path, capfd, monkeypa
     draw(trained, tmp_path, *how)
     prompt = about(tmp_path / "00000-3.png")["prompt"]
     assert prompt.startswith("red circle, ") and prompt.endswith(". safe") and len(prompt) > 30
-    assert f"prompt: {prompt}" in told(capfd)
+    assert f"prompt: {prompt}" in printed(capfd)
+
 
 # ---- The page: --ui ----------------------------------------------------------------------------------------
 
@@ -4928,7 +3901,7 @@ def test_tipo_on_the_page(llama, published, te_folder, tmp_path, monkeypatch):
     assert [about(out / f"0000{i}-3.png")["prompt"] for i in (1, 2)] == [text, text]
 
 
-def test_the_page_shows_pictures_as_they_form(published, te_folder, tmp_path, monkeypatch):
+def test_the_page_shows_images_as_they_form(published, te_folder, tmp_path, monkeypatch):
     argv = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--out={tmp_path}"]
     with served_page(monkeypatch, *argv, "--batch_size=2") as (client, _):
         shown = on_page(client, PAGE_VALUES | dict(steps=60, num_images=3))
@@ -5601,166 +4574,1302 @@ def test_an_export_deletes_what_a_killed_one_left_and_nothing_of_others(publishe
     assert same(load_file(tmp_path / "alive.safetensors"), load_file(tmp_path / "next.safetensors"))
 
 
-# ---- Bad input: one line that names the value, exit code 2, and nothing is written -----------------------
+# ---- Training --------------------------------------------------------------------------------------------
+
+TINY = dict(vae="", image_size=16, text_length=8, dim=32, heads=2, head_dim=16, mlp_dim=48, depth=1,
+            enc_blocks=1, dec_blocks=1, pre_blocks=1, post_blocks=1, patch_size=4, validation=0.2, images=48,
+            batch_size=4, global_batch=8, warmup=2, tread_rate=0.5, caption_dropout=0.3, ema=0.9, log_every=3,
+            eval_every=3, sample_every=3, save_every=0, sample_steps=2, workers=0, compile=False,
+            device="cpu")
+
+
+def write_picture(path, size, i):
+    """A smooth image with a caption of its own; every fourth is a WebP with alpha."""
+    path.parent.mkdir(exist_ok=True)
+    y, x = np.mgrid[:size[1], :size[0]] / 16
+    channels = [127 + 120 * np.sin(x * (i % 3 - 1) + y * (i % 5 - 2) + i + c) for c in range(4)]
+    pixels = np.stack(channels, axis=-1).astype(np.uint8)
+    if i % 4:
+        Image.fromarray(pixels[..., :3]).save(path.with_suffix(".png"))
+    else:
+        Image.fromarray(pixels).save(path.with_suffix(".webp"), lossless=True)
+    caption = f"{WORDS[3 + i % 4]} {WORDS[7 + i % 3]} {i} ||| on navy $$ large %% with pink"
+    path.with_suffix(".txt").write_text(caption + "\n")
+
 
 @pytest.fixture(scope="session")
-def shelf(place, trained, published, te_folder, tmp_path_factory):
-    """A folder of things to get wrong, beside a few right ones: @name in the table below is shelf/name."""
-    shelf = tmp_path_factory.mktemp("shelf")
-    shutil.copytree(trained, shelf / "run")
-    shutil.copy(place / "tiny.py", shelf / "tiny.py")
-    shutil.copy(published, shelf / "published.safetensors")
-    for name, text in (("misspelled", "batchsize = 8"), ("mistyped", "lr = 'fast'"), ("broken", "lr = = 3")):
-        (shelf / f"{name}.py").write_text(text + "\n")
-    for name in ("empty", "uncaptioned", "captions", "vae"):
-        (shelf / name).mkdir()
-    Image.new("RGB", (16, 16)).save(shelf / "uncaptioned" / "a.png")
-    (shelf / "captions" / "a.txt").write_text("a")
-    (shelf / "file").write_text("")
-    (shelf / "vae" / "config.json").write_text("{")
-    (shelf / "good_vae").mkdir()
-    (shelf / "good_vae" / "config.json").write_text("{}")
-    save_file(tiny_vae().state_dict(), shelf / "good_vae" / "diffusion_pytorch_model.safetensors")
-    save_file(tiny_vae().state_dict(), shelf / "vae" / "diffusion_pytorch_model.safetensors")
-    (shelf / "cut.safetensors").write_bytes(published.read_bytes()[:5000])
-    save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
-    save_file(published_tensors(vae=False), shelf / "no_vae.safetensors")
-    prepare.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
-    shutil.copytree(place / "data", shelf / "data")
-    (shelf / "cut_index").mkdir()
-    (shelf / "cut_index" / "index.json").write_text("{")
-    write_files(shelf, {"x.zip": "x", "bad.json": "{", "none.csv": ""})
-    (shelf / "lines.txt").write_text("red circle\nblue square --stpes=3\n")
-    Image.new("RGB", (20, 24)).save(shelf / "photo.png")
-    Image.new("RGB", (8, 9)).save(shelf / "other.png")
-    exif = Image.Exif()
-    exif[0x010E] = "OLYMPUS DIGITAL CAMERA"
-    Image.new("RGB", (8, 9)).save(shelf / "camera.jpg", exif=exif)
-    edited = PngInfo()
-    edited.add_text("hdm", '{"steps": "few", "model_hash": ""}')
-    Image.new("RGB", (8, 9)).save(shelf / "edited.png", pnginfo=edited)
-    return shelf
+def place(tmp_path_factory, te_folder):
+    """A folder with images in data/ and a config file tiny.py that trains on them."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "data").mkdir()
+    for i in range(24):
+        folder = place / "data" / ("more" if i % 5 == 0 else ".")
+        write_picture(folder / f"picture{i}", [(32, 32), (48, 32), (33, 47), (16, 20)][i % 4], i)
+    settings = TINY | dict(data=str(place / "data"), text_encoder=str(te_folder))
+    (place / "tiny.py").write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+    return place
 
 
-def stamps(folder):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+@pytest.fixture
+def data(place, tmp_path):
+    """A copy of its images, to change."""
+    return Path(shutil.copytree(place / "data", tmp_path / "data"))
 
 
-BAD_INPUT = {  # how a command begins: how it goes on | words of its error, where they are others
-    "train.py @tiny.py": [
-        "more.py", "--batchsize=8 | --batchsize=8 'batch_size'", "--batch_size=2.5", "--lr=fast", "--lr",
-        "--compile=perhaps", "--data=nowhere", "--data=@empty | @empty .caption",
-        "--data=@uncaptioned | @uncaptioned .txt", "--data=@captions | @captions .txt",
-        "--global_batch=9 | --global_batch=9 batch_size 8",
-        "--global_batch=2 | --global_batch=2 batch_size 4", "--image_size=18 | 18 multiple 16",
-        "--vae=@vae --patch_size=2 | vae config.json", "--vae=@empty | @empty",
-        "--vae=KBlueLeaf/EQ-SDXL-VAE | KBlueLeaf/EQ-SDXL-VAE", "--text_encoder=nowhere | nowhere",
-        "--text_encoder=@empty | @empty", "--text_encoder=Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B", "--preset=huge",
-        "--heads=3 | heads=3 dim=32", "--head_dim=6 --dim=12 | head_dim=6", "--depth=0 | depth=0",
-        "--skips=first | skips first last mirror", "--in_channels=4 | in_channels 4 3",
-        "--ctx_dim=64 | ctx_dim 64 32", "--tread_rate=1", "--caption_dropout=-0.1", "--ema=1",
-        "--validation=1", "--validation=0.999999", "--batch_size=0", "--images=0", "--text_length=0",
-        "--log_every=0", "--seed=-1", "--workers=-1", "--max_steps=-1", "--max_hours=-1",
-        "--milestone_every=-1", "--validation=0.000001 | --validation=1e-06 24 0",
-        "--text_length=100000 | text_length=100000 32768",
-        "--log=tensorbord | --log=tensorbord 'tensorboard'",
-        "--init_from=@run --vae=@good_vae | in_channels 3 4",
-        "--vae=@good_vae --patch_size=3 | 16x16 multiples 6",
-        "--resume=@run/ckpt_00000006/model.safetensors | model.safetensors --init_from", "--sample_steps=0",
-        "--weight_decay=-1", "--beta2=1", "--t_shift=0", "--clip=-1",
-        "--device=cuda | --device=cuda --device=cpu", "--device=mps | --device=mps --device=cpu",
-        "--device=tpu | --device=tpu cpu cuda", "--dtype=int8 | --dtype=int8 bfloat16",
-        "--out_dir=@run | @run --resume --out_dir", "--out_dir=@file | @file", "--resume | --resume out/run",
-        "--resume=nowhere | nowhere", "--resume=@published.safetensors | @published.safetensors",
-        "--init_from=nowhere | nowhere", "--init_from=@published.safetensors | @published.safetensors",
-        "--init_from=@cut.safetensors | @cut.safetensors", "--init_from=@run --mlp_dim=64 | mlp_dim",
-        "--tag_dropout=1", "--tag_separator=", "--latents | --latents --vae=",
-        "--latents --vae=@good_vae --patch_size=2 | prepare.py --latents --vae=@good_vae data/index",
-        "--data=@cut_index | @cut_index prepare.py"],
-    "train.py": [
-        "| CONFIG", "nowhere.py", "@misspelled.py | misspelled.py batchsize 'batch_size'",
-        "@mistyped.py | mistyped.py lr 'fast'", "@broken.py | broken.py line", "--plot | RUN",
-        "--plot nowhere | nowhere"],
-    "sample.py --prompt=a --ckpt=@run --init_image=@photo.png": [
-        "--mask=@file | @file", "--mask=@other.png | @other.png 8x9 20x24", "--strength=0",
-        "--strength=0.01 | --strength=0.01 2 steps"],
-    "sample.py --prompt=a --ckpt=@run": [
-        "--text_encoder=nowhere | nowhere", "--vae=nowhere | nowhere", "--vae=@good_vae | @run 3 4 --vae=",
-        "--text_encoder=@wide_te | @wide_te 48 32", "--width=18 | 18 16 multiple",
-        "--height=0 | --height=0 1 16384", "--wdith=32 | --wdith=32 'width'", "--steps=0", "--steps=few",
-        "--cfg=nan", "--num_images=0", "-n 0 | --num_images=0", "--sampler=ddim | --sampler=ddim euler",
-        "--width=-8 | --width=-8 1 16384", "--zoom=0", "--tread_uncond=1", "--cfg_low=2",
-        "--mask=@file | --mask=@file --init_image", "--init_image=nowhere.png | nowhere.png",
-        "--init_image=@file | @file", "--file_type=gif | --file_type=gif png",
-        "--sheet=stps=1,2 | 'stps' 'steps'",
-        "--sheet=steps=1,2;steps=3 | --sheet=steps=1,2;steps=3: 'steps'", "--sheet=seed=4,-1 | seed=4,-1: -1",
-        "--sheet=num_images=1,2 | --sheet=num_images=1,2: one image", "--sheet=steps=1,few | few",
-        "--sheet=steps=1;cfg=1;seed=1 | --sheet=steps=1;cfg=1;seed=1 two",
-        "-n 2 --sheet=steps=1,2 | --sheet=steps=1,2 one", "--width=100000 | --width=100000 16384",
-        "--cfg=1e9 | --cfg=1000000000.0 100", "--steps=1001 | --steps=1001 1000", "--out=/proc",
-        "red circle | red circle quotes", "--tipo=nowhere | nowhere --tipo", "--tipo=@empty | @empty --tipo",
-        "--tipo | KBlueLeaf/TIPO-200M-ft --tipo", "--batch_size=0", "--seed=-2 | --seed=-2 -1",
-        "--device=cuda | --device=cuda --device=cpu", "--dtype=int8", "--out=@file | @file"],
-    "sample.py --ckpt=@run": [
-        "--slots={", "--slots=@lines.txt | @lines.txt", "--slots={\"artits\":\"a\"} | 'artits' 'artist'",
-        '--slots={"artist":["a"]} | --slots text', "--export=@other | @other VAE --force",
-        "--ui=nowhere | --ui=nowhere HOST:PORT 127.0.0.1:7860",
-        "--ui=127.0.0.1:99999 | --ui=127.0.0.1:99999 HOST:PORT"],
-    "sample.py": [
-        "| --prompt --prompts", "a red circle", "--prompt", "--prompts=nowhere",
-        "--prompt=a --ckpt=nowhere | nowhere", "--prompt=a --ckpt=@empty | @empty",
-        "--prompt=a --ckpt=@file | @file", "--prompt=a --ckpt=@cut.safetensors | @cut.safetensors",
-        "--prompt=a --ckpt=@stranger.safetensors | @stranger.safetensors",
-        "--prompt=a --ckpt=@no_vae.safetensors --text_encoder=@wide_te"
-        " | @no_vae.safetensors KBlueLeaf/EQ-SDXL-VAE --vae=",
-        "--prompt=a | KBlueLeaf/HDM-xut-340M-anime",
-        "--prompt=a --ckpt=@published.safetensors --width=32 --height=32 | Qwen/Qwen3-0.6B",
-        "--from_image=nowhere.png | nowhere.png", "--from_image=@file | @file",
-        "--from_image=@photo.png | @photo.png settings", "--from_image=@edited.png | @edited.png",
-        "--prompts=@lines.txt --ckpt=@run | 'stpes' 'steps'", "--prompt=a --ckpt=@run,@run | @run,@run",
-        "--from_image=@camera.jpg | @camera.jpg settings"],
-    "prepare.py @data": [
-        "--caption_lines=all | --caption_lines 'all' join",
-        "--sidecar_place=above | --sidecar_place 'above' before", "--caption=tags", "--workers=0",
-        "--mean_only | --mean_only --latents", "--max_ratio=0.5", "--min_size=1000 | @data",
-        "--out=@run | @run", "--latents --vae=nowhere | nowhere",
-        "--latents --vae=@good_vae --image_size=17 | --image_size=17 2",
-        "--dry_run --text_encoder=nowhere | nowhere"],
-    "prepare.py": [
-        "| demo text_encoder judge", "juge | juge 'judge'", "demo --cuont=3 | --cuont=3 'count'",
-        "demo --count=0 | --count=0", "demo --seed=-1 | --seed=-1", "demo here | here",
-        "demo --out=@run | @run", "demo --out=@file | @file", "text_encoder nowhere | nowhere",
-        "text_encoder @empty | @empty", "text_encoder @captions --vocab=10 | --vocab=10",
-        "judge --ckpt=nowhere | nowhere", "@empty nowhere | nowhere", "@empty | @empty .caption",
-        "@file | @file .tar", "@uncaptioned | @uncaptioned .caption", "@data=0",
-        "@data=much | @data=much number", "dat | dat demo judge", "judge --seeds=0 | --seeds=0",
-        "@x.zip", "@bad.json", "@none.csv | @none.csv image"]}
+def command(program, *argv, cwd):
+    """A program as its user runs it, in a Python of its own."""
+    return subprocess.run([sys.executable, str(HERE / program), *map(str, argv)], cwd=cwd, env=ONE_THREAD,
+                          capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("line, words", [
-    (f"{start} {end.partition('|')[0]}".strip(), end.partition("|")[2] or end)
-    for start, ends in BAD_INPUT.items() for end in ends])
-def test_bad_input_is_one_line(line, words, shelf, tmp_path, monkeypatch, capfd):
-    program, *argv = line.replace("@", f"{shelf}/").split()
+def in_child(main, argv, cwd, files, environment):
+    """What a forked process does in place of the rest of the tests."""
+    atexit._clear()                                          # pytest's own
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for number, file in enumerate(files):
+        os.dup2(file.fileno(), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+    sys.argv = argv
+    hdm.run_main(main)
+
+
+class Forked:
+    """hdm.run_main(main) in `ranks` processes forked from this one, which has loaded torch: fast."""
+
+    def __init__(self, main, *argv, cwd, ranks=1, stdin=""):
+        if not hasattr(os, "fork"):
+            pytest.skip("needs processes that fork")
+        self.files, environment = [tempfile.TemporaryFile("w+") for _ in range(3)], {}
+        self.files[0].write(stdin)
+        self.files[0].seek(0)
+        if ranks > 1:                                        # as torchrun sets them; it also keeps the store
+            self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environment = dict(WORLD_SIZE=f"{ranks}", MASTER_ADDR="127.0.0.1",
+                               MASTER_PORT=f"{self.store.port}", TORCHELASTIC_USE_AGENT_STORE="True")
+        self.processes, argv = [], [f"{main.__module__}.py", *map(str, argv)]
+        for rank in range(ranks):
+            if ranks > 1:
+                environment |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
+            process = multiprocessing.get_context("fork").Process(
+                target=in_child, args=(main, argv, cwd, self.files, environment))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self):
+        """For their end -> what subprocess.run would give."""
+        for process in self.processes:
+            process.join(60)
+            process.kill()
+        for file in self.files:
+            file.seek(0)
+        code = max((process.exitcode for process in self.processes), key=abs)
+        return SimpleNamespace(returncode=code, stdout=self.files[1].read(), stderr=self.files[2].read())
+
+
+def forked(main, *argv, **how):
+    return Forked(main, *argv, **how).wait()
+
+
+def train_tiny(place, out, **settings):
+    argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+    train.main([str(place / "tiny.py"), f"--out_dir={out}", *argv])
+    return out
+
+
+def metrics(out):
+    """The lines of metrics.jsonl without their speed and memory, which no two runs share."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    own = ("images_per_s", "data_s", "memory_gb", "split_s")
+    return [{name: value for name, value in line.items() if name not in own} for line in lines]
+
+
+def same(a, b):
+    """Bitwise equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def checkpoint(path):
+    """Everything that a checkpoint holds, but the times since its last line of metrics and the settings."""
+    files = {name: load_file(path / name) for name in ("model.safetensors", "ema.safetensors")}
+    state = train_state(path)
+    for name in ("seconds", "settings"):
+        state.pop(name)
+    return files | {"train.pt": state}
+
+
+def train_state(path):
+    return torch.load(path / "train.pt", weights_only=True)
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def trained(place):
+    """Six steps through the command line, all that is random switched on: other runs are compared with it."""
+    done = command("train.py", place / "tiny.py", "--out_dir=run", "--save_every", "1", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "run"
+
+
+def test_a_run_leaves_metrics_settings_previews_and_whole_checkpoints(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    keys = {"step", "images", "loss", "lr", "grad_norm", "images_per_s", "val_loss"}
+    others = {"epoch", "loss_by_t", "data_s", "memory_gb", "skipped", "unreadable", "split_s", "text_tokens"}
+    assert all(set(line) == keys | others for line in lines)
+    assert [(line["step"], line["images"]) for line in lines] == [(0, 0), (3, 24), (6, 48)]
+    assert [line["epoch"] for line in lines] == [0, 24 / 22, 48 / 22]                 # two are held out
+    assert lines[0]["loss"] is None and lines[0]["val_loss"] > 0
+    for line in lines[1:]:
+        assert all(line[key] > 0 for key in (*keys, "data_s")) and line["memory_gb"] >= 0
+        known = [loss for loss in line["loss_by_t"] if loss is not None]
+        assert len(line["loss_by_t"]) == 10 and min(known) <= line["loss"] <= max(known)
+    assert not any(line["skipped"] or line["unreadable"] for line in lines)
+    record = json.loads((trained / "run.json").read_text())
+    assert record["settings"]["lr"] == 0.5 and record["settings"]["tread_rate"] == 0.5
+    assert record["config"]["dim"] == 32 and "tiny.py" in " ".join(record["command"])
+    assert record["versions"]["torch"] == torch.__version__ and "git_commit" in record
+    assert sorted(os.listdir(trained / "samples")) == ["00000000.png", "00000003.png", "00000006.png"]
+    names = sorted(path.name for path in trained.iterdir() if path.is_dir())
+    assert names == ["ckpt_00000004", "ckpt_00000005", "ckpt_00000006", "samples"]    # three are kept
+    _, vae, settings = sample.load_model(trained)
+    assert vae is None
+    assert [settings[name] for name in ("step", "images", "text_length", "image_size")] == [6, 48, 8, 16]
+    assert settings["config"] == hdm.XUTConfig(**record["config"])
+
+
+@pytest.mark.parametrize("how", [
+    "3 + 3 steps", "3 + 3 by workers", "2 + 4 steps", "a path", "max_hours", "killed", "old"])
+def test_a_stopped_run_goes_on_bitwise(how, trained, place, tmp_path, capsys):
+    """Cut anywhere, by any number of workers, which the uninterrupted run did not have; killed while it wrote
+    a checkpoint, after which it had even logged; and from a checkpoint without the newer settings."""
+    out, settings = tmp_path / "run", dict(resume=True)
+    if how[1:4] == " + ":
+        settings["workers"] = 2 * how.endswith("workers")
+        train_tiny(place, out, workers=settings["workers"], max_steps=int(how[0]))
+        assert [path.name for path in hdm.list_checkpoints(out)] == [f"ckpt_0000000{how[0]}"]
+    elif how == "a path":
+        settings["resume"] = trained / "ckpt_00000005"
+    elif how == "max_hours":
+        train_tiny(place, out, max_hours=1e-9)
+        assert "stopped at step 0; to go on:" in capsys.readouterr().out
+    elif how == "killed":
+        shutil.copytree(trained, out)
+        shutil.rmtree(out / "ckpt_00000006")
+        (out / "ckpt_00000005").rename(out / "partial_ckpt")
+        (out / "partial_ckpt" / "junk").write_text("")
+        settings["save_every"] = 1
+    else:
+        shutil.copytree(trained / "ckpt_00000004", out / "ckpt_00000004")
+        state = train_state(out / "ckpt_00000004")
+        for name in ("schedule", "epochs", "preview_prompts"):
+            state["settings"].pop(name)
+        del state["warmup_images"], state["wandb"]
+        torch.save(state, out / "ckpt_00000004" / "train.pt")
+    train_tiny(place, out, **settings)
+    said = capsys.readouterr().out
+    assert same(checkpoint(out / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+    if how not in ("a path", "old"):                         # these have not the first lines
+        assert metrics(out) == metrics(trained)
+        assert content(out / "samples") == content(trained / "samples")
+    if how == "killed":
+        assert same(checkpoint(out / "ckpt_00000005"), checkpoint(trained / "ckpt_00000005"))
+        assert content(out).keys() == content(trained).keys() | {Path("run_00000004.json")}
+    if how == "old":
+        assert "schedule" not in said and "lr at" not in said
+
+
+def test_a_start_that_would_harm_or_lead_nowhere_is_refused_and_touches_nothing(trained, place, tmp_path):
+    run, before = Path(shutil.copytree(trained, tmp_path / "run")), content(trained)
+    refused("nothing to do", train_tiny, place, run, resume=True)
+    refused("newer ckpt_00000006", train_tiny, place, run, resume=run / "ckpt_00000004")
+    refused(f"{run} --resume --out_dir", train_tiny, place, run)
+    assert content(run) == before
+    for changed in (dict(mlp_dim=64), dict(skips="mirror"), dict(aspect_cond="false")):
+        for how in ("init_from", "resume"):                  # another architecture than the file's
+            source = trained / "ckpt_00000006"
+            refused(f"{source} {next(iter(changed))}", train_tiny, place, tmp_path / "new",
+                    **changed, **{how: source})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_resume_takes_and_reports_what_the_command_changes(trained, place, tmp_path, capsys):
+    start = trained / "ckpt_00000004"
+    changes = dict(lr=0.25, images=80, batch_size=2, beta2=0.5, weight_decay=0.3)
+    train_tiny(place, tmp_path / "a", resume=start, max_steps=5, **changes)
+    said, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("resume: "))
+    for words in ("lr 0.5 -> 0.25", "images 48 -> 80", "batch_size 4 -> 2", "save_every 1 -> 0"):
+        assert words in said
+    groups = train_state(tmp_path / "a" / "ckpt_00000005")["optimizer"]["param_groups"]
+    assert {(tuple(group["betas"]), group["weight_decay"]) for group in groups} == {((0.9, 0.5), 0.3)}
+    train_tiny(place, tmp_path / "b", resume=start, global_batch=16, log_every=1)
+    lines = [(line["step"], line["images"]) for line in metrics(tmp_path / "b")]      # 32 seen, 16 to see
+    assert lines == [(5, 48)]
+
+
+def test_another_optimizer_is_one_class(trained, place, tmp_path):
+    """It resumes bitwise, its state has its own size, and the state of another one is refused by name."""
+    class Momentum(hdm.AdamW):
+        state_bytes, skips_steps = 4, False
+        def make(self, groups):
+            return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    run, settings = tmp_path / "run", dict(optimizer="momentum", save_every=2)
+    train_tiny(place, run, **settings, max_steps=4)
+    train_tiny(place, tmp_path / "again", **settings, resume=run / "ckpt_00000002", max_steps=4)
+    assert same(*(checkpoint(folder / "ckpt_00000004") for folder in (run, tmp_path / "again")))
+    refused("adamw --optimizer=momentum --init_from=", train_tiny, place, tmp_path / "other",
+            optimizer="momentum", resume=trained)
+    refused("adamw", train_tiny, place, tmp_path / "none", optimizer="adamwx")
+    s = train.Settings(beta1=0.5, ema=0.9)
+    adamw, momentum = (kind(tiny_xut(), s, "cpu", torch.float32) for kind in (hdm.AdamW, Momentum))
+    parameters = sum(value.numel() for value in tiny_xut().parameters())
+    assert adamw.checkpoint_gb() - momentum.checkpoint_gb() == pytest.approx(4e-9 * parameters)
+
+
+def test_loss_falls_on_a_few_images(place, tmp_path):
+    train_tiny(place, tmp_path, images=400, batch_size=8, patch_size=2, warmup=10, tread_rate=0,
+               caption_dropout=0, validation=0.8, eval_every=0, sample_every=0, log_every=10)
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[-1] < 0.3 * losses[1]
+
+
+def test_accumulated_micro_steps_are_one_large_step(place, tmp_path):
+    for micro in (2, 8):
+        train_tiny(place, tmp_path / f"{micro}", batch_size=micro, max_steps=2, log_every=1, sample_every=0)
+    small, large = (metrics(tmp_path / name) for name in ("2", "8"))
+    for a, b in zip(small[1:], large[1:]):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e9, 0])
+def test_the_gradient_is_clipped_to_its_global_norm(clip, place, tmp_path):
+    """In the folder of a run that died before its first checkpoint, whose log begins again."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
+    train_tiny(place, tmp_path, clip=clip, max_steps=1, log_every=1)
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+    gradient = torch.cat([each.flatten() for each in first_gradient(tmp_path)])
+    norm = metrics(tmp_path)[1]["grad_norm"]                 # logged before it is clipped
+    assert norm > 0.1
+    assert gradient.norm().item() == pytest.approx(min(clip or math.inf, norm), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_weights_and_draws(dtype, place, tmp_path):
+    train_tiny(place, tmp_path / "run", dtype=dtype, max_steps=2)
+    losses = [line["loss"] for line in metrics(tmp_path / "run")[1:]]
+    assert all(math.isfinite(loss) for loss in losses)
+    weights = load_file(tmp_path / "run" / "ckpt_00000002" / "model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    sample.main([f"--ckpt={tmp_path / 'run'}", "--prompt=a", f"--dtype={dtype}", f"--out={tmp_path}"])
+    assert Image.open(tmp_path / "00000-0.png").size == (16, 16)
+
+
+def test_ema_follows_the_weights(trained):
+    """After step s: ema = d ema + (1 - d) weights, d at most (1 + s) / (10 + s) in the first steps."""
+    states = [checkpoint(trained / f"ckpt_0000000{step}") for step in (4, 5, 6)]
+    for step, (before, after) in zip((4, 5), zip(states, states[1:])):
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, weight in after["model.safetensors"].items():
+            expected = decay * before["ema.safetensors"][name] + (1 - decay) * weight
+            torch.testing.assert_close(after["ema.safetensors"][name], expected, atol=1e-6, rtol=1e-5)
+
+
+def fan_in(weight):
+    return weight.shape[0] if weight.dim() == 1 else math.prod(weight.shape[1:])
+
+
+def test_every_weight_of_the_base_model_is_in_one_of_ten_groups():
+    with torch.device("meta"):
+        model = hdm.XUT(hdm.PRESETS["base"])
+    groups = hdm.parameter_groups(model)
+    assert len(groups) <= 10
+    grouped = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    for group in groups:
+        assert {fan_in(parameter) for parameter in group["params"]} == {group["fan_in"]}
+
+
+def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(trained, place, tmp_path):
+    """Adam's first step moves each weight by its lr, whatever the gradient: so the rule shows in the weights,
+    and that neither the old run's optimizer nor its step came along. What is taken is what sample.py uses."""
+    train_tiny(place, tmp_path, init_from=trained, lr=0.4, weight_decay=0, max_steps=1)
+    start = load_file(trained / "ckpt_00000006" / "ema.safetensors")
+    after = load_file(tmp_path / "ckpt_00000001" / "model.safetensors")
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+    moved = 0
+    for name, value in start.items():
+        step = (after[name] - value).abs().max().item()
+        expected = 0.4 / 2 / fan_in(value)                   # the first of two steps of warm-up
+        assert step <= expected * 1.001 + 1e-6, name
+        moved += step > expected * 0.9
+    assert moved > 0.9 * len(start) - 1                      # some gradients are near AdamW's eps
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("lr, images, global_batch, warmup", [
+    (0.5, 152_500_000, 2048, 1000), (0.1, 42_340_000, 516, 1000), (0.3, 56_000, 12, 200), (0.7, 1001, 7, 0),
+    (0.3, 100, 7, 15)])
+def test_lr_of_an_uninterrupted_run_is_bitwise_the_formula_in_steps(
+        lr, images, global_batch, warmup, schedule):
+    """A linear warm-up, then the lr as it is or half a cosine down to one percent."""
+    s = train.Settings(lr=lr, images=images, global_batch=global_batch, warmup=warmup, schedule=schedule)
+    total, lengths = math.ceil(images / global_batch), train.open_schedule(s, {})
+    for step in [*range(min(total, 1200)), *range(0, total, 97), total - 1]:
+        part = (step - warmup) / max(1, total - warmup)
+        cosine = lr * (0.01 + 0.99 * (1 + math.cos(math.pi * part)) / 2)
+        expected = cosine if schedule == "cosine" else lr
+        if step < warmup:
+            expected = lr * (step + 1) / warmup
+        assert hdm.lr_at(step * global_batch, s, *lengths) == expected
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("batches", [(8, 32, 8), (32, 8, 16), (24, 56, 40)])
+def test_another_global_batch_at_a_resume_moves_the_lr_by_no_more_than_a_step_does(schedule, batches, capsys):
+    """Wherever the run is, and again after the next resume; another --warmup is taken as it is."""
+    state, before = {}, 0.0
+    for turn, batch in enumerate(batches):
+        s = train.Settings(lr=1.0, images=40_000, global_batch=batch, warmup=150, schedule=schedule)
+        warmup, end = train.open_schedule(s, state)
+        assert warmup == 150 * batches[0] and 0 <= end - 40_000 < batch
+        rates = [hdm.lr_at(seen, s, warmup, end) for seen in range(state.get("images", 0), end, batch)]
+        for rate in rates[:len(rates) if turn == 2 else 100]:
+            assert abs(rate - before) <= 1.01 * max(batches) / warmup and rate <= 1
+            before = rate
+        assert before == (pytest.approx(0.01, abs=1e-3) if schedule == "cosine" else 1) or turn < 2
+        state = dict(images=state.get("images", 0) + 100 * batch, settings=vars(s), warmup_images=warmup)
+    changed = train.Settings(lr=1.0, images=40_000, global_batch=16, warmup=10)
+    assert train.open_schedule(changed, state)[0] == 160
+    capsys.readouterr()
+    longer = dataclasses.replace(s, images=80_000)
+    now = hdm.lr_at(state["images"], longer, *train.open_schedule(longer, state))
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"lr at this point, {state['images']:,} images: ")
+    assert line.endswith(f"-> {now:.4g}")
+
+
+def test_a_run_is_as_long_as_its_images_or_its_epochs(place, tmp_path):
+    train_tiny(place, tmp_path / "run", epochs=1.5, eval_every=0, sample_every=0)
+    assert metrics(tmp_path / "run")[-1]["images"] == 40     # 1.5 x 22, in whole steps of 8
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["images"] == 33
+    refused("images=48, epochs=1.5", train_tiny, place, tmp_path / "other", epochs=1.5, images=48)
+    by_epochs = tmp_path / "epochs.py"                       # a flag wins over the other one of the file
+    by_epochs.write_text(re.sub("images = 48", "epochs = 2", (place / "tiny.py").read_text()))
+    assert train.read_settings([str(by_epochs)])[0].epochs == 2
+    s, _ = train.read_settings([str(by_epochs), "--images=16"])
+    assert (s.images, s.epochs) == (16, 0)
+
+
+def test_held_out_times_and_noise_depend_on_no_setting(place, monkeypatch):
+    """So that runs compare: a fork's distribution of training times moves none either."""
+    def drawn(**settings):
+        held = stream(place / "data", training=False, **settings)
+        return [(held[i]["t"], held[i]["noise"]) for i in range(len(held.places))]
+    expected = drawn(validation=0.2)
+    times = torch.stack([t for t, _ in expected])
+    assert len(set(times.tolist())) == len(times) and (0 < times).all() and (times < 1).all()
+    changes = [dict(t_shift=4.0), dict(tread_rate=0.0), dict(seed=7), dict(batch_size=1, global_batch=2),
+               dict(text_lengths=1, text_length=3), dict(mask_padding=True), dict(tag_dropout=0.9),
+               dict(caption_dropout=0.9, group_dropout=0.0), dict(tag_separator=","), dict(workers=3)]
+    for change in changes:
+        assert same(drawn(validation=0.2, **change), expected), change
+    monkeypatch.setattr(hdm, "draw_time", lambda n, shift=1.0, generator=None: torch.full((n,), 0.5))
+    assert same(drawn(validation=0.2), expected)
+    assert stream(place / "data")[0]["t"] == 0.5
+
+
+def test_previews_and_held_out_loss_are_of_the_averaged_weights(trained, place, tmp_path):
+    """Of fixed images, prompts, noise and seeds, so that lines and grids of a run compare. The prompts of a
+    file, one a line, which ends at a line feed, come after the captions, with seeds of their own."""
+    file = tmp_path / "mine.txt"
+    file.write_bytes("\ufeff# mine\r\nlarge circle\r\n\n  a\u2028b  \n".encode())
+    train_tiny(place, tmp_path / "run", preview_prompts=file, max_steps=1, sample_every=1, eval_every=1)
+    for run, more in (trained, []), (tmp_path / "run", ["large circle", "a\u2028b"]):
+        model, _, settings = sample.load_model(run)
+        te = sample.load_text_encoder(settings)
+        held = stream(place / "data", training=False, validation=TINY["validation"])
+        n = len(held.places)
+        batch = default_collate([held[i] for i in range(n)])
+        with torch.no_grad():
+            loss = hdm.flow_loss(model, **hdm.loss_inputs(batch, None, te, held.s, "cpu"))
+        assert metrics(run)[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        seeds = [*range(n), *range(len(more))]
+        images = sample.generate(model, None, te, batch["caption"] + more, seeds, settings)
+        assert apart(max((run / "samples").iterdir()), np.asarray(hdm.image_grid(images, 4, scale=8))) <= 1
+
+
+def test_files_of_preview_prompts_that_are_none_are_refused(place, tmp_path):
+    for name, text in dict(none="# none\n", settings="a circle --cfg=2\n", half="a circle --cfg\n").items():
+        (tmp_path / name).write_text(text)
+    for name in ("none", "settings", "half", "missing"):
+        refused(str(tmp_path / name), train_tiny, place, tmp_path / "run", preview_prompts=tmp_path / name)
+
+
+def stream(data, training=True, pos="long_side", latents=None, **settings):
+    """The samples that train.py would read from a folder of images, or from an index."""
+    s = SimpleNamespace(**vars(train.Settings()) | TINY | dict(validation=0.0) | settings)
+    index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
+    parts, held = index.split(s.validation)
+    places = prepare.Epochs(parts, s.seed) if training else held or list(range(len(index)))
+    channels, factor = (4, 2) if s.vae else (3, None)
+    config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
+    return prepare.Samples(index, places, latents, s, config, factor, s.seed if training else None)
+
+
+def names(index, numbers=None):
+    """The names of an index's records."""
+    return [index[i].name for i in (range(len(index)) if numbers is None else numbers)]
+
+
+def split(folder, validation):
+    """The names that train.py trains on, and those that it holds out."""
+    index = prepare.open_index(folder)
+    parts, held = index.split(validation)
+    trained_on = [name for first, n, _ in parts for name in names(index, range(first, first + n))]
+    return trained_on, names(index, held)
+
+
+@pytest.mark.parametrize("size, convention", [
+    ((24, 16), "long_side"), ((16, 24), "unit_area"), ((16, 16), "long_side")])
+def test_every_crop_is_drawn_and_knows_where_it_was(size, convention, tmp_path):
+    """Each pixel's red is its column and its green is its row, so a crop's pixels tell its true place."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    samples = stream(tmp_path, pos=convention)
+    half_x, half_y = (width / max(size), height / max(size))
+    if convention == "unit_area":
+        half_x, half_y = math.sqrt(width / height), math.sqrt(height / width)
+    counts = collections.Counter()
+    for i in range(450):
+        item = samples[i]
+        pixels = item["pixels"].float()
+        left, top = (int(value) for value in pixels[:2, 0, 0])
+        counts[left, top] += 1
+        assert torch.equal(pixels[0], left + torch.arange(16.0).expand(16, 16))
+        assert torch.equal(pixels[1], top + torch.arange(16.0)[:, None].expand(16, 16))
+        center = pixels.unfold(1, 4, 4).unfold(2, 4, 4).mean(dim=(-2, -1)) + 0.5      # (3, 4, 4), in pixels
+        expected = torch.stack([center[1] / height * 2 - 1, center[0] / width * 2 - 1], dim=-1)
+        expected = expected * torch.tensor([half_y, half_x])
+        torch.testing.assert_close(item["pos"].view(4, 4, 2), expected, atol=1e-6, rtol=0)
+        assert item["aspect"] == pytest.approx(math.log(width / height))
+    wanted = {(left, top) for left in range(width - 15) for top in range(height - 15)}
+    assert set(counts) == wanted                             # every offset from 0 to long - X, both ends too
+    assert min(counts.values()) > 450 / len(wanted) / 2      # and about as often
+    held_out = stream(tmp_path, training=False)[0]["pixels"][:2, 0, 0].tolist()
+    assert held_out == [(width - 16) // 2, (height - 16) // 2]
+
+
+def test_the_short_side_becomes_the_stages_and_the_long_side_is_floored(tmp_path):
+    write_picture(tmp_path / "a", (20, 33), 1)
+    samples = stream(tmp_path)
+    items = [samples[i] for i in range(200)]
+    aspects = {item["aspect"].item() for item in items}
+    assert aspects == {torch.tensor(math.log(16 / 26)).item()}                        # 33 * 16 / 20 = 26.4
+    tops = {round(item["pos"][0, 0].item() * 13 + 13 - 2, 3) for item in items}       # y of the first token
+    assert tops == set(range(11))
+    assert all(item["pixels"].shape == (3, 16, 16) for item in items)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_name(place):
+    def items(indices, **settings):
+        samples = stream(place / "data", **settings)
+        return {i: samples[i] for i in indices}
+
+    forward, backward = items(range(30, 40)), items(reversed(range(20, 50)))
+    other = items(range(30, 40), seed=1)
+    assert all(same(backward[i], forward[i]) for i in forward)
+    assert not any(same(forward[i]["noise"], other[i]["noise"]) for i in forward)
+    noises = [item["noise"] for item in backward.values()]   # every sample's own, the next epoch's too
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(noises, 2))
+    empty = [not item["caption"] for item in items(range(480)).values()]
+    assert sum(empty) / 480 == pytest.approx(0.3, abs=0.09)
+    held = [stream(place / "data", training=False, seed=seed)[3] for seed in (0, 1)]
+    assert same(*held) and "keep" not in held[0] and held[0]["caption"].endswith("on navy, large, with pink")
+
+
+def test_a_step_reads_what_the_samples_drew(place, te):
+    samples, vae = stream(place / "data", vae="a VAE"), tiny_vae(**STATISTICS)
+    batch = default_collate([samples[i] for i in range(4)])
+    inputs = hdm.loss_inputs(batch, vae, te, samples.s, "cpu")
+    assert all(same(inputs[name], batch[name]) for name in ("pos", "t", "noise", "keep"))
+    assert close(inputs["aspect"], batch["aspect"].float())
+    images = batch["pixels"] / 127.5 - 1
+    assert torch.equal(inputs["x0"], vae.encode(images, sample=True, noise=batch["vae_noise"]))
+    assert torch.equal(hdm.loss_inputs(batch, None, te, samples.s, "cpu")["x0"], images)
+    ctx, mask = te(batch["caption"], pad_to=8)
+    own = 2 * ((mask.sum(1) + 1) // 2)                       # 8 tokens, four lengths: the next even number
+    assert torch.equal(inputs["ctx"], ctx)
+    assert torch.equal(inputs["ctx_mask"], torch.arange(8) < own[:, None])            # pads are tokens
+    samples.s.text_lengths = 1
+    assert hdm.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"] is None    # all of them
+    samples.s.mask_padding = True
+    assert torch.equal(hdm.loss_inputs(batch, vae, te, samples.s, "cpu")["ctx_mask"], mask)
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:, :4] = 200, 100, 0, 255
+    for mode, suffix in (("RGBA", "png"), ("RGBA", "webp"), ("LA", "png"), ("RGB", "png")):
+        path = tmp_path / f"{mode}.{suffix}"
+        Image.fromarray(pixels).convert(mode).save(path, **dict(lossless=True) if suffix == "webp" else {})
+        image = np.asarray(hdm.load_image(path))
+        assert image.shape == (8, 8, 3)
+        assert (image[:, 4:] == (0 if mode == "RGB" else 255)).all()
+        assert mode == "LA" or (image[:, :4] == (200, 100, 0)).all()
+
+
+def test_sixteen_bit_gray_keeps_its_values(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode.startswith("I")
+    assert np.array_equal(np.asarray(hdm.load_image(tmp_path / "a.png")), np.stack([levels] * 3, axis=-1))
+
+
+XYZ = dict(                        # red, green and blue, adapted to D50
+    srgb=[(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141)],
+    p3=[(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)],
+    adobe=[(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)])
+
+
+def icc(space, **tags):
+    """A color profile, version 2, of tags' bytes."""
+    fixed = struct.pack(">3i", 63190, 65536, 54061)          # D50
+    head = b"lcms\2\x40\0\0" + b"mntr" + space + (b"Lab " if space == b"CMYK" else b"XYZ ") + bytes(12)
+    head += b"acsp" + bytes(28) + fixed + bytes(48)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name.encode() + struct.pack(">2I", 132 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    return struct.pack(">I", 132 + 12 * len(tags) + len(body)) + head + table + body
+
+
+def rgb_profile(primaries, gamma):
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * gamma))
+    tags = {f"{name}XYZ": b"XYZ " + bytes(4) + struct.pack(">3i", *(round(65536 * one) for one in xyz))
+            for name, xyz in zip("rgb", XYZ[primaries])}
+    return icc(b"RGB ", **tags, rTRC=curve, gTRC=curve, bTRC=curve)
+
+
+def seen_in_srgb(pixels, primaries, gamma):
+    """By the formulas: pixels (..., 3) uint8 in such a profile's colors -> in sRGB's."""
+    linear = (pixels / 255.0) ** gamma @ np.array(XYZ[primaries]) @ np.linalg.inv(np.array(XYZ["srgb"]))
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def test_colors_are_those_of_srgb(tmp_path, vae_folder):
+    """By an embedded profile of any kind, in all that reads images; none, sRGB's or a broken one changes
+    nothing, and a broken one is counted."""
+    y, x = np.mgrid[:48, :64].astype(np.float32)
+    pixels = np.stack([4 * x, 5 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
+    gray_curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    ink = bytes(range(256)) * 4                              # Lab of no ink is white, of any much darker
+    corners = [b"\xff\x80\x80" if not any(inks) else b"\x30\xa0\x60"
+               for inks in itertools.product((0, 1), repeat=4)]
+    cmyk = icc(b"CMYK", A2B0=b"mft1" + bytes(4) + b"\4\3\2\0" + struct.pack(
+        ">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536) + ink + b"".join(corners) + bytes(range(256)) * 3)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    convert, plain = Image.fromarray(pixels).convert, {}
+    for mode in ("RGB", "L", "P"):
+        plain[mode] = np.asarray(convert(mode).convert("RGB"))
+    linear_gray, p3 = icc(b"GRAY", kTRC=gray_curve), rgb_profile("p3", 2.2)
+    cases = [                                                # name, mode, profile, what it looks like
+        ("p3.png", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("p3.webp", "RGB", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("alpha.png", "RGBA", p3, seen_in_srgb(pixels, "p3", 2.2)),
+        ("adobe.jpg", "RGB", rgb_profile("adobe", 2.2), seen_in_srgb(pixels, "adobe", 2.2)),
+        ("linear.png", "RGB", rgb_profile("srgb", 1), seen_in_srgb(pixels, "srgb", 1)),
+        ("palette.png", "P", rgb_profile("p3", 1.8), seen_in_srgb(plain["P"], "p3", 1.8)),
+        ("gray as RGB.png", "L", rgb_profile("p3", 1), seen_in_srgb(plain["L"], "p3", 1)),
+        ("gray.png", "L", linear_gray, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("gray with alpha.png", "LA", linear_gray, seen_in_srgb(plain["L"], "srgb", 1)),
+        ("no ink.jpg", "CMYK", cmyk, np.full((48, 64, 3), 255)),
+        ("srgb.png", "RGB", srgb, pixels), ("none.png", "RGB", None, pixels),
+        ("broken.png", "RGB", b"no profile", pixels), ("broken.webp", "RGB", p3[:300], pixels),
+        ("broken, gray.png", "RGB", linear_gray, pixels), ("broken, inks.png", "RGB", cmyk, pixels)]
+    for name, mode, profile, _ in cases:
+        image = Image.new("CMYK", (64, 48)) if mode == "CMYK" else convert(mode)
+        options = dict(quality=100, subsampling=0) if name.endswith("jpg") else {}
+        options |= dict(lossless=True) if name.endswith("webp") else {}
+        image.save(tmp_path / name, icc_profile=profile, **options)
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    report = prepare.Report()
+    index = {one.name: one.colors for one in scan(tmp_path, report)}
+    broken = sorted(name for name, *_ in cases if name.startswith("broken"))
+    assert {kind: sorted(entry["paths"]) for kind, entry in report.items()} == {
+        "kept: broken color profile": [str(tmp_path / name) for name in broken]}
+    for name, _, _, expected in cases:
+        same_colors = name in (*broken, "srgb.png", "none.png")
+        assert (index[name] == 1) == (not same_colors)
+        whole = np.asarray(hdm.load_image(tmp_path / name)).astype(float)
+        most = 0 if same_colors else 12 if name.endswith("jpg") else 2               # of 255
+        assert abs(whole - expected).max() <= most, name
+        small = hdm.load_image(tmp_path / name, 24)
+        halved = np.asarray(expected).reshape(24, 2, 32, 2, 3).mean((1, 3))
+        assert abs(np.asarray(small).astype(float) - halved).mean() < 6 and "icc_profile" not in small.info
+        assert np.array_equal(np.asarray(sample.load_source(str(tmp_path / name), "")[0]), whole)
+    index, vae = prepare.open_index(tmp_path), hdm.load_vae(vae_folder)
+    folder = prepare.latents_folder("x", index, vae, 16)
+    index.records["colors"] = 0                             # as before there were profiles
+    assert folder != prepare.latents_folder("x", index, vae, 16)
+
+
+def test_adding_images_moves_none_across_the_split(tmp_path):
+    for i in range(40):
+        write_picture(tmp_path / f"{i}", (16, 16), i)
+    few = [set(part) for part in split(tmp_path, 0.3)]
+    for i in range(40, 80):
+        write_picture(tmp_path / "more" / f"{i}", (16, 16), i)
+    many = [set(part) for part in split(tmp_path, 0.3)]
+    assert few[0] < many[0] and few[1] < many[1] and not many[0] & many[1]
+    assert 12 < len(many[1]) < 36
+    assert split(tmp_path, 0.0)[1] == []
+
+
+@pytest.fixture(scope="session")
+def moved(place, te_folder, tmp_path_factory):
+    """A run in latents whose VAE and text encoder were deleted, and which was moved, after it had ended."""
+    lab = tmp_path_factory.mktemp("lab")
+    shutil.copytree(te_folder, lab / "te")
+    (lab / "vae").mkdir()
+    save_file(tiny_vae().state_dict(), lab / "vae" / "diffusion_pytorch_model.safetensors")
+    config = dict(_class_name="AutoencoderKL", block_out_channels=[32, 64], layers_per_block=1,
+                  latent_channels=4, norm_num_groups=32, scaling_factor=0.13025, **STATISTICS)
+    (lab / "vae" / "config.json").write_text(json.dumps(config))
+    train_tiny(place, lab / "run", vae=lab / "vae", text_encoder=lab / "te", patch_size=2, images=16)
+    shutil.move(lab / "run", lab / "elsewhere")
+    shutil.rmtree(lab / "te")
+    shutil.rmtree(lab / "vae")
+    return lab / "elsewhere"
+
+
+def test_a_run_moved_elsewhere_still_draws(moved, tmp_path):
+    model, vae, settings = sample.load_model(moved)
+    assert vae.factor == 2 and model.config.in_channels == 4
+    assert vae.mean == tuple(STATISTICS["latents_mean"]) and vae.std == tuple(STATISTICS["latents_std"])
+    images = torch.rand(1, 3, 16, 16)
+    expected = tiny_vae(**STATISTICS).to(memory_format=torch.channels_last)
+    assert torch.equal(vae.encode(images), expected.encode(images))
+    assert len(metrics(moved)) == 2 and all(line["val_loss"] > 0 for line in metrics(moved))
+    sample.main([f"--ckpt={moved}", "--prompt=red circle", "--width=20", f"--out={tmp_path}"])
+    assert Image.open(tmp_path / "00000-0.png").size == (20, 16)
+
+
+# ---- Training that can be left alone ---------------------------------------------------------------------
+
+
+def together(ranks, *argv, cwd, program="train.py"):
+    """A program on several processes of torchrun, with gloo."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*words, *map(str, (HERE / program, *argv))], cwd=cwd, env=ONE_THREAD,
+                          capture_output=True, text=True, timeout=300)
+
+
+def first_gradient(run):
+    """Of each weight, as Adam's first moment holds it after one step: the reduced and clipped one."""
+    state = train_state(run / "ckpt_00000001")["optimizer"]["state"]
+    return [each["exp_avg"] / (1 - 0.9) for each in state.values()]
+
+
+@pytest.mark.parametrize("ranks, steps", [(2, 10), pytest.param(4, 20, marks=SLOW)])
+def test_many_processes_are_one(ranks, steps, place, tmp_path):
+    """The gradient of step 1 to 1e-5, all losses to 1e-3: with TREAD, crops, dropout and accumulation."""
+    argv = [f"--images={8 * steps}", "--save_every=1", "--keep_ckpts=0", "--log_every=1", "--eval_every=10",
+            "--clip=1e9", "--sample_every=10", f"--batch_size={8 // ranks // 2}"]
+    train_tiny(place, tmp_path / "one", **dict(word[2:].split("=") for word in argv))
+    done = forked(train.main, place / "tiny.py", "--out_dir=many", *argv, cwd=tmp_path, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert f"a step: {ranks} ranks x 2 x {4 // ranks}\n" in done.stdout
+    assert done.stdout.count("done:") == 1
+    for one, many in zip(*(first_gradient(tmp_path / name) for name in ("one", "many"))):
+        assert close(many, one, 1e-5)
+    for one, many in zip(*(metrics(tmp_path / name) for name in ("one", "many")), strict=True):
+        for name in ("loss", "val_loss", "grad_norm"):
+            assert many[name] == one[name] or many[name] == pytest.approx(one[name], rel=1e-3)
+    a, b = (np.asarray(Image.open(tmp_path / name / "samples" / "00000010.png")) for name in ("one", "many"))
+    assert abs(a.astype(int) - b).max() <= 2
+
+
+def test_gradients_are_exchanged_once_a_step(place, tmp_path, monkeypatch):
+    """Two processes, two micro-steps, two steps: the one bucket of gradients leaves each process twice."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    original = torch.nn.parallel.DistributedDataParallel
+
+    def counted(module, **how):
+        def hook(state, bucket):
+            os.write(2, b"exchanged\n")
+            return allreduce_hook(state, bucket)
+        network = original(module, **how)
+        network.register_comm_hook(None, hook)
+        return network
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", counted)
+    done = forked(train.main, place / "tiny.py", "--batch_size=2", "--max_steps=2", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("exchanged") == 2 * 2
+
+
+@slow
+def test_two_processes_resume_bitwise_and_one_goes_on_with_the_same_images(trained, place, tmp_path):
+    argv = [place / "tiny.py", "--batch_size=2", "--workers=1"]
+    assert together(2, *argv, "--out_dir=whole", cwd=tmp_path).returncode == 0
+    assert together(2, *argv, "--out_dir=cut", "--max_steps=2", cwd=tmp_path).returncode == 0
+    shutil.copytree(tmp_path / "cut", tmp_path / "one")
+    assert together(2, *argv, "--out_dir=cut", "--resume", cwd=tmp_path).returncode == 0
+    whole, cut = (tmp_path / name / "ckpt_00000006" for name in ("whole", "cut"))
+    assert same(checkpoint(whole), checkpoint(cut))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    train_tiny(place, tmp_path / "one", resume=True)         # on one process
+    shutil.copytree(trained / "ckpt_00000004", tmp_path / "two" / "ckpt_00000004")    # of one process, on two
+    assert together(2, *argv, "--out_dir=two", "--resume", cwd=tmp_path).returncode == 0
+    assert metrics(tmp_path / "two")[-1]["loss"] == pytest.approx(metrics(trained)[-1]["loss"], rel=1e-4)
+    for name in ("one", "whole"):
+        for line, expected in zip(metrics(tmp_path / name), metrics(trained)):
+            assert (line["loss"] or 0) == pytest.approx(expected["loss"] or 0, rel=1e-4)
+
+
+def test_an_error_is_reported_once_by_one_process(place, tmp_path):
+    done = forked(train.main, place / "tiny.py", "--batchsize=2", cwd=tmp_path, ranks=2)
+    assert done.returncode != 0 and done.stderr.count("error: --batchsize=2") == 1
+    done = together(2, place / "tiny.py", "--global_batch=10", "--batch_size=2", cwd=tmp_path)
+    message = "error: --global_batch=10: no multiple of batch_size x processes = 2 x 2; 8 is"
+    assert done.returncode != 0 and done.stderr.count(message) == 1
+
+
+@slow
+@pytest.mark.parametrize("how", ["raise ValueError('the cat sat on rank 1')", "os.kill(os.getpid(), 9)"])
+def test_a_process_that_dies_takes_the_others_down(how, place, tmp_path):
+    (tmp_path / "dying.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import hdm, train
+calls, original = [], hdm.loss_inputs
+def failing(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 20:
+        {how}
+    return original(*arguments)
+hdm.loss_inputs = failing
+hdm.run_main(train.main)
+""")
+    began = time.monotonic()
+    done = together(2, place / "tiny.py", "--images=80000", cwd=tmp_path, program=tmp_path / "dying.py")
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    printed = done.stderr.count("    main(sys.argv[1:])\n")      # a traceback of ours; torchrun adds its own
+    assert printed == 1
+    assert done.stderr.count("ValueError: the cat sat on rank 1") == ("raise" in how)
+
+
+@pytest.mark.parametrize("error", [ValueError, hdm.UserError])
+def test_a_crash_ends_the_loader_processes_too(error, place, tmp_path, monkeypatch):
+    """They do not listen to the signal by which Python ends them, and would be waited for."""
+    def failing(*arguments):
+        raise error("the cat sat")
+    monkeypatch.setattr(hdm, "loss_inputs", failing)
+    done = forked(train.main, place / "tiny.py", "--workers=2", "--eval_every=0", cwd=tmp_path)
+    assert done.returncode == (1 if error == ValueError else 2)
+    assert done.stderr.count("the cat sat") == 1 + (error == ValueError)
+
+
+def test_processes_that_see_other_images_are_refused(place, tmp_path):
+    shutil.copytree(place / "data", tmp_path / "other")
+    write_picture(tmp_path / "other" / "one_more", (16, 16), 1)
+    def main(argv):
+        train.main([*argv, *["--data=other"] * (os.environ["RANK"] == "1")])
+    done = forked(main, place / "tiny.py", cwd=tmp_path, ranks=2)
+    assert done.returncode != 0 and done.stderr.count("not the same to all processes") == 1
+
+
+def spoil(path):
+    """A PNG whose ends are whole and whose pixels cannot be decoded."""
+    data = path.read_bytes()
+    path.write_bytes(data[:41] + bytes(20) + data[61:])
+
+
+def test_a_broken_image_is_named_and_the_next_takes_its_place(place, data, tmp_path, capsys):
+    path = data / "picture2.png"
+    spoil(path)
+    train_tiny(place, tmp_path / "run", data=data, max_steps=3)
+    train_tiny(place, tmp_path / "run", data=data, resume=True)
+    said = capsys.readouterr().out
+    assert said.count(f"warning: {path}: not a complete image") == 2                     # once in each run
+    assert metrics(tmp_path / "run")[-1]["unreadable"] == 1
+    samples = stream(data)
+    i = next(i for i in range(48) if names(samples.index, [samples.places[i][2]]) == ["picture2.png"])
+    item = samples[i]
+    assert str(path) in item["trouble"][0] and samples[i + 1]["trouble"] == ("", "")
+    assert same(item, samples[i + 1] | dict(trouble=item["trouble"]))
+    for i in (3, 6, 7):                                      # too many of them end the run
+        spoil(data / f"picture{i}.png")
+    message = one_line(train_tiny, place, tmp_path / "many", data=data, images=800)
+    assert "images cannot be read, more than --max_unreadable=0.05" in message
+    train_tiny(place, tmp_path / "allowed", data=data, max_unreadable=0.2)
+
+
+def started(*argv, cwd, after):
+    """train.py in a process of its own, at the moment when run/metrics.jsonl has `after` lines."""
+    run = Forked(train.main, *argv, cwd=cwd)
+    log = cwd / "run" / "metrics.jsonl"
+    while run.processes[0].is_alive() and (not log.exists() or log.read_text().count("\n") < after):
+        time.sleep(0.01)
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_goes_on_as_if_never_stopped(number, trained, place, tmp_path, monkeypatch):
+    """Also in the middle of a step's accumulation, with loader processes."""
+    loss_inputs = hdm.loss_inputs
+    def slowly(*arguments):
+        time.sleep(0.1)
+        return loss_inputs(*arguments)
+    monkeypatch.setattr(hdm, "loss_inputs", slowly)
+    run = started(place / "tiny.py", "--out_dir=run", "--workers=2", cwd=tmp_path, after=1)
+    os.kill(run.processes[0].pid, number)
+    done = run.wait()
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("--resume")
+    saved, = hdm.list_checkpoints(tmp_path / "run")
+    assert saved.name < "ckpt_00000006"
+    monkeypatch.undo()
+    train_tiny(place, tmp_path / "run", resume=True)
+    assert same(checkpoint(tmp_path / "run" / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+    assert metrics(tmp_path / "run") == metrics(trained)
+
+
+def test_a_second_signal_ends_the_process_and_an_echo_does_not(monkeypatch):
+    ended, clock = [], iter([0.0, 0.2, 5.0])
+    monkeypatch.setattr(train.os, "_exit", ended.append)
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    noted = train.catch_signals()
+    for expected in ([], [], [128 + signal.SIGTERM]):
+        signal.raise_signal(signal.SIGTERM)
+        assert noted and ended == expected
+
+
+@slow
+def test_a_run_killed_again_and_again_ends_like_one_that_never_was(trained, place, tmp_path):
+    rng, killed_while_saving = random.Random(0), 0
+    argv = [place / "tiny.py", "--out_dir=run", "--save_every=1", "--log_every=1"]
+    train_tiny(place, tmp_path / "whole", log_every=1)
+    for attempt in range(30):
+        resume = ["--resume"] if hdm.list_checkpoints(tmp_path / "run") else []
+        lines = len(train.read_metrics(tmp_path / "run"))
+        process, = started(*argv, *resume, cwd=tmp_path, after=lines + 1).processes
+        while attempt % 2 and process.is_alive() and not list((tmp_path / "run").glob("partial_*")):
+            pass                                             # every second time: while it saves
+        time.sleep(rng.uniform(0, 0.004 if attempt % 2 else 0.15))
+        process.kill()
+        process.join()
+        killed_while_saving += bool(list((tmp_path / "run").glob("partial_*")))
+        if (tmp_path / "run" / "ckpt_00000006").exists():    # it may have been killed as it ended
+            break
+    assert killed_while_saving >= 1
+    ends = [checkpoint(tmp_path / name / "ckpt_00000006") for name in ("run", "whole")]
+    assert same(*ends)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert not list((tmp_path / "run").glob("partial_*"))
+
+
+def test_milestones_and_the_newest_checkpoints_stay(place, tmp_path):
+    settings = dict(save_every=1, keep_ckpts=1, milestone_every=20, eval_every=0, sample_every=0)
+    train_tiny(place, tmp_path / "a", **settings)
+    train_tiny(place, tmp_path / "b", **settings, max_steps=4)
+    train_tiny(place, tmp_path / "b", **settings, resume=True)
+    for run in "ab":                                         # of 24 and 40 images, and the last; where it
+        steps = [int(path.name[5:]) for path in hdm.list_checkpoints(tmp_path / run)]  # stopped is none
+        assert steps == [3, 5, 6]
+
+
+def test_times_begin_at_one_and_fall_to_zero_at_any_shift():
+    for shift in [*(hundredths / 100 for hundredths in range(1, 1000)), 0.33, 1.57, 1.82]:
+        times = hdm.sampling_times(7, shift)
+        assert times[0] == 1 and times[-1] == 0 and (times[1:] < times[:-1]).all()
+
+
+def test_a_full_disk_stops_the_save_and_not_the_run(place, tmp_path):
+    """A limit on the size of files is as good: a write fails in its middle."""
+    resource = pytest.importorskip("resource")
+    train_tiny(place, tmp_path / "run", max_steps=2)
+    before = content(tmp_path / "run" / "ckpt_00000002")
+
+    def limited(argv):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        train.main(argv)
+
+    done = forked(limited, place / "tiny.py", f"--out_dir={tmp_path / 'run'}", "--resume", "--save_every=1",
+                  "--max_steps=5", cwd=tmp_path)
+    assert done.stdout.count("warning: not written: ") == 3  # steps 3 and 4, and the last
+    assert "ckpt_00000003, which takes 0.00" in done.stdout and "are free" in done.stdout
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --out_dir=")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 3, 5]
+    assert [path.name for path in (tmp_path / "run").glob("*ckpt_*")] == ["ckpt_00000002"]
+    assert content(tmp_path / "run" / "ckpt_00000002") == before
+
+
+class Poisoned:
+    """hdm.loss_inputs, with images that are not finite in some calls."""
+
+    def __init__(self, calls):
+        self.original, self.calls, self.count = hdm.loss_inputs, calls, 0
+
+    def __call__(self, *arguments):
+        inputs = self.original(*arguments)
+        if self.count in self.calls:
+            inputs["x0"] = inputs["x0"] * math.nan
+        self.count += 1
+        return inputs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, place, tmp_path, monkeypatch):
+    settings = dict(eval_every=0, sample_every=0, save_every=1, log_every=1, max_steps=4, ema=0, dtype=dtype)
+    monkeypatch.setattr(hdm, "loss_inputs", Poisoned([3]))      # the second half of step 2
+    train_tiny(place, tmp_path, keep_ckpts=0, **settings)
+    folders = hdm.list_checkpoints(tmp_path)
+    states = [torch.load(path / "train.pt", weights_only=True)["optimizer"]["state"] for path in folders]
+    weights = [load_file(path / "model.safetensors") for path in folders]
+    assert same(weights[0], weights[1]) and same(states[0], states[1])
+    assert not same(weights[1], weights[2])
+    lines = metrics(tmp_path)[1:]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
+    assert [line["loss"] is None for line in lines] == [False, True, False, False]
+
+
+def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(hdm, "loss_inputs", Poisoned(range(6, 1000)))               # from step 3 on
+    how = dict(images=400, eval_every=0, sample_every=0, save_every=1, ema=0)
+    message = one_line(lambda: train_tiny(place, tmp_path, **how))
+    samples = stream(place / "data", validation=TINY["validation"])
+    bad = names(samples.index, [samples.places[i][2] for i in range(24, 32)])
+    assert "since step 3" in message and all(name in message for name in bad)
+    assert message.count(".png") + message.count(".webp") == 8
+    first, last = (load_file(hdm.list_checkpoints(tmp_path)[i] / "model.safetensors") for i in (0, -1))
+    assert same(first, last)                                 # of steps 10 to 12, all as after step 3
+
+
+@pytest.mark.parametrize("changes", [{}, dict(residual="raw", skips="mirror")])
+def test_gradient_checkpointing_changes_no_gradient(changes, monkeypatch):
+    model = tiny_xut(**changes)
+    keep, mask = hdm.pick_tokens(2, 16, 0.5), torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    fixed = dict(x0=torch.randn(2, 3, 8, 8), ctx=torch.randn(2, 5, 32), t=torch.rand(2), keep=keep,
+                 noise=torch.randn(2, 3, 8, 8), ctx_mask=mask)
+    gradients, calls, compute = [], [], hdm.Block.compute
+    monkeypatch.setattr(hdm.Block, "compute", lambda *arguments: calls.append(1) or compute(*arguments))
+    for on in (False, True):
+        model.checkpoint_blocks(on)
+        gradients.append(torch.autograd.grad(hdm.flow_loss(model, **fixed), list(model.parameters())))
+    assert same(*gradients)
+    blocks = sum(isinstance(module, hdm.Block) for module in model.modules())
+    assert len(calls) == 3 * blocks                          # once, then once forward and once again backward
+
+
+def test_a_file_without_the_aspect_input_starts_it_at_zero(place, te_folder, tmp_path, capsys):
+    model = tiny_xut(aspect_cond=False, depth=1, dec_blocks=1, patch_size=4)
+    settings = dict(config=model.config, text_encoder=str(te_folder), text_length=8, vae="", image_size=16,
+                    step=3, images=24, steps=2, cfg=2.0, t_shift=1.0)
+    hdm.save_model(tmp_path / "old.safetensors", model.state_dict(), settings)
+    how = dict(init_from=tmp_path / "old.safetensors", max_steps=1)
+    train_tiny(place, tmp_path / "new", **how, lr=1e-9, ema=0)
+    assert "has no aspect input" in capsys.readouterr().out
+    new = sample.load_model(tmp_path / "new")[0]
+    x, t, ctx = torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 5, 32)
+    assert new.config.aspect_cond
+    assert close(new(x, t, ctx, aspect=torch.tensor([0.5, -1])), model(x, t, ctx), 1e-5)
+    train_tiny(place, tmp_path / "off", aspect_cond="false", **how)
+    assert not sample.load_model(tmp_path / "off")[0].config.aspect_cond
+
+
+def test_a_resume_with_grown_data_begins_an_epoch_and_with_others_is_refused_unless_asked_for(
+        place, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_tiny(place, run, data=data, max_steps=2)
+    write_picture(data / "one_more", (16, 16), 1)
+    train_tiny(place, run, data=data, max_steps=4, resume=True, log_every=1)
+    assert "a new epoch begins" in capsys.readouterr().out
+    state = train_state(run / "ckpt_00000004")
+    n, before = state["pictures"], state["pictures"] - 1
+    assert state["images"] == 32 and state["position"] == math.ceil(16 / before) * n + 16
+    (data / "one_more.png").unlink()
+    refused(f"{data} --new_data", train_tiny, place, run, data=data, resume=True)
+    train_tiny(place, run, data=data, resume=True, new_data=True, log_every=1)
+    position = train_state(run / "ckpt_00000006")["position"]
+    assert position == math.ceil((math.ceil(16 / before) * n + 16) / n) * before + 16
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_files_cannot_be_locked_a_run_warns_and_trains(number, place, tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    with warnings.catch_warnings(record=True) as caught:     # filelock's own, where it has another way
+        warnings.simplefilter("always")
+        train_tiny(place, tmp_path, max_steps=1, eval_every=0, sample_every=0)
+    assert "cannot be locked" in capsys.readouterr().out or any("lock" in str(one.message) for one in caught)
+    assert len(hdm.list_checkpoints(tmp_path)) == 1
+
+
+def test_ranks_wait_for_hours(monkeypatch):
+    """For what one of them does alone: indexing, a download, encoding."""
+    waits = []
+    def join(*arguments, timeout=datetime.timedelta(minutes=30), **how):
+        waits.append(timeout)
+        raise KeyboardInterrupt
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    with pytest.raises(KeyboardInterrupt):
+        hdm.start_ranks()
+    assert waits[0] >= datetime.timedelta(hours=6)
+
+
+@pytest.mark.parametrize("text", [
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are "
+    "out of shared memory. Please try to raise your shared memory limit.",
+    "unable to open shared memory object </torch_7_1_0> in read-write mode: No such file or directory (2)",
+    "unable to write to file </torch_7_1>: No space left on device (28)",
+    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    "RuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"])
+def test_loaders_without_shared_memory_are_one_line(text, place, tmp_path, monkeypatch):
+    """The texts of torch 1.13 to 2.13."""
+    def failing(*arguments):
+        raise RuntimeError(text)
+    monkeypatch.setattr(hdm, "loss_inputs", failing)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    refused(f"--workers=0 --shm-size {text.splitlines()[-1]}", train_tiny, place, tmp_path)
+
+
+@slow
+@pytest.mark.parametrize("size", ["4k", "64k"])
+def test_a_small_dev_shm_is_one_line(size, place, tmp_path):
+    """The first has no room for a semaphore, the second none for a batch."""
+    mount = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount of its own")
+    argv = [*mount, sys.executable, HERE / "train.py", place / "tiny.py", "--workers=2", "--image_size=128"]
+    done = subprocess.run(list(map(str, argv)), cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --workers=2") and "--workers=0" in done.stderr
+
+
+def test_two_runs_do_not_share_a_folder(place, tmp_path):
+    process, = started(place / "tiny.py", "--out_dir=run", "--images=80000", cwd=tmp_path, after=1).processes
+    before = content(tmp_path / "run").keys()
+    message = one_line(lambda: train_tiny(place, tmp_path / "run"))
+    process.kill()
+    process.join()
+    assert "another run is at work" in message and before <= content(tmp_path / "run").keys()
+    train_tiny(place, tmp_path / "run", max_steps=1)         # a lock ends with its process
+
+
+@pytest.mark.parametrize("others, left", [(0, 2), (2, 1), (0.3, 2)])
+def test_fewer_threads_work_while_others_use_the_cores_and_where_that_is_faster(others, left, monkeypatch):
+    """On two cores: two threads that share them with others are slow, one is less so."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(threads, "n", n))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads.n)
+    threads, cpu = SimpleNamespace(n=2), hdm.SharedCPU()
+    def run(others, start):
+        seen = collections.Counter()
+        for now in range(start, start + 1000, 2):
+            share = 2 / (2 + others)                         # of a core, for each of these programs
+            seconds = {1: 2.0, 2: 1.0 + 3 * others}[threads.n]
+            cpu.choose(seconds, threads.n * share, now)
+            seen[threads.n] += 1
+        return seen.most_common(1)[0][0]
+    assert run(others, 0) == left
+    assert run(0, 1000) == 2                                 # the others have ended
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+@pytest.mark.parametrize("encoding, sink", [("ascii", "pipe"), ("cp1252", "pipe"), ("utf-8", "closed pipe"),
+                                            ("utf-8", "full disk"), ("utf-8", "no stream")])
+def test_nothing_that_is_printed_ends_a_program(encoding, sink, tmp_path):
+    names = "\u732b3.jpg \u00e9 \U0001f600 \udce9 \x1b"
+    if sink == "closed pipe":
+        reader, out = os.pipe()
+        os.close(reader)
+    else:
+        out = os.open("/dev/full" if sink == "full disk" else tmp_path / "out", os.O_CREAT | os.O_RDWR)
+
+    def main(argv):
+        for stream in (sys.stdout, sys.stderr):
+            print(names, file=stream, flush=True)
+        (tmp_path / "through").touch()
+        raise hdm.UserError(names)
+
+    def act():
+        sys.stdout = sys.stderr = None if sink == "no stream" else open(out, "w", encoding=encoding)
+        hdm.run_main(main)
+
+    process = multiprocessing.get_context("fork").Process(target=act)
+    process.start()
+    process.join(60)
+    assert (tmp_path / "through").exists() and process.exitcode == 2
+    if sink == "pipe":
+        expected = names.encode(encoding, "backslashreplace")
+        assert (tmp_path / "out").read_bytes().splitlines() == [expected, expected, b"error: " + expected]
+
+
+@pytest.mark.parametrize("argv, package", [
+    ("train.py --plot @run", "matplotlib"), ("train.py @tiny.py --log=wandb", "wandb"),
+    ("train.py @tiny.py --log=tensorboard", "tensorboard"),
+    ("sample.py --ckpt=@published.safetensors --text_encoder=@wide_te --ui", "gradio")])
+def test_an_optional_package_is_needed_where_it_is_asked_for(
+        argv, package, shelf, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [program, *argv])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    before = stamps(shelf)
+    for name in (package, *[name for name in sys.modules if name.startswith(f"{package}.")]):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    program, *words = argv.replace("@", f"{shelf}/").split()
+    monkeypatch.setattr(sys, "argv", [program, *words])
     with pytest.raises(SystemExit) as caught:
-        hdm.run_main({"train.py": train, "sample.py": sample, "prepare.py": prepare}[program].main)
+        hdm.run_main({"train.py": train, "sample.py": sample}[program].main)
     error = capfd.readouterr().err
-    assert caught.value.code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert all(word in error for word in words.replace("@", f"{shelf}/").split())
-    assert content(tmp_path) == {} and stamps(shelf) == before
+    assert caught.value.code == 2 and f"pip install {package}" in error and error.count("\n") == 1
+    assert "--log=" in argv or content(tmp_path) == {}
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(capfd):
-    with pytest.raises(SystemExit) as caught:
-        hdm.run_main(lambda argv: 1 / 0)
-    error = capfd.readouterr().err
-    assert caught.value.code == 1 and "Traceback" in error and "ZeroDivisionError" in error
+def test_curves_of_runs_are_drawn(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    train.main(["--plot", str(trained), str(trained)])
+    assert Image.open("plot.png").width >= 1000
+
+
+def test_tensorboard_goes_on_where_a_run_does(trained, place, tmp_path):
+    """A run that was killed after step 5 goes on from step 3: each step stands there once, with previews."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    argv = dict(log="tensorboard", log_every=1, save_every=3)
+    train_tiny(place, tmp_path, **argv, max_steps=5)
+    shutil.rmtree(tmp_path / "ckpt_00000005")
+    train_tiny(place, tmp_path, **argv, resume=True)
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    lines = metrics(tmp_path)
+    for name in ("lr", "loss", "val_loss", "epoch"):
+        expected = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (step, pytest.approx(value)) for step, value in expected]
+    previews = {event.step: event.encoded_image_string for event in events.Images("previews")}
+    assert sorted(previews) == [0, 3, 6]
+    drawn = Image.open(tmp_path / "samples" / "00000006.png")
+    assert same(np.asarray(Image.open(io.BytesIO(previews[6]))).tolist(), np.asarray(drawn).tolist())
+
+
+@slow
+def test_wandb_goes_on_in_the_same_run(place, tmp_path, monkeypatch):
+    """The real one, offline: two folders of one run id, with previews."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for argv in (["--max_steps=3"], ["--resume", "--images=96"]):
+        done = command("train.py", place / "tiny.py", "--out_dir=run", "--log=wandb", *argv, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    ids = {torch.load(path / "train.pt", weights_only=True)["wandb"]
+           for path in hdm.list_checkpoints(tmp_path / "run")}
+    assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == ids
+    assert all(list(folder.rglob("previews_*.png")) for folder in folders)
+
+
+def test_loader_processes_may_be_spawned(place, tmp_path, monkeypatch):
+    """As on Windows and macOS, where all that they get is pickled."""
+    sent = []
+    def loader(samples, batch_size, worker_init_fn=None, **how):
+        sent.append(type(samples))
+        pickled = pickle.loads(pickle.dumps((samples, worker_init_fn)))
+        return torch.utils.data.DataLoader(pickled[0], batch_size, worker_init_fn=pickled[1], **how)
+    train_tiny(place, tmp_path / "plain", max_steps=1)
+    monkeypatch.setattr(train, "DataLoader", loader)
+    train_tiny(place, tmp_path / "pickled", max_steps=1, workers=1)
+    assert sent == [prepare.Samples] * 2
+    assert same(*(checkpoint(tmp_path / name / "ckpt_00000001") for name in ("plain", "pickled")))
+
+
+@slow
+def test_spawned_loader_processes_train_the_same(trained, place, tmp_path):
+    (tmp_path / "spawned.py").write_text(f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    train.main(sys.argv[1:])
+""")
+    done = command(tmp_path / "spawned.py", place / "tiny.py", "--out_dir=run", "--workers=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert same(checkpoint(tmp_path / "run" / "ckpt_00000006"), checkpoint(trained / "ckpt_00000006"))
+
+
+Stage = collections.namedtuple("Stage", "images lr batch accumulation weight_decay beta2 clip checkpointing "
+                               "tread_rate text_length")
+STAGES = {  # SPEC 1
+    "256": Stage(152_500_000, 0.5, 128, 4, 0.02, 0.98, 3.0, False, 0.5, 256),
+    "512": Stage(42_340_000, 0.1, 64, 2, 0.005, 0.995, 1.0, True, 0.5, 256),
+    "768": Stage(8_469_000, 0.05, 64, 2, 0.002, 0.995, 1.0, True, 0.5, 256),
+    "1024": Stage(3_649_000, 0.02, 16, 4, 0.002, 0.995, 1.0, True, 0.0, 512)}
+
+
+def test_configs_are_the_published_stages():
+    for size, stage in STAGES.items():
+        values = hdm.read_config(str(HERE / "configs" / f"{size}.py"), train.CLASSES)
+        expected = dict(image_size=int(size), batch_size=stage.batch, beta1=0.9, warmup=1000,
+                        global_batch=stage.batch * stage.accumulation * 4, vae="KBlueLeaf/EQ-SDXL-VAE",
+                        text_encoder="Qwen/Qwen3-0.6B")
+        expected |= {name: value for name, value in stage._asdict().items() if name in values}
+        assert len(expected) == 7 + 8
+        assert {name: values[name] for name in expected} == expected
+    message = one_line(train.read_settings, [str(HERE / "configs" / "512.py")])
+    assert "--init_from=out/256" in message and "configs/256.py" in message
+    train.read_settings([str(HERE / "configs" / "finetune.py")])
+
+
+@slow
+def test_the_four_stages_follow_each_other(place, moved, tmp_path):
+    """Two steps each, by the real configs, in small: what a stage is, reaches the optimizer and the loop."""
+    folder = hdm.list_checkpoints(moved)[-1]
+    argv = ["--vae", folder / "vae", "--text_encoder", folder / "text_encoder", "--data", place / "data"]
+    argv += "--device=cpu --validation=0.2 --max_steps=2 --workers=1 --compile=false --log_every=1".split()
+    argv += "--dim=32 --heads=2 --head_dim=16 --mlp_dim=48 --ctx_dim=32 --depth=1 --dec_blocks=1".split()
+    for size, stage in STAGES.items():
+        done = command("train.py", HERE / "configs" / f"{size}.py", *argv, "--post_blocks=1",
+                       "--sample_steps=2", f"--image_size={int(size) // 16}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        run = tmp_path / "out" / size
+        settings = json.loads((run / "run.json").read_text())["settings"]
+        for name in ("clip", "checkpointing", "tread_rate", "text_length"):
+            assert settings[name] == getattr(stage, name)
+        assert metrics(run)[-1]["images"] == 2 * stage.batch * stage.accumulation * 4
+        state = torch.load(run / "ckpt_00000002" / "train.pt", weights_only=True)
+        for group in state["optimizer"]["param_groups"]:     # at the second of 1000 steps of warm-up
+            assert group["lr"] == pytest.approx(stage.lr * 2 / 1000 / group["fan_in"])
+            assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, stage.beta2), stage.weight_decay)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(place, tmp_path, monkeypatch):
+    """All its files and its folder are flushed, and only then is it renamed."""
+    flushed, fsync, rename = [], os.fsync, Path.rename
+
+    def seen(file):
+        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def renamed(path, target):
+        assert {str(path), *(str(inner) for inner in path.rglob("*"))} <= set(flushed)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(Path, "rename", renamed)
+    train_tiny(place, tmp_path, max_steps=1)
+    assert len(hdm.list_checkpoints(tmp_path)) == 1 and len(flushed) > 5
 
 
 # ---- torch.compile: used where it can be had, and nothing depends on it ----------------------------------
@@ -5822,8 +5931,8 @@ def test_a_shape_that_was_forgotten_is_an_error(place, tmp_path, fresh_compiler,
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_what_fails_to_compile_runs_eagerly_and_is_told(found, place, tmp_path, fresh_compiler, monkeypatch,
-                                                        capsys):
+def test_what_fails_to_compile_runs_eagerly_and_is_reported(
+        found, place, tmp_path, fresh_compiler, monkeypatch, capsys):
     def broken(graph, inputs):
         raise RuntimeError("the compiler has no headers")
 
@@ -5847,7 +5956,7 @@ def test_what_fails_to_compile_runs_eagerly_and_is_told(found, place, tmp_path, 
         (32, 256, 0.0, 322.8), (32, 256, 0.5, 253.3), (64, 256, 0.0, 902.7), (96, 256, 0.0, 2126.8),
         (96, 256, 0.5, 1211), (128, 512, 0.5, 2591)])])
 def test_counts_are_the_formulas(side, T, rate, GFLOP):
-    """All four stages of the base model, by hand from SPEC's architecture and as told in GFLOP; of the
+    """All four stages of the base model, by hand from SPEC's architecture and as printed in GFLOP; of the
     backward pass twice as much, less the gradient of what nothing trains."""
     D, tokens = 1024, (side // 2) ** 2                       # mlp_dim is 3 D
     def attention(S):                                        # q k and p v; qkv or q and kv, and out
@@ -6041,8 +6150,8 @@ def test_the_bench_measures_a_run_and_its_baseline(ranks, place, tmp_path, monke
     for name in ("as configured", "baseline"):
         one = report[name]
         assert set(one["ms_per_image"]) == {"data", "vae", "text", "forward", "backward", "optimizer"}
-        told = sum(one["ms_per_image"].values())
-        assert told == pytest.approx(1000 * ranks / one["images_per_s"], rel=0.2)     # nothing is left out
+        printed = sum(one["ms_per_image"].values())
+        assert printed == pytest.approx(1000 * ranks / one["images_per_s"], rel=0.2)     # nothing is left out
         assert 0 < one["xut_mfu"] < one["all_flops"] < 1
     assert report["baseline"]["text_tokens"] == 8 >= report["as configured"]["text_tokens"] > 2
     ratio = report["as configured"]["images_per_s"] / report["baseline"]["images_per_s"]
@@ -6056,286 +6165,178 @@ def test_the_plan_is_counted(vae_folder, te_folder, capsys):
     small = ["--depth=1", "--dim=64", "--heads=1", "--ctx_dim=32", f"--vae={vae_folder}",
              f"--text_encoder={te_folder}", "--patch_size=16"]
     train.main([str(HERE / "configs" / "1024.py"), "--plan", *small])                 # without 768's out/768
-    told = capsys.readouterr().out
-    forward, again = re.search(r"XUT forward ([\d.]+).*forward again ([\d.]+)", told, re.S).groups()
+    printed = capsys.readouterr().out
+    forward, again = re.search(r"XUT forward ([\d.]+).*forward again ([\d.]+)", printed, re.S).groups()
     assert float(forward) == float(again) > 0                # with --checkpointing
     train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilization=0.5"])
-    told = capsys.readouterr().out
-    assert "XUT forward 253.3" in told and "VAE 272.7, text encoder 240.5" in told
+    printed = capsys.readouterr().out
+    assert "XUT forward 253.3" in printed and "VAE 272.7, text encoder 240.5" in printed
     hours = 152.5e6 * (759.2 + 272.7 + 240.5) * 1e9 / (4 * 200e12) / 3600
-    assert f"{hours:.1f} h" in told
-    assert f"{2 * hours:.1f} h, {4 * 2 * hours:.1f} GPU-hours" in told                # at half the rate
-    assert "2.06 GB of gradients a step of 2048" in told     # 2 (4 - 1) / 4 x 4 bytes x 343,176,208
+    assert f"{hours:.1f} h" in printed
+    assert f"{2 * hours:.1f} h, {4 * 2 * hours:.1f} GPU-hours" in printed                # at half the rate
+    assert "2.06 GB of gradients a step of 2048" in printed     # 2 (4 - 1) / 4 x 4 bytes x 343,176,208
     fixed = 20 * 343_176_208 + 2 * (596_049_920 + 83_653_863) # and the weights in 16 bit
-    told = float(re.search(r"memory: ([\d.]+) GB of weights", told)[1])
-    assert told == pytest.approx(fixed / 1e9 + 2 * 0.343, rel=0.01)
+    printed = float(re.search(r"memory: ([\d.]+) GB of weights", printed)[1])
+    assert printed == pytest.approx(fixed / 1e9 + 2 * 0.343, rel=0.01)
 
 
-# ---- prepare.py: the demo, its judge, the text encoder ---------------------------------------------------
+# ---- Bad input: one line that names the value, exit code 2, and nothing is written -----------------------
 
-def true_pictures(seed):
-    """Every combination once, at a random center, on the square canvas that the model is judged on."""
-    rng = np.random.default_rng(seed)
-    return [prepare.draw(*words, 32, 32, *prepare.random_center(rng, words[0], words[2], 32, 32))
-            for words in prepare.COMBINATIONS]
+@pytest.fixture(scope="session")
+def shelf(place, trained, published, te_folder, tmp_path_factory):
+    """A folder of things to get wrong, beside a few right ones: @name in the table below is shelf/name."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(trained, shelf / "run")
+    shutil.copy(place / "tiny.py", shelf / "tiny.py")
+    shutil.copy(published, shelf / "published.safetensors")
+    for name, text in (("misspelled", "batchsize = 8"), ("mistyped", "lr = 'fast'"), ("broken", "lr = = 3")):
+        (shelf / f"{name}.py").write_text(text + "\n")
+    for name in ("empty", "uncaptioned", "captions", "vae"):
+        (shelf / name).mkdir()
+    Image.new("RGB", (16, 16)).save(shelf / "uncaptioned" / "a.png")
+    (shelf / "captions" / "a.txt").write_text("a")
+    (shelf / "file").write_text("")
+    (shelf / "vae" / "config.json").write_text("{")
+    (shelf / "good_vae").mkdir()
+    (shelf / "good_vae" / "config.json").write_text("{}")
+    save_file(tiny_vae().state_dict(), shelf / "good_vae" / "diffusion_pytorch_model.safetensors")
+    save_file(tiny_vae().state_dict(), shelf / "vae" / "diffusion_pytorch_model.safetensors")
+    (shelf / "cut.safetensors").write_bytes(published.read_bytes()[:5000])
+    save_file({"a": torch.zeros(2)}, shelf / "stranger.safetensors")
+    save_file(published_tensors(vae=False), shelf / "no_vae.safetensors")
+    prepare.make_text_encoder(WORDS, shelf / "wide_te", dim=48)
+    shutil.copytree(place / "data", shelf / "data")
+    (shelf / "cut_index").mkdir()
+    (shelf / "cut_index" / "index.json").write_text("{")
+    write_files(shelf, {"x.zip": "x", "bad.json": "{", "none.csv": ""})
+    (shelf / "lines.txt").write_text("red circle\nblue square --stpes=3\n")
+    Image.new("RGB", (20, 24)).save(shelf / "photo.png")
+    Image.new("RGB", (8, 9)).save(shelf / "other.png")
+    exif = Image.Exif()
+    exif[0x010E] = "OLYMPUS DIGITAL CAMERA"
+    Image.new("RGB", (8, 9)).save(shelf / "camera.jpg", exif=exif)
+    edited = PngInfo()
+    edited.add_text("hdm", '{"steps": "few", "model_hash": ""}')
+    Image.new("RGB", (8, 9)).save(shelf / "edited.png", pnginfo=edited)
+    return shelf
 
 
-def test_the_centerd_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(tmp_path, monkeypatch):
+def stamps(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+BAD_INPUT = {  # how a command begins: how it goes on | words of its error, where they are others
+    "train.py @tiny.py": [
+        "more.py", "--batchsize=8 | --batchsize=8 'batch_size'", "--batch_size=2.5", "--lr=fast", "--lr",
+        "--compile=perhaps", "--data=nowhere", "--data=@empty | @empty .caption",
+        "--data=@uncaptioned | @uncaptioned .txt", "--data=@captions | @captions .txt",
+        "--global_batch=9 | --global_batch=9 batch_size 8",
+        "--global_batch=2 | --global_batch=2 batch_size 4", "--image_size=18 | 18 multiple 16",
+        "--vae=@vae --patch_size=2 | vae config.json", "--vae=@empty | @empty",
+        "--vae=KBlueLeaf/EQ-SDXL-VAE | KBlueLeaf/EQ-SDXL-VAE", "--text_encoder=nowhere | nowhere",
+        "--text_encoder=@empty | @empty", "--text_encoder=Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B", "--preset=huge",
+        "--heads=3 | heads=3 dim=32", "--head_dim=6 --dim=12 | head_dim=6", "--depth=0 | depth=0",
+        "--skips=first | skips first last mirror", "--in_channels=4 | in_channels 4 3",
+        "--ctx_dim=64 | ctx_dim 64 32", "--tread_rate=1", "--caption_dropout=-0.1", "--ema=1",
+        "--validation=1", "--validation=0.999999", "--batch_size=0", "--images=0", "--text_length=0",
+        "--log_every=0", "--seed=-1", "--workers=-1", "--max_steps=-1", "--max_hours=-1",
+        "--milestone_every=-1", "--validation=0.000001 | --validation=1e-06 24 0",
+        "--text_length=100000 | text_length=100000 32768",
+        "--log=tensorbord | --log=tensorbord 'tensorboard'",
+        "--init_from=@run --vae=@good_vae | in_channels 3 4",
+        "--vae=@good_vae --patch_size=3 | 16x16 multiples 6",
+        "--resume=@run/ckpt_00000006/model.safetensors | model.safetensors --init_from", "--sample_steps=0",
+        "--weight_decay=-1", "--beta2=1", "--t_shift=0", "--clip=-1",
+        "--device=cuda | --device=cuda --device=cpu", "--device=mps | --device=mps --device=cpu",
+        "--device=tpu | --device=tpu cpu cuda", "--dtype=int8 | --dtype=int8 bfloat16",
+        "--out_dir=@run | @run --resume --out_dir", "--out_dir=@file | @file", "--resume | --resume out/run",
+        "--resume=nowhere | nowhere", "--resume=@published.safetensors | @published.safetensors",
+        "--init_from=nowhere | nowhere", "--init_from=@published.safetensors | @published.safetensors",
+        "--init_from=@cut.safetensors | @cut.safetensors", "--init_from=@run --mlp_dim=64 | mlp_dim",
+        "--tag_dropout=1", "--tag_separator=", "--latents | --latents --vae=",
+        "--latents --vae=@good_vae --patch_size=2 | prepare.py --latents --vae=@good_vae data/index",
+        "--data=@cut_index | @cut_index prepare.py"],
+    "train.py": [
+        "| CONFIG", "nowhere.py", "@misspelled.py | misspelled.py batchsize 'batch_size'",
+        "@mistyped.py | mistyped.py lr 'fast'", "@broken.py | broken.py line", "--plot | RUN",
+        "--plot nowhere | nowhere"],
+    "sample.py --prompt=a --ckpt=@run --init_image=@photo.png": [
+        "--mask=@file | @file", "--mask=@other.png | @other.png 8x9 20x24", "--strength=0",
+        "--strength=0.01 | --strength=0.01 2 steps"],
+    "sample.py --prompt=a --ckpt=@run": [
+        "--text_encoder=nowhere | nowhere", "--vae=nowhere | nowhere", "--vae=@good_vae | @run 3 4 --vae=",
+        "--text_encoder=@wide_te | @wide_te 48 32", "--width=18 | 18 16 multiple",
+        "--height=0 | --height=0 1 16384", "--wdith=32 | --wdith=32 'width'", "--steps=0", "--steps=few",
+        "--cfg=nan", "--num_images=0", "-n 0 | --num_images=0", "--sampler=ddim | --sampler=ddim euler",
+        "--width=-8 | --width=-8 1 16384", "--zoom=0", "--tread_uncond=1", "--cfg_low=2",
+        "--mask=@file | --mask=@file --init_image", "--init_image=nowhere.png | nowhere.png",
+        "--init_image=@file | @file", "--file_type=gif | --file_type=gif png",
+        "--sheet=stps=1,2 | 'stps' 'steps'",
+        "--sheet=steps=1,2;steps=3 | --sheet=steps=1,2;steps=3: 'steps'", "--sheet=seed=4,-1 | seed=4,-1: -1",
+        "--sheet=num_images=1,2 | --sheet=num_images=1,2: one image", "--sheet=steps=1,few | few",
+        "--sheet=steps=1;cfg=1;seed=1 | --sheet=steps=1;cfg=1;seed=1 two",
+        "-n 2 --sheet=steps=1,2 | --sheet=steps=1,2 one", "--width=100000 | --width=100000 16384",
+        "--cfg=1e9 | --cfg=1000000000.0 100", "--steps=1001 | --steps=1001 1000", "--out=/proc",
+        "red circle | red circle quotes", "--tipo=nowhere | nowhere --tipo", "--tipo=@empty | @empty --tipo",
+        "--tipo | KBlueLeaf/TIPO-200M-ft --tipo", "--batch_size=0", "--seed=-2 | --seed=-2 -1",
+        "--device=cuda | --device=cuda --device=cpu", "--dtype=int8", "--out=@file | @file"],
+    "sample.py --ckpt=@run": [
+        "--slots={", "--slots=@lines.txt | @lines.txt", "--slots={\"artits\":\"a\"} | 'artits' 'artist'",
+        '--slots={"artist":["a"]} | --slots text', "--export=@other | @other VAE --force",
+        "--ui=nowhere | --ui=nowhere HOST:PORT 127.0.0.1:7860",
+        "--ui=127.0.0.1:99999 | --ui=127.0.0.1:99999 HOST:PORT"],
+    "sample.py": [
+        "| --prompt --prompts", "a red circle", "--prompt", "--prompts=nowhere",
+        "--prompt=a --ckpt=nowhere | nowhere", "--prompt=a --ckpt=@empty | @empty",
+        "--prompt=a --ckpt=@file | @file", "--prompt=a --ckpt=@cut.safetensors | @cut.safetensors",
+        "--prompt=a --ckpt=@stranger.safetensors | @stranger.safetensors",
+        "--prompt=a --ckpt=@no_vae.safetensors --text_encoder=@wide_te"
+        " | @no_vae.safetensors KBlueLeaf/EQ-SDXL-VAE --vae=",
+        "--prompt=a | KBlueLeaf/HDM-xut-340M-anime",
+        "--prompt=a --ckpt=@published.safetensors --width=32 --height=32 | Qwen/Qwen3-0.6B",
+        "--from_image=nowhere.png | nowhere.png", "--from_image=@file | @file",
+        "--from_image=@photo.png | @photo.png settings", "--from_image=@edited.png | @edited.png",
+        "--prompts=@lines.txt --ckpt=@run | 'stpes' 'steps'", "--prompt=a --ckpt=@run,@run | @run,@run",
+        "--from_image=@camera.jpg | @camera.jpg settings"],
+    "prepare.py @data": [
+        "--caption_lines=all | --caption_lines 'all' join",
+        "--sidecar_place=above | --sidecar_place 'above' before", "--caption=tags", "--workers=0",
+        "--mean_only | --mean_only --latents", "--max_ratio=0.5", "--min_size=1000 | @data",
+        "--out=@run | @run", "--latents --vae=nowhere | nowhere",
+        "--latents --vae=@good_vae --image_size=17 | --image_size=17 2",
+        "--dry_run --text_encoder=nowhere | nowhere"],
+    "prepare.py": [
+        "| demo text_encoder judge", "juge | juge 'judge'", "demo --cuont=3 | --cuont=3 'count'",
+        "demo --count=0 | --count=0", "demo --seed=-1 | --seed=-1", "demo here | here",
+        "demo --out=@run | @run", "demo --out=@file | @file", "text_encoder nowhere | nowhere",
+        "text_encoder @empty | @empty", "text_encoder @captions --vocab=10 | --vocab=10",
+        "judge --ckpt=nowhere | nowhere", "@empty nowhere | nowhere", "@empty | @empty .caption",
+        "@file | @file .tar", "@uncaptioned | @uncaptioned .caption", "@data=0",
+        "@data=much | @data=much number", "dat | dat demo judge", "judge --seeds=0 | --seeds=0",
+        "@x.zip", "@bad.json", "@none.csv | @none.csv image"]}
+
+
+@pytest.mark.parametrize("line, words", [
+    (f"{start} {end.partition('|')[0]}".strip(), end.partition("|")[2] or end)
+    for start, ends in BAD_INPUT.items() for end in ends])
+def test_bad_input_is_one_line(line, words, shelf, tmp_path, monkeypatch, capfd):
+    program, *argv = line.replace("@", f"{shelf}/").split()
     monkeypatch.chdir(tmp_path)
-    prepare.main(["demo", "--centerd", "--count=200", "--out=c"])
-    canvases = collections.Counter()
-    for path in sorted(Path("c").glob("*.png")):
-        size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
-        image = np.asarray(Image.open(path))
-        height, width, _ = image.shape
-        (y, x, root), = sample.centers_and_sizes([image])
-        canvases[height, width] += 1
-        assert abs(x - (width - 1) / 2) < 0.3
-        assert shape == "triangle" or abs(y - (height - 1) / 2) < 0.3
-        if shape in ("circle", "square"):
-            root_of_area = dict(circle=math.sqrt(math.pi), square=1.72)[shape]
-            expected = dict(small=0.20, large=0.32)[size] * max(height, width) * root_of_area
-            assert root == pytest.approx(expected, abs=1.1)
-    assert 0.35 < canvases[32, 32] / 200 < 0.65 and canvases[32, 48] > 30 and canvases[48, 32] > 30
-    assert len(Path("c_unseen.txt").read_text().splitlines()) == 32
+    monkeypatch.setattr(sys, "argv", [program, *argv])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    before = stamps(shelf)
+    with pytest.raises(SystemExit) as caught:
+        hdm.run_main({"train.py": train, "sample.py": sample, "prepare.py": prepare}[program].main)
+    error = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words.replace("@", f"{shelf}/").split())
+    assert content(tmp_path) == {} and stamps(shelf) == before
 
 
-def camera_rows(capsys):
-    """{camera: (moved / predicted, direction %, size / predicted)} as printed; a zoom has the last alone."""
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    return {name: tuple(map(float, values)) for name, *values in lines}
-
-
-def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
-    def draw(zoom=1, x_shift=0, y_shift=0):                  # as the camera promises
-        return [prepare.draw("small", color, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
-                             16 - 16 * x_shift / zoom, 6 * zoom) for color in ("red", "blue", "white")]
-    sample.judge_camera(draw, 32)
-    rows = camera_rows(capsys)
-    assert list(rows) == ["x_shift=0.25", "x_shift=-0.25", "y_shift=0.25", "y_shift=-0.25", "zoom=1.33",
-                          "zoom=0.75"]
-    for name, row in rows.items():
-        expected = (1,) if "zoom" in name else (1, 100, 1)
-        assert row == pytest.approx(expected, rel=0.06), name
-    sample.judge_camera(lambda **camera: draw(), 32)        # a camera that does nothing
-    rows = camera_rows(capsys)
-    assert rows["x_shift=0.25"] == rows["y_shift=-0.25"] == (0, 0, 1)
-    assert rows["zoom=1.33"][0] == pytest.approx(1 / 1.33, abs=0.01)
-    def mirrored(**camera):
-        return draw(**{name: value if name == "zoom" else -value for name, value in camera.items()})
-    sample.judge_camera(mirrored, 32)
-    assert camera_rows(capsys)["x_shift=0.25"] == pytest.approx((-1, 0, 1), abs=0.05)
-
-
-def share_right(verdicts, combinations):
-    """(4,) share of images with the size, color, shape, background that was asked for."""
-    return np.mean(np.array(verdicts) == np.array(combinations), axis=0)
-
-
-def test_judge_is_right_on_true_pictures_and_at_chance_on_shuffled_captions():
-    verdicts = [sample.judge(image) for image in true_pictures(seed=0)]
-    assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
-    rng = np.random.default_rng(0)
-    shuffles = [rng.permutation(prepare.COMBINATIONS) for _ in range(20)]
-    shuffled = np.mean([share_right(verdicts, asked) for asked in shuffles], axis=0)
-    chance = [1 / len(words) for words in prepare.ATTRIBUTES.values()]
-    assert shuffled == pytest.approx(chance, abs=0.03)
-
-
-def test_judge_forgives_ragged_edges_and_noise():
-    rng = np.random.default_rng(2)
-    verdicts = []
-    for image in true_pictures(seed=2):
-        y, x = np.clip(np.indices((32, 32)) + rng.integers(-1, 2, (2, 32, 32)), 0, 31)  # pixels change places
-        noisy = image[y, x] + rng.normal(0, 10, image.shape)
-        verdicts.append(sample.judge(noisy.clip(0, 255).astype(np.uint8)))
-    assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
-
-
-@pytest.mark.parametrize("height, width", prepare.CANVASES)
-def test_shapes_are_whole_and_of_the_palette(height, width):
-    rng = np.random.default_rng(0)
-    for size, color, shape, background in prepare.COMBINATIONS[::7]:
-        center = prepare.random_center(rng, size, shape, height, width)
-        for (low, high), place in zip(prepare.center_range(size, shape, height, width), center):
-            assert low + (high - low) / 4 <= place <= high - (high - low) / 4
-        image = prepare.draw(size, color, shape, background, height, width, *center)
-        share = prepare.coverage(size, shape, height, width, *center)
-        assert image.shape == (height, width, 3) and image.dtype == np.uint8
-        assert (image[share == 1] == prepare.COLORS[color]).all() and (share == 1).sum() > 100
-        assert (image[share == 0] == prepare.BACKGROUNDS[background]).all()
-        # Whole, also at the ends of the range: on a canvas with 8 more pixels all round it has the same area.
-        for cy, cx in zip(*prepare.center_range(size, shape, height, width)):
-            r = prepare.RADIUS[size] * 32
-            y = ((np.arange(4 * height + 64) + 0.5) / 4 - 8 - cy) / r
-            x = ((np.arange(4 * width + 64) + 0.5) / 4 - 8 - cx) / r
-            larger = prepare.SHAPES[shape][3](y[:, None], x[None]).sum() / 16
-            assert prepare.coverage(size, shape, height, width, cy, cx).sum() == larger
-
-
-def test_area_of_each_shape_is_its_formula():
-    r = prepare.RADIUS["large"] * 48
-    areas = {"circle": np.pi, "square": 1.72**2, "triangle": 1.8, "diamond": 1.5,
-             "cross": 2 * 2 * 0.66 - 0.66**2, "ring": np.pi * (1 - 0.62**2)}
-    for shape, area in areas.items():
-        mean = np.mean([prepare.coverage("large", shape, 48, 48, *center).sum()
-                        for center in np.random.default_rng(0).uniform(22, 26, (20, 2))])
-        assert mean == pytest.approx(area * r * r, rel=0.01)
-
-
-def test_unseen_are_32_combinations_of_words_that_training_holds():
-    seen = set(prepare.COMBINATIONS) - set(prepare.UNSEEN)
-    assert (len(seen), len(prepare.UNSEEN)) == (352, 32)
-    for place, words in enumerate(prepare.ATTRIBUTES.values()):
-        assert {combination[place] for combination in seen} == set(words)
-    assert ("large", "red", "square", "teal") in prepare.UNSEEN  # 1 + 0 + 2 * 1 + 3 * 3 = 12
-
-
-def demo(folder, **settings):
-    """{file name: bytes} of a demo written to folder/demo and beside it."""
-    prepare.make_demo(prepare.DemoSettings(out=str(folder / "demo"), **settings))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_demo_is_a_function_of_its_seed_and_holds_no_unseen_combination(tmp_path):
-    short = demo(tmp_path / "a", count=20)
-    long = demo(tmp_path / "b", count=400)
-    assert all(long[name] == data for name, data in short.items() if not name.endswith(".prepare"))
-    assert demo(tmp_path / "c", count=20, seed=1)["demo/00003.png"] != short["demo/00003.png"]
-    unseen = long["demo_unseen.txt"].decode().splitlines()
-    captions = [data.decode().strip() for name, data in long.items()
-                if name.startswith("demo/") and name.endswith(".txt")]
-    assert len(captions) == 400 and len(set(captions)) == 352 and not set(captions) & set(unseen)
-    for i in range(0, 400, 10):  # an image shows what its caption says
-        image = np.asarray(Image.open(tmp_path / "b" / "demo" / f"{i:05d}.png"))
-        if image.shape == (32, 32, 3):  # the judge's templates for other canvases take seconds to draw
-            shown = prepare.CAPTION.format(*sample.judge(image))
-            assert shown == long[f"demo/{i:05d}.txt"].decode().strip()
-    # A second run replaces the first and leaves nothing of it behind.
-    assert demo(tmp_path / "b", count=20) == short
-    assert sorted(os.listdir(tmp_path / "b")) == ["demo", "demo_te", "demo_unseen.txt"]
-
-
-def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
-    """Neither those of a run that lives, nor another OUT's, nor what has such a name by chance."""
-    def write(out, ready, go_on):
-        with prepare.complete_folder(out) as folder:
-            (folder / "x").write_text("x")
-            ready.set()
-            go_on.wait()
-    def start(name):
-        ready, go_on = context.Event(), context.Event()
-        process = context.Process(target=write, args=(tmp_path / name, ready, go_on))
-        process.start()
-        assert ready.wait(60)
-        return process, go_on
-
-    context, name = multiprocessing.get_context("fork"), "da[t]a"
-    for stranger in ("da[t]a.tmp_mine123", "da[t]a.tmp", "dat.tmpx"):
-        write_files(tmp_path, {f"{stranger}/scratch.txt": "mine"})
-    before = set(os.listdir(tmp_path))
-    for killed in (name, "other"):
-        process, _ = start(killed)
-        process.kill()
-        process.join()
-    alive, go_on = start("alive")
-    with prepare.complete_folder(tmp_path / name) as folder:
-        (folder / "x").write_text("x")
-    left = sorted(entry.partition(".")[0] for entry in set(os.listdir(tmp_path)) - before)
-    assert left == ["alive", name, "other"]
-    go_on.set()
-    alive.join()
-    with prepare.complete_folder(tmp_path / "other") as folder:
-        (folder / "x").write_text("x")
-    assert set(os.listdir(tmp_path)) - before == {"alive", name, "other"}
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
-def test_an_index_is_mapped_by_nobody_when_it_is_replaced(place, tmp_path, monkeypatch):
-    """Windows renames no folder of mapped files."""
-    rename, seen = Path.rename, []
-    def unmapped(path, target):
-        seen.append(str(tmp_path) in Path("/proc/self/maps").read_text())
-        return rename(path, target)
-    monkeypatch.setattr(Path, "rename", unmapped)
-    for _ in range(2):
-        prepare.main([str(place / "data"), f"--out={tmp_path / 'index'}"])
-    assert seen == [False] * 3
-
-
-def test_demo_never_touches_a_folder_that_is_not_its_own(tmp_path):
-    demo(tmp_path, count=2)
-    (tmp_path / "demo" / "mine.png").write_bytes(b"mine")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(hdm.UserError, match="--out"):
-        demo(tmp_path, count=3)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_text_encoder_reads_any_text_and_keeps_each_word_its_own(tmp_path):
-    from transformers import AutoModel, AutoTokenizer
-    captions = [prepare.CAPTION.format(*words) for words in prepare.COMBINATIONS]
-    state = torch.get_rng_state()
-    prepare.make_text_encoder(captions, tmp_path)
-    assert torch.equal(state, torch.get_rng_state())
-    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
-    for text in ("naïve 日本 🦊👩‍👩‍👧", " two  spaces, don 't . \n\t", "<pad>", "\x00 \u202e"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    ids = tokenizer(captions)["input_ids"]
-    assert all(len(row) == len(text.split()) for row, text in zip(ids, captions))  # one token a word, no BOS
-    assert tokenizer("")["input_ids"] == [] and tokenizer.pad_token_id is not None
-    with torch.no_grad():
-        states = model(torch.tensor(ids)).last_hidden_state  # (384, 8, 128)
-    colors = torch.nn.functional.normalize(states[:, 2], dim=-1)
-    same = torch.tensor([[a[1] == b[1] for b in prepare.COMBINATIONS] for a in prepare.COMBINATIONS])
-    cosine = colors @ colors.T
-    assert cosine[same].min() > 0.7 > 0.4 > cosine[~same].max()  # its own word first
-    assert cosine[same].min() < 0.999                             # and something of the words before it
-
-
-def test_a_text_encoder_knows_the_words_of_a_sources_captions(tmp_path):
-    """Of all alternatives, and of what stands beside them; not the separators."""
-    write_files(tmp_path / "in", {"a.png": PNG, "a.json": '{"text": ["dragon $$ fire", "knight ||| sword"]}',
-                                  "a.nl.txt": "some words"})
-    index = indexed(tmp_path / "index", tmp_path / "in", "--sidecar=.nl.txt")
-    prepare.main(["text_encoder", str(tmp_path / "index"), f"--out={tmp_path / 'te'}", "--vocab=400"])
-    tokenizer = hdm.TextEncoder(tmp_path / "te").tokenizer
-    words = ("dragon", " fire", " knight", " sword", " some", " words", ",")
-    assert [len(tokenizer(word)["input_ids"]) for word in words] == [1] * 7
-    assert len(index) == 1 and len(tokenizer("$$ |||")["input_ids"]) == 6
-
-
-def test_judge_scores_what_was_drawn(monkeypatch, capsys):
-    """A model that draws every caption truly gets 100 %; one that draws only circles, their share."""
-    meaning = {prepare.CAPTION.format(*words): words for words in prepare.COMBINATIONS}
-    monkeypatch.setattr(sample, "load_model", lambda ckpt: (None, None, {}))
-    monkeypatch.setattr(sample, "load_text_encoder", lambda settings: None)
-
-    def generate(model, vae, te, prompts, seeds, settings):
-        picture = [(words[0], words[1], change(words[2]), words[3]) for words in map(meaning.get, prompts)]
-        return np.stack([prepare.draw(*words, 32, 32, 15.7 + seed / 4, 16)
-                         for words, seed in zip(picture, seeds)])
-
-    monkeypatch.setattr(sample, "generate", generate)
-    settings = prepare.JudgeSettings(ckpt="x", seeds=2)
-    tables = []
-    for change in (lambda shape: shape, lambda shape: "circle"):
-        sample.judge_checkpoint(settings)
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-5:]})
-    assert all(row[:3] == ["64", "64", "100.0"] for row in tables[0].values())
-    circles = 2 * sum(words[2] == "circle" for words in prepare.UNSEEN)
-    assert tables[1]["shape"][0] == tables[1]["all four"][0] == str(circles) and tables[1]["size"][0] == "64"
-
-
-def test_the_demos_commands_follow_each_other(tmp_path, monkeypatch, capsys):
-    """README's first chain, with 40 images and three steps: paths, sizes and defaults fit together."""
-    monkeypatch.chdir(tmp_path)
-    prepare.main(["demo", "--count=40"])
-    train.main([str(HERE / "configs" / "demo.py"), "--images=96", "--warmup=1", "--sample_steps=2",
-                "--validation=0.1"])
-    sample.main(["--ckpt=out/demo", "--prompt", "a large red circle on a navy background"])
-    assert Image.open("out/samples/00000-0.png").size == (32, 32)
-    capsys.readouterr()
-    prepare.main(["judge", "--ckpt=out/demo", "--seeds=1"])
-    assert "background" in capsys.readouterr().out
+def test_a_mistake_of_ours_keeps_its_traceback(capfd):
+    with pytest.raises(SystemExit) as caught:
+        hdm.run_main(lambda argv: 1 / 0)
+    error = capfd.readouterr().err
+    assert caught.value.code == 1 and "Traceback" in error and "ZeroDivisionError" in error
