@@ -69,8 +69,10 @@ ONE_THREAD = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def fixed_seed(monkeypatch):
+    """And no waiting for the disk: that files are flushed has a test of its own."""
     torch.manual_seed(0)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def close(a, b, tolerance=1e-4):
@@ -1069,7 +1071,7 @@ def test_a_model_is_loaded_without_a_second_copy(tmp_path):
         peak.append(private_bytes())
         print((max(peak) - before) / sum(value.nbytes for value in loaded.state_dict().values()))
 
-    for file, dtype in ("file", "float16"), ("file", "bfloat16"), ("file", "float32"), ("pickle", "bfloat16"):
+    for file, dtype in ("file", "float16"), ("file", "float32"), ("pickle", "bfloat16"):
         share = float(forked(load, file, dtype, cwd=tmp_path).stdout)
         assert share < 1.05, (file, dtype)
         assert share > 0.95 or dtype == "float16", (file, dtype)       # and it was measured
@@ -1940,7 +1942,7 @@ def test_a_text_has_the_same_tokens_as_a_caption_and_as_a_prompt(separator, spac
     s = train.Settings(tag_separator=separator, spaces=spaces)
     settings = dict(tag_separator=separator, spaces=spaces)
     rng = random.Random(0)
-    texts = ["".join(rng.choices(ATOMS, k=rng.randrange(12))) for _ in range(300)]
+    texts = ["".join(rng.choices(ATOMS, k=rng.randrange(12))) for _ in range(100)]
     for text, beside in zip(texts, texts[1:]):
         caption = hdm.draw_caption(text, None, s)
         assert sample.as_trained(text, settings) == caption == sample.as_trained(caption, settings), text
@@ -3881,6 +3883,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
         assert abs(pixels(path) - pixels(same)).max() <= 1
 
 
+@slow
 def test_tipo_on_the_page(llama, published, te_folder, tmp_path, monkeypatch):
     """It adds what --tipo adds, and is loaded once, when first switched on; an image taken has its words."""
     monkeypatch.setattr(sample, "TIPO_TOKENS", 24)
@@ -3901,6 +3904,7 @@ def test_tipo_on_the_page(llama, published, te_folder, tmp_path, monkeypatch):
     assert [about(out / f"0000{i}-3.png")["prompt"] for i in (1, 2)] == [text, text]
 
 
+@slow
 def test_the_page_shows_images_as_they_form(published, te_folder, tmp_path, monkeypatch):
     argv = [f"--ckpt={published}", f"--text_encoder={te_folder}", f"--out={tmp_path}"]
     with served_page(monkeypatch, *argv, "--batch_size=2") as (client, _):
@@ -5281,12 +5285,13 @@ def first_gradient(run):
     return [each["exp_avg"] / (1 - 0.9) for each in state.values()]
 
 
-@pytest.mark.parametrize("ranks, steps", [(2, 10), pytest.param(4, 20, marks=SLOW)])
+@pytest.mark.parametrize("ranks, steps", [(2, 5), pytest.param(4, 20, marks=SLOW)])
 def test_many_processes_are_one(ranks, steps, place, tmp_path):
     """The gradient of step 1 to 1e-5, all losses to 1e-3: with TREAD, crops, dropout and accumulation."""
-    argv = [f"--images={8 * steps}", "--save_every=1", "--keep_ckpts=0", "--log_every=1", "--eval_every=10",
-            "--clip=1e9", "--sample_every=10", f"--batch_size={8 // ranks // 2}"]
-    train_tiny(place, tmp_path / "one", **dict(word[2:].split("=") for word in argv))
+    settings = dict(images=8 * steps, save_every=1, keep_ckpts=0, log_every=1, eval_every=5, sample_every=5,
+                    clip=1e9, batch_size=8 // ranks // 2)
+    train_tiny(place, tmp_path / "one", **settings)
+    argv = [f"--{name}={value}" for name, value in settings.items()]
     done = forked(train.main, place / "tiny.py", "--out_dir=many", *argv, cwd=tmp_path, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert f"a step: {ranks} ranks x 2 x {4 // ranks}\n" in done.stdout
@@ -5296,8 +5301,7 @@ def test_many_processes_are_one(ranks, steps, place, tmp_path):
     for one, many in zip(*(metrics(tmp_path / name) for name in ("one", "many")), strict=True):
         for name in ("loss", "val_loss", "grad_norm"):
             assert many[name] == one[name] or many[name] == pytest.approx(one[name], rel=1e-3)
-    a, b = (np.asarray(Image.open(tmp_path / name / "samples" / "00000010.png")) for name in ("one", "many"))
-    assert abs(a.astype(int) - b).max() <= 2
+    assert apart(*(tmp_path / name / "samples" / "00000005.png" for name in ("one", "many"))) <= 2
 
 
 def test_gradients_are_exchanged_once_a_step(place, tmp_path, monkeypatch):
@@ -5338,12 +5342,17 @@ def test_two_processes_resume_bitwise_and_one_goes_on_with_the_same_images(train
             assert (line["loss"] or 0) == pytest.approx(expected["loss"] or 0, rel=1e-4)
 
 
-def test_an_error_is_reported_once_by_one_process(place, tmp_path):
-    done = forked(train.main, place / "tiny.py", "--batchsize=2", cwd=tmp_path, ranks=2)
-    assert done.returncode != 0 and done.stderr.count("error: --batchsize=2") == 1
-    done = together(2, place / "tiny.py", "--global_batch=10", "--batch_size=2", cwd=tmp_path)
-    message = "error: --global_batch=10: no multiple of batch_size x processes = 2 x 2; 8 is"
-    assert done.returncode != 0 and done.stderr.count(message) == 1
+@pytest.mark.parametrize("start", ["forked", pytest.param("torchrun", marks=SLOW)])
+def test_an_error_is_reported_once_by_one_process(start, place, tmp_path):
+    for flags, message in [
+            (["--batchsize=2"], "error: --batchsize=2"),
+            (["--global_batch=10", "--batch_size=2"],
+             "error: --global_batch=10: no multiple of batch_size x processes = 2 x 2; 8 is")]:
+        if start == "forked":
+            done = forked(train.main, place / "tiny.py", *flags, cwd=tmp_path, ranks=2)
+        else:
+            done = together(2, place / "tiny.py", *flags, cwd=tmp_path)
+        assert done.returncode != 0 and done.stderr.count(message) == 1
 
 
 @slow
@@ -5887,6 +5896,7 @@ def fresh_compiler():
     torch.compiler.set_stance("default")
 
 
+@slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler here")
 def test_the_compiled_model_is_the_model(fresh_compiler):
     """By the real compiler, but forward only and without vector instructions: 15 s instead of 65."""
@@ -5899,7 +5909,9 @@ def test_the_compiled_model_is_the_model(fresh_compiler):
     assert close(compiled, eager)
 
 
-def test_training_compiles_its_blocks_before_the_first_step(place, tmp_path, fresh_compiler, monkeypatch):
+@pytest.mark.parametrize("lengths, shapes", [(1, 1), pytest.param(2, 3, marks=SLOW)])
+def test_training_compiles_its_blocks_before_the_first_step(
+        lengths, shapes, place, tmp_path, fresh_compiler, monkeypatch):
     """One graph for all blocks alike, for each shape that training meets, and later none; here with eager
     kernels, which saves a minute."""
     graphs, before = [], []
@@ -5908,8 +5920,8 @@ def test_training_compiles_its_blocks_before_the_first_step(place, tmp_path, fre
         graphs.append(graph)
         return graph.forward
 
-    # Captions of no and of 6 to 9 words: padded to 4 or 8 tokens, alike or mixed.
-    how = dict(max_steps=6, images=96, validation=0.0, depth=2, sample_every=2, eval_every=0, text_lengths=2)
+    # Captions of no and of 6 to 9 words: padded to 8 tokens, or to 4 or 8, alike or mixed.
+    how = dict(max_steps=6, images=96, validation=0.0, depth=2, sample_every=2, text_lengths=lengths)
     eager = losses(place, tmp_path / "eager", **how)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     compile_blocks = train.compile_blocks
@@ -5917,8 +5929,8 @@ def test_training_compiles_its_blocks_before_the_first_step(place, tmp_path, fre
                         lambda *args: (compile_blocks(*args), before.append(len(graphs))))
     assert losses(place, tmp_path / "compiled", compile=True, **how) == pytest.approx(eager, rel=1e-4)
     # All tokens, outside of the U; in it TREAD's: without a skip, with one, with one that is the input: four
-    # graphs; for 4 tokens, for 8, and for 8 with 4 beside them.
-    assert len(graphs) == before[0] == 4 * 3
+    # graphs; of two lengths for 4 tokens, for 8, and for 8 with 4 beside them.
+    assert len(graphs) == before[0] == 4 * shapes
 
 
 def test_a_shape_that_was_forgotten_is_an_error(place, tmp_path, fresh_compiler, monkeypatch):
@@ -5952,9 +5964,9 @@ def test_what_fails_to_compile_runs_eagerly_and_is_reported(
 # ---- What it costs ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("side, T, rate, GFLOP", [
-    (64, 256, 0.5, 576.2), (128, 512, 0.0, 4756), *(pytest.param(*case, marks=SLOW) for case in [
+    (64, 256, 0.5, 576.2), *(pytest.param(*case, marks=SLOW) for case in [
         (32, 256, 0.0, 322.8), (32, 256, 0.5, 253.3), (64, 256, 0.0, 902.7), (96, 256, 0.0, 2126.8),
-        (96, 256, 0.5, 1211), (128, 512, 0.5, 2591)])])
+        (96, 256, 0.5, 1211), (128, 512, 0.0, 4756), (128, 512, 0.5, 2591)])])
 def test_counts_are_the_formulas(side, T, rate, GFLOP):
     """All four stages of the base model, by hand from SPEC's architecture and as printed in GFLOP; of the
     backward pass twice as much, less the gradient of what nothing trains."""
@@ -6160,24 +6172,34 @@ def test_the_bench_measures_a_run_and_its_baseline(ranks, place, tmp_path, monke
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["bench.json"]       # nothing else is left
 
 
-def test_the_plan_is_counted(vae_folder, te_folder, capsys):
+@pytest.mark.parametrize("model", ["small", pytest.param("base", marks=SLOW)])
+def test_the_plan_is_counted(model, vae_folder, te_folder, capsys):
     """SDXL's encoder at 256 px is 273 GFLOP, 256 tokens of a Qwen3-0.6B are 241; nothing is downloaded."""
-    small = ["--depth=1", "--dim=64", "--heads=1", "--ctx_dim=32", f"--vae={vae_folder}",
-             f"--text_encoder={te_folder}", "--patch_size=16"]
-    train.main([str(HERE / "configs" / "1024.py"), "--plan", *small])                 # without 768's out/768
-    printed = capsys.readouterr().out
-    forward, again = re.search(r"XUT forward ([\d.]+).*forward again ([\d.]+)", printed, re.S).groups()
-    assert float(forward) == float(again) > 0                # with --checkpointing
-    train.main([str(HERE / "configs" / "256.py"), "--plan", "--gpus=4", "--tflops=200", "--utilization=0.5"])
-    printed = capsys.readouterr().out
-    assert "XUT forward 253.3" in printed and "VAE 272.7, text encoder 240.5" in printed
-    hours = 152.5e6 * (759.2 + 272.7 + 240.5) * 1e9 / (4 * 200e12) / 3600
-    assert f"{hours:.1f} h" in printed
-    assert f"{2 * hours:.1f} h, {4 * 2 * hours:.1f} GPU-hours" in printed                # at half the rate
-    assert "2.06 GB of gradients a step of 2048" in printed     # 2 (4 - 1) / 4 x 4 bytes x 343,176,208
-    fixed = 20 * 343_176_208 + 2 * (596_049_920 + 83_653_863) # and the weights in 16 bit
-    printed = float(re.search(r"memory: ([\d.]+) GB of weights", printed)[1])
-    assert printed == pytest.approx(fixed / 1e9 + 2 * 0.343, rel=0.01)
+    tflops, flags = 200, []
+    if model == "small":
+        tflops, flags = 0.1, ["--depth=1", "--dim=256", "--heads=4", "--ctx_dim=32", "--patch_size=16",
+                              f"--vae={vae_folder}", f"--text_encoder={te_folder}"]
+
+    def plan(size, *argv):
+        train.main([str(HERE / "configs" / f"{size}.py"), "--plan", *flags, *argv])
+        out = capsys.readouterr().out
+        line = next(line for line in out.splitlines() if line.startswith("GFLOP"))
+        return out, [float(number) for number in re.findall(r"\d+\.\d", line)]
+
+    _, (forward, _, again, _, _) = plan(1024)                # with --checkpointing, without 768's out/768
+    assert forward == again > 0
+    out, counts = plan(256, "--gpus=4", f"--tflops={tflops}", "--utilization=0.5")
+    hours = 152.5e6 * sum(counts) * 1e9 / (4 * tflops * 1e12) / 3600
+    at_most, guess = re.findall(r"([\d.,]+) h, ([\d.,]+) GPU-hours", out)
+    for printed, expected in (at_most, hours), (guess, 2 * hours):                    # at half the rate
+        printed = [float(number.replace(",", "")) for number in printed]
+        assert printed == pytest.approx([expected, 4 * expected], rel=0.01)
+    if model == "base":
+        assert counts == [253.3, 506.0, 0.0, 272.7, 240.5] and forward == 4756.0
+        assert "2.06 GB of gradients a step of 2048" in out  # 2 (4 - 1) / 4 x 4 bytes x 343,176,208
+        fixed = 20 * 343_176_208 + 2 * (596_049_920 + 83_653_863)                     # weights in 16 bit, too
+        memory = float(re.search(r"memory: ([\d.]+) GB of weights", out)[1])
+        assert memory == pytest.approx(fixed / 1e9 + 2 * 0.343, rel=0.01)
 
 
 # ---- Bad input: one line that names the value, exit code 2, and nothing is written -----------------------
