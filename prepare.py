@@ -73,7 +73,7 @@ class DemoSettings:
     out: str = "data/demo"  # folder of images and captions; OUT_unseen.txt and OUT_te are written beside it
     count: hdm.Count = 12000  # images; 12,000 take about 10 s on one core and 95 MB in blocks of 4 KB
     seed: hdm.Whole = 0     # image i depends on (seed, i) alone; also of the text encoder's weights
-    centerd: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
+    centered: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
 
 
 @dataclass
@@ -1687,8 +1687,8 @@ def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, **shape)
 # ---- what the demo shows ----------------------------------------------------------------------------------
 CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the images
 RADIUS = {"small": 0.30, "large": 0.42}  # in short sides
-CENTERD_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
-CENTERD_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
+CENTERED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
+CENTERED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
            "purple": (150, 60, 190), "orange": (245, 140, 40), "white": (245,) * 3, "black": (20,) * 3}
 
@@ -1759,7 +1759,7 @@ def make_demo(settings):
     seen = [words for words in COMBINATIONS if words not in UNSEEN]
     # Each run of 352 images shows each combination once, in one shuffled order.
     order = np.random.default_rng(settings.seed).permutation(len(seen))
-    canvases = CENTERD_CANVASES if settings.centerd else CANVASES
+    canvases = CENTERED_CANVASES if settings.centered else CANVASES
     with complete_folder(out) as folder, complete_folder(out + "_te") as encoder:
         # From all 352 captions, not from those drawn: a demo of 20 images, too, has one token per word.
         make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
@@ -1769,9 +1769,9 @@ def make_demo(settings):
             height, width = rng.choice(list(canvases), p=list(canvases.values()))
             cy, cx = random_center(rng, words[0], words[2], height, width)
             radius = None                        # its size's
-            if settings.centerd:
+            if settings.centered:
                 cy, cx = height / 2, width / 2
-                radius = CENTERD_RADIUS[words[0]] * max(height, width)
+                radius = CENTERED_RADIUS[words[0]] * max(height, width)
             Image.fromarray(draw(*words, height, width, cy, cx, radius)).save(folder / f"{i:05d}.png")
             (folder / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
     Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))

@@ -2747,9 +2747,9 @@ def true_pictures(seed):
             for words in prepare.COMBINATIONS]
 
 
-def test_the_centerd_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(tmp_path, monkeypatch):
+def test_the_centered_demo_has_its_shapes_in_the_middle_sized_by_the_longer_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepare.main(["demo", "--centerd", "--count=200", "--out=c"])
+    prepare.main(["demo", "--centered", "--count=200", "--out=c"])
     canvases = collections.Counter()
     for path in sorted(Path("c").glob("*.png")):
         size, _, shape = path.with_suffix(".txt").read_text().split()[1:4]
