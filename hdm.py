@@ -765,6 +765,10 @@ def parameter_groups(model):
     return list(groups.values())
 
 
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 class OptimizerStep:
     """What follows the backward passes of a step: clip, skip a step that is not finite, update, average.
 
@@ -830,9 +834,8 @@ class OptimizerStep:
 
     def checkpoint_gb(self):
         """Of weights, average and state, on a disk."""
-        weights = sum(weight.numel() for weight in self.model.parameters())
         copies = 2 if self.s.ema else 1
-        return 1e-9 * weights * (4 * copies + self.state_bytes)
+        return 1e-9 * count_parameters(self.model) * (4 * copies + self.state_bytes)
 
     def state_dict(self):
         return dict(optimizer=self.inner.state_dict(), scaler=self.scaler.state_dict(), bad=self.skipped)
@@ -1623,10 +1626,16 @@ def read_tensors(path):
         return named_tensors(read_pickle(path, zipped)), {}
 
 
+def shard_files(index):
+    """The files that an index.json of shards names, beside it, in the order of their names."""
+    names = set(json.loads(read_text(index))["weight_map"].values())
+    return [index.with_name(name) for name in sorted(names)]
+
+
 def read_shards(index):
     tensors = {}
-    for name in sorted(set(json.loads(read_text(index))["weight_map"].values())):
-        tensors |= read_tensors(index.with_name(name))[0]
+    for file in shard_files(index):
+        tensors |= read_tensors(file)[0]
     return tensors
 
 
@@ -1859,7 +1868,7 @@ def exit_after(error):
         code, text = 2, f"error: {missing_module(error)}"
     elif isinstance(error, UserError):                       # of a loader process: at the end of a traceback
         code, text = 2, f"error: {str(error).rpartition('UserError: ')[2].strip()}"
-    elif isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
+    elif isinstance(error, RuntimeError) and is_out_of_memory(error):
         code, text = 2, "error: out of memory: a lower --batch_size, a smaller image or --dtype=bfloat16"
     if is_first_to_fail():
         print(text, file=sys.stderr, flush=True)
@@ -1870,6 +1879,11 @@ def exit_after(error):
     if is_distributed():
         os._exit(code)                                       # a usual exit would wait for the others
     sys.exit(code)
+
+
+def is_out_of_memory(error):
+    """Whether a device's or the CPU's allocator raised it, by their words."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def is_first_to_fail():

@@ -446,8 +446,8 @@ def guidance_of(model, texts, jobs, shape, generators):
                         interval=(job.cfg_low, job.cfg_high), rescale=job.cfg_rescale)
 
 
-def draw_latents(model, vae, texts, jobs, watch):
-    """-> latents (B, C, h, w) of jobs, one of batches. See draw."""
+def draw_latents(model, vae, texts, jobs, source, watch):
+    """-> latents (B, C, h, w) of jobs, one of batches; source: source_pixels; the rest as in draw."""
     job = jobs[0]                                            # the others differ in prompt and seed alone
     device = model.in_patch.proj.weight.device
     shape = model.config.in_channels, job.height // vae_factor(vae), job.width // vae_factor(vae)
@@ -456,7 +456,7 @@ def draw_latents(model, vae, texts, jobs, watch):
     guidance = guidance_of(model, texts, jobs, shape, generators)
     times = hdm.sampling_times(job.steps, job.shift)
     x = noise
-    init_image, mask = source_pixels(job)
+    init_image, mask = source
     if init_image is not None:
         known = torch.from_numpy(init_image).permute(2, 0, 1)[None].to(device).float() / 127.5 - 1
         if vae is not None:
@@ -490,9 +490,10 @@ def draw(model, vae, texts, jobs, watch=ignore):
     watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. A latent that
     is not finite is drawn again in float32, with a warning.
     """
-    x = draw_latents(model, vae, texts, jobs, watch)
+    source = source_pixels(jobs[0])
+    x = draw_latents(model, vae, texts, jobs, source, watch)
     watch(0, x)
-    init_image, mask = source_pixels(jobs[0])
+    init_image, mask = source
     dtype = model.in_patch.proj.weight.dtype                 # of the matrix products, if not autocast's
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -501,7 +502,7 @@ def draw(model, vae, texts, jobs, watch=ignore):
         if dtype != torch.float32 and not latent.isfinite().all():
             hdm.warn(f"{name}: its latent is not finite in {str(dtype)[6:]}: drawn again in float32")
             with hdm.in_float32(model):
-                latent = draw_latents(model, vae, texts, [job], ignore)[0]
+                latent = draw_latents(model, vae, texts, [job], source, ignore)[0]
         if not latent.isfinite().all():
             hdm.warn(f"{name}: its latent is not finite in float32")
         pixels = latent[None] if vae is None else vae.decode_each(latent[None], name)
@@ -1009,8 +1010,7 @@ def model_hash(file):
     """SHA-256 of a checkpoint's file; of one in shards, of the index and then of the shards in name order."""
     files = [file]
     if file.suffix == ".json":
-        names = set(json.loads(hdm.read_text(file))["weight_map"].values())
-        files += [file.with_name(name) for name in sorted(names)]
+        files += hdm.shard_files(file)
     digest = hashlib.sha256()
     for one in files:
         digest.update(np.memmap(one, np.uint8, "r"))         # mapped: no copy of it

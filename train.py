@@ -776,7 +776,7 @@ def print_plan(run):
     """What will happen, before step 0."""
     s, gb = run.s, run.optimizer.checkpoint_gb()
     kept = checkpoints_at_most(s, run.total)
-    print(f"{count_parameters(run.model):,} parameters, {run.ranks} x {run.device}, {run.dtype}; "
+    print(f"{hdm.count_parameters(run.model):,} parameters, {run.ranks} x {run.device}, {run.dtype}; "
           f"{run.epochs.images:,} images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
           f"{s.images:,} images seen, {s.images / run.epochs.length:.2f} epochs; steps {run.start:,} to "
           f"{run.last:,} of {run.total:,}, {run.warmup / s.global_batch:,.0f} of warm-up; a step: "
@@ -785,10 +785,6 @@ def print_plan(run):
           f"free: {shutil.disk_usage(run.out_dir).free / 1e9:.2f} GB", flush=True)
     if run.warmup > run.end and run.rank == 0 and not s.bench:
         hdm.warn(f"--warmup={s.warmup}, {run.warmup:,} images: the run ends before its peak, at {run.end:,}")
-
-
-def count_parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def open_run(s, given, rank, ranks):
@@ -1059,7 +1055,7 @@ def explain(error, s):
         raise hdm.UserError(f"--workers={s.workers}: the loader processes lack shared memory or died "
                             f"({trace.strip().splitlines()[-1]}); --workers=0 needs none, in a container "
                             f"--shm-size=8g gives more") from error
-    if "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if hdm.is_out_of_memory(error):
         raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
                             f"{s.batch_size} (the global batch stays), or --checkpointing") from error
 
@@ -1226,7 +1222,7 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
     vae, text = shape_of_vae(s), shape_of_text_encoder(s)
     with torch.device("meta"):
         model = build_model(s, given, vae, text.config.hidden_size, "meta")
-    numbers = [count_parameters(model), count_parameters(vae) if vae else 0, count_parameters(text)]
+    numbers = [hdm.count_parameters(module) if module else 0 for module in (model, vae, text)]
     side = s.image_size // (vae.factor if vae else 1)
     encoder = None if s.latents else vae                     # cached latents need none
     return image_costs(model.config, side, T, s.tread_rate, encoder, text, dtype), numbers
