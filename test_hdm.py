@@ -5891,9 +5891,11 @@ def losses(place, out, **settings):
 @pytest.fixture
 def fresh_compiler():
     """Nothing compiled by the tests before, nothing forbidden to those after."""
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
     torch.compiler.reset()
     yield
     torch.compiler.set_stance("default")
+    valid_vec_isa_list.cache_clear()                         # else vec_isa_ok=False holds for the process
 
 
 @slow
