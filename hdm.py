@@ -380,7 +380,7 @@ class Block(nn.Module):
         scale1, shift, gate1 = mod
         m = torch.addcmul(shift, norm(x), scale1)            # shift + norm(x) * (1 + scale)
         # "normed" looks like a bug (x itself is dropped, only m goes on), and the published weights need it
-        # exactly so: change it and a downloaded model draws noise.
+        # exactly so: change it and a downloaded model gives noise.
         if self.residual == "normed":
             x = m
         return torch.addcmul(x, gate1, f(m, *inputs))
@@ -615,8 +615,8 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
 
     image: (3, height, width) uint8, the short side s.image_size pixels long; or, latent, its moments from the
     VAE, (C or 2 C, height, width), the sides in latent cells. sides: the whole image's width and height in
-    pixels, scaled like it. caption: as draw_caption takes it. s: an Example. factor: pixels on the side of a
-    latent cell; None: there is no VAE.
+    pixels, scaled like it. caption: as draw_caption takes it. s: ExampleSettings. factor: pixels on the side
+    of a latent cell; None: there is no VAE.
     training False: a held-out image. Center crop, all tags, no dropout, no TREAD, and a time that no setting
     moves (the published distribution), so that held-out losses of runs can be compared.
 
@@ -1735,7 +1735,7 @@ def vae_from_tensors(tensors, path, device, dtype, **statistics):
         layers += 1
     if not widths or "decoder.conv_in.weight" not in tensors:
         raise UserError(f"{path}: not a VAE in the diffusers layout (encoder.down_blocks, decoder.conv_in)")
-    if dtype == torch.float16:                               # SDXL-type VAEs overflow in it and draw black
+    if dtype == torch.float16:                               # SDXL-type VAEs overflow in it: black
         dtype = torch.bfloat16 if pick_dtype("auto", device) == torch.bfloat16 else torch.float32
 
     def build():
@@ -2099,11 +2099,11 @@ NEIGHBORS = dict(
     preview_prompts="validation_prompt validation_prompts sample_prompts num_validation_images: a file",
     caption_dropout="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
     tag_dropout="caption_tag_dropout_rate", tag_separator="caption_separator",
-    t_shift="flow_shift discrete_flow_shift flow_schedule_shift timestep_shift",
+    t_shift="shift flow_shift discrete_flow_shift flow_schedule_shift timestep_shift",
     caption="caption_column text_column", negative_prompt="negative neg_prompt n_prompt",
     num_images="num_images_per_prompt n_samples batch_count n_iter num_samples", height="H",
     width="resolution W", steps="num_inference_steps sampling_steps ddim_steps num_steps",
-    shift="flow_shift timestep_shift", cfg="guidance_scale cfg_scale guidance scale",
+    cfg="guidance_scale cfg_scale guidance scale",
     cfg_rescale="guidance_rescale", sampler="sampler_name scheduler",
     strength="denoising_strength denoise", init_image="init_img init_images image input_image",
     mask="mask_image",

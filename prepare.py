@@ -5,7 +5,7 @@
     python prepare.py PATH ... --out=data/mine --latents     # and a cache of VAE latents
     python prepare.py text_encoder PATH --out=data/my_te     # a tokenizer and a tiny LM for PATH's captions
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
-    python prepare.py judge --ckpt=out/demo                  # how many unseen captions are drawn right
+    python prepare.py judge --ckpt=out/demo                  # how many unseen captions the images show
 
 What is read, and how:
   captions beside images   a/7.jpg with a/7.txt, .caption or .json, or a/7.jpg.txt, a/7.jpg.json (gallery-dl,
@@ -26,7 +26,7 @@ id (1 and 1.0 are 1.jpg). --name_column=X takes column X. A row that names a fil
 left out, and the report names the flag that reads it. Several rows of one image are alternatives. In a tsv "
 is a letter; in a csv a quote that is closed late costs its row alone. Columns of tags are split at commas,
 else at spaces.
-PATH=0.5 is a weight: half of these images, drawn again each time, stand in each epoch; PATH=2.5 is each
+PATH=0.5 is a weight: half of these images, chosen again each time, stand in each epoch; PATH=2.5 is each
 twice and half of them once more.
 
 In order: the settings; sources, which are folders, tars and tables of captioned images; the index; the order
@@ -700,7 +700,7 @@ def read_caption_file(span):
 
 
 # ---- folders and tars --------------------------------------------------------------------------------------
-class Group:
+class FileSet:
     """The files of a folder or a tar, out of (path, span or None: no plain file)."""
 
     def __init__(self, files, report):
@@ -819,7 +819,7 @@ def tar_files(path, report):
 
 
 def walk(top, report):
-    """Yields a Group for each folder below top, and for each tar. Top may be a file, of any name."""
+    """Yields a FileSet for each folder below top, and for each tar. Top may be a file, of any name."""
     folders = folders_below(top, report)
     if os.path.isfile(top):
         folders = [(os.path.dirname(top), [os.path.basename(top)])]
@@ -833,9 +833,9 @@ def walk(top, report):
                 if name.lower().endswith(".tar"):
                     tars.append(path)
             files.append((path, span))
-        yield Group(files, report)
+        yield FileSet(files, report)
         for path in tars:
-            yield Group(tar_files(path, report), report)
+            yield FileSet(tar_files(path, report), report)
 
 
 # ---- scan --------------------------------------------------------------------------------------------------
@@ -1192,14 +1192,14 @@ def shuffled(i, n, *key):
             return i
 
 
-class Epochs:
+class Stream:
     """The endless stream of training: in each epoch, in an order of its own, a record stands as often as its
-    weight says; of weights with fractions some stand once more, drawn again each time.
+    weight says; of weights with fractions some stand once more, chosen again each time.
 
     Of records a and b of weight 1 and c of weight 1.5, numbers 0 to 2, the stream with seed 0 begins
         a c b | b c a c | c b a | a c c b
     with epochs between the bars. c stands once, then twice, and so on: int(1.5 e) times in e epochs.
-    epochs[6] is (1, 1, 2): in epoch 1 the second copy, 1, of record 2. Steps run over the bars: with a global
+    stream[6] is (1, 1, 2): in epoch 1 the second copy, 1, of record 2. Steps run over the bars: with a global
     batch of 4 step 0 takes a c b b, step 1 c a c c. Of two ranks with batches of 2 the first has a c and c a,
     the second b b and c c (if captions are of one length: train.order_of_rank sorts each step's items by it).
     """
@@ -1383,10 +1383,10 @@ def encode_latents(s, vae, device, rank, ranks):
 
 
 # ---- training examples -------------------------------------------------------------------------------------
-class Samples(Dataset):
+class Examples(Dataset):
     """Item i of the endless training stream, or of the held-out set: hdm.training_example of one image.
 
-    Training: places is an Epochs, seed the run's. Held out: places are record numbers, seed is None. latents:
+    Training: places is a Stream, seed the run's. Held out: places are record numbers, seed is None. latents:
     a Latents, or None; s: settings with those of hdm.ExampleSettings; factor: as in hdm.training_example.
     """
 
@@ -1457,10 +1457,10 @@ def open_data(s):
     identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
     if len(set(hdm.gather((identity, str(s.resume))))) > 1:
         raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
-    epochs = Epochs(parts, s.seed)
+    stream = Stream(parts, s.seed)
     if s.epochs:
-        s.images = max(1, round(s.epochs * epochs.length))
-    return index, epochs, held, identity
+        s.images = max(1, round(s.epochs * stream.length))
+    return index, stream, held, identity
 
 
 def report_cut_captions(index, te, s):
@@ -1535,7 +1535,7 @@ IDLE = [  # settings, when they have no effect, and why
 
 
 def judge(settings):
-    import sample  # the judge draws: the one step up, in a command of its own
+    import sample  # the judge samples: the one step up, in a command of its own
     sample.judge_checkpoint(settings)
 
 
@@ -1565,13 +1565,13 @@ def main(argv):
 def dry_run(index, s, tokenizer):
     """prepare.py --dry_run, with its settings s: prints what training will meet; OUT.png shows the first 48
     images with their crops and captions."""
-    epochs = Epochs(index.split(0.0)[0], seed=0)
-    print(f"{len(index):,} images, {index.records['length'].sum() / 1e9:.3f} GB; {epochs.length:,.0f} to an "
+    stream = Stream(index.split(0.0)[0], seed=0)
+    print(f"{len(index):,} images, {index.records['length'].sum() / 1e9:.3f} GB; {stream.length:,.0f} to an "
           f"epoch")
     print_sizes(index, s)
     print_captions(index, s, tokenizer)
     print(f"exact duplicates: {count_duplicates(index):,} images")
-    draw_sheet(index, epochs, s)
+    render_sheet(index, stream, s)
 
 
 def print_sizes(index, s):
@@ -1616,25 +1616,25 @@ def count_duplicates(index):
     return len(hashes) - len(set(hashes))
 
 
-def draw_sheet(index, epochs, s):
+def render_sheet(index, stream, s):
     """Writes OUT.png: the first 48 images of the stream as training takes them."""
     # There is no model here. hdm.training_example takes from its config the sizes of noise and positions,
     # which no sheet shows: one channel, and one patch as large as the crop, cost least and fit any size.
     config = hdm.XUTConfig(patch_size=s.image_size, in_channels=1)
-    samples = Samples(index, epochs, None, replace(s, tread_rate=0.0), config, None, seed=0)
+    examples = Examples(index, stream, None, replace(s, tread_rate=0.0), config, None, seed=0)
     tiles = []
     for i in range(min(48, len(index))):
         tile = Image.new("RGB", (201, 270), "white")
         with contextlib.suppress(hdm.UserError):             # it cannot be read, and stays white
-            example, _ = samples.example(i)
-            draw_example(tile, example, index.read(epochs[i][2], s.image_size))
+            example, _ = examples.example(i)
+            render_example(tile, example, index.read(stream[i][2], s.image_size))
         tiles.append(np.asarray(tile))
     hdm.make_folder(Path(s.out).parent, "--out")
     hdm.image_grid(tiles, columns=8, gap=10).save(f"{s.out}.png")
     print(f"{s.out}.png: {len(tiles)} images as training takes them: crop in red, caption below")
 
 
-def draw_example(tile, example, image):
+def render_example(tile, example, image):
     """Draws on a PIL tile: the image (3, height, width), in it what training sees, framed; the caption."""
     left, top, side = example["crop"]
     canvas = ImageDraw.Draw(tile)
@@ -1739,7 +1739,7 @@ def random_center(rng, size, shape, height, width):
 
 
 def coverage(size, shape, height, width, cy, cx, r=None):
-    """(height, width) share of each pixel inside the shape: drawn at four times the size, then averaged."""
+    """(height, width) share of each pixel inside the shape: rendered at four times the size, averaged."""
     if r is None:
         r = RADIUS[size] * min(height, width)    # pixels
     y = ((np.arange(4 * height) + 0.5) / 4 - cy) / r
@@ -1747,7 +1747,7 @@ def coverage(size, shape, height, width, cy, cx, r=None):
     return SHAPES[shape][3](y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
 
 
-def draw(size, color, shape, background, height, width, cy, cx, r=None):
+def render(size, color, shape, background, height, width, cy, cx, r=None):
     """(height, width, 3) uint8: the shape with its center at (cy, cx), in pixels from the top left corner."""
     ground = np.array(BACKGROUNDS[background])
     share = coverage(size, shape, height, width, cy, cx, r)[..., None]
@@ -1761,7 +1761,7 @@ def make_demo(settings):
     order = np.random.default_rng(settings.seed).permutation(len(seen))
     canvases = CENTERED_CANVASES if settings.centered else CANVASES
     with complete_folder(out) as folder, complete_folder(out + "_te") as encoder:
-        # From all 352 captions, not from those drawn: a demo of 20 images, too, has one token per word.
+        # From all 352 captions, not from those rendered: a demo of 20 images, too, has one token per word.
         make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
         for i in range(settings.count):
             rng = np.random.default_rng((settings.seed, i))
@@ -1772,7 +1772,7 @@ def make_demo(settings):
             if settings.centered:
                 cy, cx = height / 2, width / 2
                 radius = CENTERED_RADIUS[words[0]] * max(height, width)
-            Image.fromarray(draw(*words, height, width, cy, cx, radius)).save(folder / f"{i:05d}.png")
+            Image.fromarray(render(*words, height, width, cy, cx, radius)).save(folder / f"{i:05d}.png")
             (folder / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
     Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
     print(f"{settings.count} images in {settings.out}; beside it _unseen.txt and _te, the text encoder")

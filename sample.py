@@ -1,4 +1,4 @@
-"""Draw images from prompts.
+"""Sample images from prompts.
 
     python sample.py --ckpt=out/demo --prompt "a large red circle on a navy background" -n 4
     python sample.py --prompts=prompts.txt              # the released model; one prompt a line
@@ -9,7 +9,7 @@
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In order: the settings; prompts; the text in an image's file; drawing; weights of and for other programs;
+In order: the settings; prompts; the text in an image's file; sampling; weights of and for other programs;
 commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge.
 """
 import contextlib
@@ -64,7 +64,7 @@ class ImageSettings:           # of one image; a line of --prompts may end in an
     height: Annotated[int, 1, 16384] | None = None      # likewise
     sampler: str = "euler"     # a name in hdm.SAMPLERS; heun takes two evaluations a step, the others one
     steps: Annotated[int, 1, 1000] | None = None        # None: the checkpoint's own (published: 24)
-    shift: Annotated[float, 0.001, 1000] | None = None  # of time, train.py's t_shift; likewise (1)
+    t_shift: Annotated[float, 0.001, 1000] | None = None  # of time, as in training; likewise (1)
     cfg: Annotated[float, -100, 100] | None = None      # guidance, 1 is none; likewise (3)
     cfg_low: Annotated[float, 0, 1] | None = None       # least time t, 1 noise to 0 image, with guidance;
     cfg_high: Annotated[float, 0, 1] = 1.0              # ... likewise (0). Greatest t with guidance
@@ -86,7 +86,7 @@ class ImageSettings:           # of one image; a line of --prompts may end in an
 
 
 @dataclass
-class Job(ImageSettings):      # one image to draw
+class Job(ImageSettings):      # one image to sample
     prompt: str = ""
     number: int = 0            # of its file
 
@@ -100,7 +100,7 @@ class Sampling:
         "<|special|>, <|characters|>, <|series|>, <|artist|>, <|general|>, "
         "<|natural language|>. <|quality|>, <|rating|>, <|meta|>")
     tipo: bool | str = False       # expand short prompts by TIPO; a folder or hub id of another one
-    from_image: str = ""           # take prompt and settings from an image that was drawn here
+    from_image: str = ""           # take prompt and settings from an image that was made here
     sheet: str = ""                # "steps=8,16;cfg=1,2": one PNG, rows and columns, of the first prompt
     batch_size: hdm.Count = 4      # images at a time: memory, not result
     out: str = "out/samples"       # folder for the images
@@ -122,7 +122,8 @@ class Sampling:
 
 
 IMAGE_SETTINGS = [one.name for one in fields(ImageSettings)]
-ALIASES = {"-n": "num_images", "--num_inference_steps": "steps", "--guidance_scale": "cfg"}     # diffusers'
+ALIASES = {"-n": "num_images", "--shift": "t_shift",           # of before; diffusers' two
+           "--num_inference_steps": "steps", "--guidance_scale": "cfg"}
 FORMATS = dict(png="PNG", webp="WEBP", jpg="JPEG")
 # Where the settings of a prompt's line begin: --any= or a known flag.
 FLAG = re.compile(rf"(?:^|\s+)(?=--\w+=|(?:{'|'.join(ALIASES)}|--(?:{'|'.join(IMAGE_SETTINGS)}))(?![\w-]))")
@@ -288,16 +289,18 @@ def encode_file(image, file_type, text="", record=""):
     return file.getvalue()
 
 
-def read_settings(path):
-    """-> {name: value} of the settings that an image's file holds, and the hash of the model that drew it."""
+def read_record(path):
+    """-> {name: value} of the settings that an image's file holds, and the hash of the model that made it."""
     with hdm.naming(f"--from_image={path}", "not an image that can be read"), Image.open(path) as image:
         record = image.info.get("hdm") or image.getexif().get(0x010E)
     if not str(record).startswith("{"):                      # cameras, too, write a description
-        raise hdm.UserError(f"--from_image={path}: no settings of sample.py in it; it was drawn elsewhere "
+        raise hdm.UserError(f"--from_image={path}: no settings of sample.py in it; it was made elsewhere "
                             f"or with --no_metadata, or another program has saved it")
     types = hdm.setting_types([ImageSettings, Sampling])
     with hdm.naming(f"--from_image={path}", "broken settings in it"):
         record = json.loads(record)
+        if "shift" in record:                                # in older images
+            record["t_shift"] = record["shift"]
         names = [name for name in (*IMAGE_SETTINGS, "ema", "text_encoder", "vae", "dtype") if name in record]
         values = {name: hdm.setting_value(name, record[name], types[name]) for name in names}
         values["prompt"] = [str(record["prompt"])]
@@ -323,7 +326,7 @@ def write_new(path, content):
     return new
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 def to_uint8(images):
     """(B, 3, height, width) in [-1, 1], anything beyond is clipped -> (B, height, width, 3) uint8 numpy."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -342,11 +345,11 @@ def number_files(jobs, folder):
 
 
 def vae_factor(vae):
-    """Pixels on the side of a latent cell; 1 where the model draws pixels."""
+    """Pixels on the side of a latent cell; 1 where the model works on pixels."""
     return 1 if vae is None else vae.factor
 
 
-@lru_cache(maxsize=1)              # images of one call share it: draw_files forgets it
+@lru_cache(maxsize=1)              # images of one call share it: sample_files forgets it
 def load_source(init_image, mask):
     """-> init_image and mask as PIL images of the same size, or None for what is not given."""
     image = mask_image = None
@@ -372,8 +375,8 @@ def fitted(image, width, height, method):
 
 
 def resolved(job, settings, model, vae):
-    """job with numbers in place of None. Its size is init_image's, as far as the model can draw that, or the
-    training size; what the model cannot draw is refused."""
+    """job with numbers in place of None. Its size is init_image's, as far as the model can make that, or the
+    training size; what the model cannot make is refused."""
     size = settings["image_size"]
     width, height = size, size
     image, _ = load_source(job.init_image, job.mask)
@@ -384,7 +387,7 @@ def resolved(job, settings, model, vae):
         step = model.config.patch_size * vae_factor(vae)
         width, height = max(step, width // step * step), max(step, height // step * step)
     own = dict(width=width, height=height, steps=settings["steps"], cfg=settings["cfg"],
-               cfg_low=settings["cfg_low"], shift=settings["t_shift"])
+               cfg_low=settings["cfg_low"], t_shift=settings["t_shift"])
     job = replace(job, **{name: value for name, value in own.items() if getattr(job, name) is None})
     hdm.check_size(job.height, job.width, model.config, vae)
     if job.init_image and round(job.steps * job.strength) < 1:
@@ -446,15 +449,15 @@ def guidance_of(model, texts, jobs, shape, generators):
                         interval=(job.cfg_low, job.cfg_high), rescale=job.cfg_rescale)
 
 
-def draw_latents(model, vae, texts, jobs, source, watch):
-    """-> latents (B, C, h, w) of jobs, one of batches; source: source_pixels; the rest as in draw."""
+def sample_latents(model, vae, texts, jobs, source, on_step):
+    """-> latents (B, C, h, w) of jobs, one of batches; source: source_pixels; others as in sample_images."""
     job = jobs[0]                                            # the others differ in prompt and seed alone
     device = model.in_patch.proj.weight.device
     shape = model.config.in_channels, job.height // vae_factor(vae), job.width // vae_factor(vae)
     generators = [torch.Generator().manual_seed(one.seed) for one in jobs]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     guidance = guidance_of(model, texts, jobs, shape, generators)
-    times = hdm.sampling_times(job.steps, job.shift)
+    times = hdm.sampling_times(job.steps, job.t_shift)
     x = noise
     init_image, mask = source
     if init_image is not None:
@@ -472,27 +475,27 @@ def draw_latents(model, vae, texts, jobs, source, watch):
             v = guidance(x, t)
         if mask is not None:                                 # what stays goes straight from noise to itself
             v = torch.where(redrawn, v, noise - known)
-        watch(t, x - t * v)
+        on_step(t, x - t * v)
         return v
     return hdm.SAMPLERS[job.sampler](velocity, x, times)
 
 
 def ignore(t, x0):
-    """A watch of draw that does nothing."""
+    """An on_step that does nothing."""
 
 
 @torch.inference_mode()
-def draw(model, vae, texts, jobs, watch=ignore):
-    """Draws jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its image
+def sample_images(model, vae, texts, jobs, on_step=ignore):
+    """Samples jobs, one of batches, as resolved; texts as from encode_texts. Yields for each its image
     (height, width, 3) uint8 and its latent (C, h, w).
 
     All that is random comes from an image's own seed, on the CPU: the same in any batch, on any device.
-    watch is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. A latent that
-    is not finite is drawn again in float32, with a warning.
+    on_step is called at each time t, the last is 0, with what x0 (B, C, h, w) looks like by then. A latent
+    that is not finite is sampled again in float32, with a warning.
     """
     source = source_pixels(jobs[0])
-    x = draw_latents(model, vae, texts, jobs, source, watch)
-    watch(0, x)
+    x = sample_latents(model, vae, texts, jobs, source, on_step)
+    on_step(0, x)
     init_image, mask = source
     dtype = model.in_patch.proj.weight.dtype                 # of the matrix products, if not autocast's
     if torch.is_autocast_enabled(x.device.type):
@@ -500,9 +503,9 @@ def draw(model, vae, texts, jobs, watch=ignore):
     for job, latent in zip(jobs, x):                         # the VAE takes one at a time: less memory
         name = f"image {job.number:05d}-{job.seed}, {job.prompt[:60]!r}"
         if dtype != torch.float32 and not latent.isfinite().all():
-            hdm.warn(f"{name}: its latent is not finite in {str(dtype)[6:]}: drawn again in float32")
+            hdm.warn(f"{name}: its latent is not finite in {str(dtype)[6:]}: sampled again in float32")
             with hdm.in_float32(model):
-                latent = draw_latents(model, vae, texts, [job], source, ignore)[0]
+                latent = sample_latents(model, vae, texts, [job], source, ignore)[0]
         if not latent.isfinite().all():
             hdm.warn(f"{name}: its latent is not finite in float32")
         pixels = latent[None] if vae is None else vae.decode_each(latent[None], name)
@@ -514,7 +517,7 @@ def draw(model, vae, texts, jobs, watch=ignore):
 
 def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **image_settings):
     """-> (n, height, width, 3) uint8 images, one for each prompt with its seed, of these ImageSettings.
-    Under torchrun each process draws its part, and gets all."""
+    Under torchrun each process samples its part, and gets all."""
     job = resolved(Job(**image_settings), settings, model, vae)
     numbered = enumerate(zip(prompts, seeds))
     jobs = [replace(job, prompt=prompt, seed=seed, number=i) for i, (prompt, seed) in numbered]
@@ -522,7 +525,7 @@ def generate(model, vae, te, prompts, seeds, settings, batch_size=32, **image_se
     texts = encode_texts(te, jobs, settings)
     images = []
     for batch in batches(jobs, batch_size):
-        images += [image for image, _ in draw(model, vae, texts, batch)]
+        images += [image for image, _ in sample_images(model, vae, texts, batch)]
     parts = hdm.gather(images)                               # of n processes the first has 0, n, 2 n, ...
     return np.stack([parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))])
 
@@ -532,13 +535,13 @@ def advise(job, size):
     tall = job.width == size <= job.height
     wide = job.width > job.height and job.height <= size and job.width * job.height >= size ** 2
     if not tall and not wide:
-        print(f"warning: {job.width}x{job.height}: a model trained at {size} px draws best {size} wide and "
+        print(f"warning: {job.width}x{job.height}: a model trained at {size} px does best {size} wide and "
               f"at least as high, or wider than high, at most {size} high, of {size}x{size} pixels or more")
 
 
 @dataclass
 class Checkpoint:
-    """What draws: open_checkpoint makes it."""
+    """What samples: open_checkpoint makes it."""
     model: hdm.XUT
     vae: hdm.VAE | None
     settings: dict                 # as from load_model
@@ -563,10 +566,10 @@ def job_file(job, image, options, provenance):
     return encode_file(image, options.file_type, text, json.dumps(record))
 
 
-def draw_files(checkpoint, jobs, options, watch):
-    """Draws this process's part of jobs and writes each as a new file of options.out. Yields the paths.
+def sample_files(checkpoint, jobs, options, progress):
+    """Samples this process's part of jobs and writes each as a new file of options.out. Yields the paths.
 
-    At each step watch is called with how many images are done, a float, and x0 (B, C, h, w) as it looks then.
+    At each step progress is called with how many images are done, a float, and x0 (B, C, h, w) as it is then.
     """
     model, vae, settings = checkpoint.model, checkpoint.vae, checkpoint.settings
     load_source.cache_clear()                                # since the last call a file may have changed
@@ -577,13 +580,13 @@ def draw_files(checkpoint, jobs, options, watch):
     texts = encode_prompts(checkpoint.load_te(), jobs, settings)     # its memory is free again
     done = 0
 
-    def watch_batch(t, x0):
-        watch(done + len(x0) * (1 - t), x0)
+    def on_step(t, x0):
+        progress(done + len(x0) * (1 - t), x0)
     for batch in batches(hdm.of_this_rank(jobs), options.batch_size):
-        for job in batch:                                    # what no file can hold fails before it is drawn
+        for job in batch:                                    # what no file can hold fails before it is made
             blank = np.zeros((job.height, job.width, 3), np.uint8)
             job_file(job, blank, options, checkpoint.provenance)
-        for job, (image, latent) in zip(batch, draw(model, vae, texts, batch, watch_batch)):
+        for job, (image, latent) in zip(batch, sample_images(model, vae, texts, batch, on_step)):
             path = Path(options.out, f"{job.number:05d}-{job.seed}.{options.file_type}")
             path = write_new(path, job_file(job, image, options, checkpoint.provenance))
             if options.latents_out:
@@ -693,7 +696,7 @@ def find_encoders(settings, path, ours):
     if not ours and not in_parts:                            # what lies beside a bare file is not its own
         return
     for part in ("vae", "text_encoder"):
-        has_none = ours and settings[part] == ""             # such as a model that draws pixels
+        has_none = ours and settings[part] == ""             # such as a model that works on pixels
         if (folder / part).is_dir() and not has_none:
             settings[part] = str(folder / part)
 
@@ -903,11 +906,11 @@ def report_readers(path, config, vae, settings):
     else:
         print(f"read by sample.py, {reader}, ComfyUI's loader")
     if settings["t_shift"] != 1:
-        print(f"not carried: t_shift={settings['t_shift']:g}; other programs draw with 1")
+        print(f"not carried: t_shift={settings['t_shift']:g}; other programs sample with 1")
 
 
 def unknown_to_others(model, vae):
-    """What of a model other programs cannot read, or would draw noise with."""
+    """What of a model other programs cannot read, or would make noise with."""
     unknown = []
     for name in ("aspect_cond", "skips", "residual", "pos"):
         value = getattr(model.config, name)
@@ -940,7 +943,7 @@ def export(path, model, vae, settings, force=False):
     """Write model and VAE in fp16 as published: a new FILE.safetensors, else a new diffusers-style folder.
 
     The settings (as from load_model) go into the header, for load_model; other programs do not look there,
-    and would draw noise with options that are not the published ones: those need force.
+    and would make noise with options that are not the published ones: those need force.
     """
     path = Path(path)
     unknown = unknown_to_others(model, vae)
@@ -991,7 +994,7 @@ def read_command(argv):
     values = flags
     expected_hash = None
     if "from_image" in flags:
-        recorded, expected_hash = read_settings(flags["from_image"])
+        recorded, expected_hash = read_record(flags["from_image"])
         if "prompts" in flags or "slots" in flags:           # in place of its prompt
             del recorded["prompt"]
         values = recorded | flags
@@ -1036,7 +1039,7 @@ def open_checkpoint(name, file, command):
     provenance = dict(ema=options.ema, text_encoder=options.text_encoder, vae=options.vae,
                       dtype=str(dtype)[6:], model_hash=model_hash(file))
     if command.expected_hash not in (None, provenance["model_hash"]):
-        print(f"warning: {options.from_image} was drawn by the model {command.expected_hash[:10]}; {name} is "
+        print(f"warning: {options.from_image} was made by the model {command.expected_hash[:10]}; {name} is "
               f"{provenance['model_hash'][:10]}")
     return Checkpoint(model, vae, settings, load_te, provenance)
 
@@ -1059,15 +1062,15 @@ def warn_idle(command, jobs, settings):
         hdm.warn_idle(own, [call], IDLE)
 
 
-def draw_checkpoint(name, file, jobs, command):
-    """Draws this process's part of a checkpoint's jobs -> paths of the files."""
+def sample_checkpoint(name, file, jobs, command):
+    """Samples this process's part of a checkpoint's jobs -> paths of the files."""
     checkpoint = open_checkpoint(name, file, command)
     warn_idle(command, jobs, checkpoint.settings)
     hidden = command.rank > 0 or None                        # None: tqdm shows it on a terminal alone
     with tqdm(total=len(hdm.of_this_rank(jobs)), unit_scale=True, disable=hidden) as bar:
-        def watch(done, x0):
+        def progress(done, x0):
             bar.update(done - bar.n)
-        return list(draw_files(checkpoint, jobs, command.options, watch))
+        return list(sample_files(checkpoint, jobs, command.options, progress))
 
 
 def make_out_folder(out):
@@ -1086,11 +1089,11 @@ def save_grid(paths, options, layout):
     write_new(Path(options.out, "grid.png"), encode_file(np.array(grid), "png"))
 
 
-def draw_all(command):
+def sample_all(command):
     """Draws what the command asks for, one checkpoint after the other."""
     options = command.options
     jobs = None
-    if command.rank == 0:                                    # it reads, and draws random seeds, for all
+    if command.rank == 0:                                    # it reads, and rolls random seeds, for all
         jobs = read_jobs(options, command.defaults, load_tipo)
     jobs = hdm.gather(jobs)[0]
     columns = command.defaults.num_images                    # of the grid: a row for each prompt
@@ -1103,7 +1106,7 @@ def draw_all(command):
     files = {name: find_weights(name, options.ema) for name in names}
     paths = []
     for name, file in files.items():                         # one checkpoint is in memory at a time
-        paths += draw_checkpoint(name, file, [job for job in jobs if job.ckpt == name], command)
+        paths += sample_checkpoint(name, file, [job for job in jobs if job.ckpt == name], command)
     paths = sorted(itertools.chain(*hdm.gather(paths)), key=file_number)
     if len(paths) > 1 and command.rank == 0:
         save_grid(paths, options, layout)
@@ -1114,7 +1117,7 @@ def main(argv):
     command = read_command(argv)
     options, name = command.options, command.defaults.ckpt
     if not options.export and not options.ui:
-        return draw_all(command)
+        return sample_all(command)
     checkpoint = open_checkpoint(name, find_weights(name, options.ema), command)
     if options.export:
         warn_idle(command, [Job(**vars(command.defaults))], checkpoint.settings)
@@ -1247,7 +1250,7 @@ def load_tipo(name):
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
-ROWS = ("prompt", "negative_prompt", "ratio", "width height steps num_images", "seed sampler cfg shift",
+ROWS = ("prompt", "negative_prompt", "ratio", "width height steps num_images", "seed sampler cfg t_shift",
         "zoom x_shift y_shift", "tread_cond tread_uncond", "cfg_low cfg_high cfg_rescale tipo")
 SLIDERS = dict(zoom=(0.25, 4), x_shift=(-1, 1), y_shift=(-1, 1), tread_cond=(0, 0.9), tread_uncond=(0, 0.9))
 RATIOS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split()
@@ -1299,9 +1302,9 @@ def refuse_urls(gr):
 
 
 class Page:
-    """A page to draw on. Its file routes see options.out and a folder of uploads, nothing else.
+    """A page to sample on. Its file routes see options.out and a folder of uploads, nothing else.
 
-    Browsers call its methods from several threads, but draw, of which gradio runs one at a time.
+    Browsers call its methods from several threads, but generate, of which gradio runs one at a time.
     """
 
     def __init__(self, checkpoint, options, defaults):
@@ -1353,22 +1356,22 @@ class Page:
         jobs = read_jobs(options, ImageSettings(**vars(self.defaults) | given), self.load_tipo)
         return number_files(jobs, Path(options.out))
 
-    def draw(self, values, progress):
-        """The button: draws what the controls ask for -> a line on what was done."""
+    def generate(self, values, progress):
+        """The button: samples what the controls ask for -> a line on what was done."""
         self.stopping.clear()
         done = 0
         with self.errors_shown():
             jobs = self.read_controls(values)
 
-            def watch(share, x0):
+            def on_progress(finished, x0):
                 if self.stopping.is_set():
                     raise InterruptedError
-                progress(share / len(jobs))
+                progress(finished / len(jobs))
                 if self.asked.is_set():
                     self.asked.clear()
                     self.show(preview(self.checkpoint.vae, x0))
             with contextlib.suppress(InterruptedError):
-                for path in draw_files(self.checkpoint, jobs, self.options, watch):
+                for path in sample_files(self.checkpoint, jobs, self.options, on_progress):
                     self.show(path, (path, path.name))
                     done += 1
         return f"{done} of {len(jobs)} images, in {self.options.out}"
@@ -1385,14 +1388,14 @@ class Page:
     def take_settings(self, file):
         """An image's file -> values of all controls."""
         with self.errors_shown():
-            recorded, digest = read_settings(file)
+            recorded, digest = read_record(file)
         own = dict(init_image=self.defaults.init_image, mask=self.defaults.mask)
         fixed = self.checkpoint.provenance | own
         values = self.start | fixed | recorded | dict(
             prompt=recorded["prompt"][0], model_hash=digest, tipo=False)     # TIPO's words are in the prompt
         other = [name for name in fixed if values[name] != fixed[name]]
         if other:
-            self.gr.Warning(f"drawn with another {', '.join(other)}: this page keeps its own")
+            self.gr.Warning(f"made with another {', '.join(other)}: this page keeps its own")
         return [values[name] for name in self.controls]
 
     def size_of(self, ratio):
@@ -1405,8 +1408,8 @@ class Page:
         """-> gradio's Blocks: the controls to the left, the images to the right, and what calls what."""
         gr = self.gr
 
-        def draw(progress=gr.Progress(), *values):           # gradio looks for a progress bar in the defaults
-            return self.draw(values, progress)
+        def generate(progress=gr.Progress(), *values):           # gradio looks for its bar in the defaults
+            return self.generate(values, progress)
         with gr.Blocks(title="HDM", analytics_enabled=False) as blocks, gr.Row():
             with gr.Column():
                 self.controls = make_controls(gr, self.start)
@@ -1414,17 +1417,17 @@ class Page:
                 upload = gr.UploadButton("take the settings of an image", file_types=["image"])
             with gr.Column():
                 with gr.Row():
-                    draw_button = gr.Button("draw", variant="primary")
+                    button = gr.Button("generate", variant="primary")
                     stop_button = gr.Button("stop")
-                state = gr.Textbox(label="drawn", lines=2)
+                state = gr.Textbox(label="done", lines=2)
                 image = gr.Image(show_label=False, buttons=["fullscreen"], format="png", height=512)
                 gallery = gr.Gallery(lambda: list(self.shown[2]), show_label=False, columns=4)
             inputs = list(self.controls.values())
             size = [self.controls["width"], self.controls["height"]]
             seen = gr.State((0, 0))
             quiet = dict(show_progress="hidden")
-            gr.on([draw_button.click, self.controls["prompt"].submit], draw, inputs, state, api_name="draw",
-                  concurrency_limit=1)
+            gr.on([button.click, self.controls["prompt"].submit], generate, inputs, state,
+                  api_name="generate", concurrency_limit=1)
             gr.Timer(0.5).tick(self.update, seen, [image, gallery, seen], api_name="update", **quiet)
             stop_button.click(self.stopping.set, queue=False, api_name="stop")
             upload.upload(self.take_settings, upload, inputs, api_name="settings", **quiet)
@@ -1516,7 +1519,7 @@ def judge_camera(render, side):
 
 
 def judge_checkpoint(options):
-    """Prints how many of the demo's unseen captions are drawn right; or, with options.camera, judge_camera.
+    """Prints how many of the demo's unseen captions the images show; or, with options.camera, judge_camera.
     options: prepare.JudgeSettings."""
     model, vae, settings = load_model(options.ckpt)
     asked = [words for words in prepare.UNSEEN for _ in range(options.seeds)]

@@ -2157,7 +2157,7 @@ def test_short_orders_are_all_as_likely():
 
 
 def test_an_order_of_ten_millions_is_random():
-    epochs = prepare.Epochs([(0, 10_000_000, 1.0)], seed=0)
+    epochs = prepare.Stream([(0, 10_000_000, 1.0)], seed=0)
     starts = (0, 10_000_000)
     first, second = (np.array([epochs[i][2] for i in range(start, start + 20_000)]) for start in starts)
     apart = abs(np.diff(first)).mean() / 10_000_000          # of 20,000: a standard deviation of 0.0017
@@ -2169,7 +2169,7 @@ def test_an_order_of_ten_millions_is_random():
 def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
     """Whole copies each time, fractions drawn again: over ten epochs exactly, in one epoch to within one."""
     parts = [(0, 7, 1.0), (7, 5, 3.0), (12, 10, 0.25), (22, 6, 1.5), (28, 1, 0.1)]
-    epochs = prepare.Epochs(parts, seed=3)
+    epochs = prepare.Stream(parts, seed=3)
     items = [epochs[i] for i in range(epochs.start(20))]
     assert [epoch for epoch, _, _ in items] == sorted(epoch for epoch, _, _ in items)
     drawn = collections.defaultdict(set)
@@ -2193,7 +2193,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the three thousand records that are read at random."""
     n = 10_000_000
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
-    epochs = prepare.Epochs([(0, n, 1.0)], 0)
+    epochs = prepare.Stream([(0, n, 1.0)], 0)
     with open(tmp_path / "text.bin", "wb") as file:
         for i in range(3000):
             file.seek(i * 7_000_000)                         # 20 GB
@@ -2208,7 +2208,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
         before, clock = private_bytes(), time.perf_counter()
         index = prepare.Index.open(str(tmp_path))
         opened = time.perf_counter() - clock
-        epochs = prepare.Epochs(index.split(0.0)[0], 0)
+        epochs = prepare.Stream(index.split(0.0)[0], 0)
         for i in range(3000):
             assert index[epochs[i][2]].caption == f"caption {i}"
         print(len(index), opened, private_bytes() - before)
@@ -2677,7 +2677,7 @@ def test_a_jpeg_is_decoded_small_only_where_it_hardly_shows(orientation, tmp_pat
 
 
 class Plainly(torch.utils.data.Dataset):
-    """What Samples is measured against: open, convert, resize, crop; no draft, no more than the pixels."""
+    """What Examples is measured against: open, convert, resize, crop; no draft, no more than the pixels."""
 
     def __init__(self, index):
         self.index = index
@@ -2743,7 +2743,7 @@ def test_a_dry_run_tells_and_draws_what_training_takes(place, te_folder, tmp_pat
 def true_pictures(seed):
     """Every combination once, at a random center, on the square canvas that the model is judged on."""
     rng = np.random.default_rng(seed)
-    return [prepare.draw(*words, 32, 32, *prepare.random_center(rng, words[0], words[2], 32, 32))
+    return [prepare.render(*words, 32, 32, *prepare.random_center(rng, words[0], words[2], 32, 32))
             for words in prepare.COMBINATIONS]
 
 
@@ -2775,7 +2775,7 @@ def camera_rows(capsys):
 
 def test_the_camera_is_judged_by_where_the_shapes_are(capsys):
     def draw(zoom=1, x_shift=0, y_shift=0):                  # as the camera promises
-        return [prepare.draw("small", color, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
+        return [prepare.render("small", color, "circle", "gray", 32, 32, 16 - 16 * y_shift / zoom,
                              16 - 16 * x_shift / zoom, 6 * zoom) for color in ("red", "blue", "white")]
     sample.judge_camera(draw, 32)
     rows = camera_rows(capsys)
@@ -2826,7 +2826,7 @@ def test_shapes_are_whole_and_of_the_palette(height, width):
         center = prepare.random_center(rng, size, shape, height, width)
         for (low, high), place in zip(prepare.center_range(size, shape, height, width), center):
             assert low + (high - low) / 4 <= place <= high - (high - low) / 4
-        image = prepare.draw(size, color, shape, background, height, width, *center)
+        image = prepare.render(size, color, shape, background, height, width, *center)
         share = prepare.coverage(size, shape, height, width, *center)
         assert image.shape == (height, width, 3) and image.dtype == np.uint8
         assert (image[share == 1] == prepare.COLORS[color]).all() and (share == 1).sum() > 100
@@ -2980,7 +2980,7 @@ def test_judge_scores_what_was_drawn(monkeypatch, capsys):
 
     def generate(model, vae, te, prompts, seeds, settings):
         picture = [(words[0], words[1], change(words[2]), words[3]) for words in map(meaning.get, prompts)]
-        return np.stack([prepare.draw(*words, 32, 32, 15.7 + seed / 4, 16)
+        return np.stack([prepare.render(*words, 32, 32, 15.7 + seed / 4, 16)
                          for words, seed in zip(picture, seeds)])
 
     monkeypatch.setattr(sample, "generate", generate)
@@ -3163,14 +3163,14 @@ def test_a_sampler_is_one_entry(trained, tmp_path, monkeypatch, capsys):
     paths = sorted(tmp_path.glob("0*.png"))
     names = [read_parameters(Image.open(path).text["parameters"])[2]["Sampler"] for path in paths]
     assert names == ["Euler", "half", "DPM++ 2M"]
-    assert [sample.read_settings(path)[0]["sampler"] for path in paths] == ["euler", "half", "dpmpp_2m"]
+    assert [sample.read_record(path)[0]["sampler"] for path in paths] == ["euler", "half", "dpmpp_2m"]
 
 
 @pytest.mark.parametrize("kind, settings", [
     ("jpg", ["--prompt=" + 70_000 * "a "]), ("webp", ["--prompt=a", "--width=16384"])])
 def test_what_a_file_cannot_hold_is_refused_before_it_is_drawn(
         kind, settings, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "draw", lambda *how: pytest.fail("drawn in vain"))
+    monkeypatch.setattr(sample, "sample_images", lambda *how: pytest.fail("sampled in vain"))
     argv = [f"--ckpt={trained}", f"--out={tmp_path}", f"--file_type={kind}", *settings]
     assert f"--file_type={kind}" in one_line(sample.main, argv)
     assert content(tmp_path) == {}
@@ -3335,7 +3335,7 @@ WILD = "red, circle: \"large\"\nSteps: 3, Seed: 9 \U0001f3a8 é"
     ("webp", WILD, "blue:\nsquare, 青"), ("jpg", WILD, "blue:\nsquare, 青"), ("jpg", "", "green")])
 def test_a_image_tells_how_it_was_made_and_is_made_again(kind, prompt, negative, trained, tmp_path):
     how = ["--cfg=3", "--steps=2", "--width=24", "--height=16", "--sampler=heun", "--zoom=1.25",
-           "--tread_uncond=0.5", "--cfg_rescale=0.3", "--shift=2", f"--file_type={kind}"]
+           "--tread_uncond=0.5", "--cfg_rescale=0.3", "--t_shift=2", f"--file_type={kind}"]
     sample.main([f"--ckpt={trained}", f"--out={tmp_path / 'a'}", f"--prompt={prompt}", "--seed=41", "-n", "2",
                  "--batch_size=1", f"--negative_prompt={negative}", *how])   # two sizes may round apart
     path = tmp_path / "a" / f"00001-42.{kind}"
@@ -3351,7 +3351,7 @@ def test_a_image_tells_how_it_was_made_and_is_made_again(kind, prompt, negative,
         exif[0x010E], exif[0x8769] = new[0x010E], dict(new.get_ifd(0x8769))
         image.save(tmp_path / f"old.{kind}", exif=exif)
         assert exif_entries((tmp_path / f"old.{kind}").read_bytes())[0][0x9286] == 1
-        assert sample.read_settings(tmp_path / f"old.{kind}") == sample.read_settings(path)
+        assert sample.read_record(tmp_path / f"old.{kind}") == sample.read_record(path)
     weights = (trained / "ckpt_00000006" / "ema.safetensors").read_bytes()
     pairs = {"Steps": "2", "Sampler": "Heun", "CFG scale": "3", "Seed": "42", "Size": "24x16",
              "Model hash": hashlib.sha256(weights).hexdigest()[:10], "Model": "run"}
@@ -3443,13 +3443,13 @@ def test_prompts_are_shared_among_processes(trained, tmp_path):
 
 
 def test_ctrl_c_keeps_the_finished_images(trained, tmp_path, monkeypatch):
-    whole, calls = sample.draw, []
+    whole, calls = sample.sample_images, []
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return whole(*args)
-    monkeypatch.setattr(sample, "draw", interrupted)
+    monkeypatch.setattr(sample, "sample_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw(trained, tmp_path, "--prompt=red circle", "-n", "8", "--batch_size=2", "--steps=1")
     assert len(list(tmp_path.glob("0*.png"))) == 4
@@ -3460,7 +3460,7 @@ def test_out_of_memory_is_one_line(trained, place, tmp_path, monkeypatch, capsys
     def full(*arguments):
         torch.empty(2 ** 55)
     monkeypatch.setattr(hdm, "loss_inputs", full)
-    monkeypatch.setattr(sample, "draw", full)
+    monkeypatch.setattr(sample, "sample_images", full)
     refused("--batch_size=2 in place of 4 --checkpointing", train_tiny, place, tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={trained}", "--prompt=a", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as caught:
@@ -3483,7 +3483,7 @@ def test_latents_are_saved(trained, published, te_folder, tmp_path):
 
 def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
     """Neither TIPO nor text encoder is in memory while images form, nor a checkpoint as the next loads."""
-    alive, whole = [], sample.draw
+    alive, whole = [], sample.sample_images
     gc.freeze()                                              # what is here already is not looked at again
     def watched(load):
         def loading(*how, **named):
@@ -3500,7 +3500,7 @@ def test_what_is_done_with_makes_room(trained, llama, tmp_path, monkeypatch):
     for module, name in ((sample, "load_model"), (sample, "load_tipo"), (sample, "load_text_encoder")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     monkeypatch.setattr(sample, "TIPO_TOKENS", 2)
-    monkeypatch.setattr(sample, "draw", draw_alone)
+    monkeypatch.setattr(sample, "sample_images", draw_alone)
     runs = ",".join(str(path) for path in hdm.list_checkpoints(trained)[-2:])
     draw(trained, tmp_path, "--prompt=red circle", f"--sheet=ckpt={runs}", "--steps=1", f"--tipo={llama}")
     gc.unfreeze()
@@ -3827,7 +3827,7 @@ PAGE_VALUES = dict(prompt="red circle", negative_prompt="", width=24, height=16,
 
 def on_page(client, values):
     """Draws by the page's button -> all (share that is done, image, gallery) that it shows, in order."""
-    job = client.submit(*(values[name] for name in PAGE), api_name="/draw")
+    job = client.submit(*(values[name] for name in PAGE), api_name="/generate")
     shown, share, ended = [], 0, False
     while not ended:
         ended = job.done()                                   # and once more after the end
@@ -3879,7 +3879,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
         assert client.predict("3:2", api_name="/sides") == tuple(sample.advised_size("3:2", 1024, 4))
     assert list(other) == PAGE and all(other[name] != PAGE_VALUES[name] for name in PAGE if name != "tipo")
     for path, same in zip(drawn, sorted(tmp_path.glob("0*.png")), strict=True):
-        assert path.name == same.name and sample.read_settings(path) == sample.read_settings(same)
+        assert path.name == same.name and sample.read_record(path) == sample.read_record(same)
         assert abs(pixels(path) - pixels(same)).max() <= 1
 
 
@@ -3943,10 +3943,10 @@ def test_bad_input_and_stop_leave_the_page_alive(published, te_folder, tmp_path,
             client.predict(stranger, api_name="/settings")
         assert address in one_line(sample.main, [*argv, f"--ui={address}"])           # where one is already
         values = [*(PAGE_VALUES | dict(steps=1000)).values()]
-        stopped = client.submit(*values, api_name="/draw")
+        stopped = client.submit(*values, api_name="/generate")
         while not stopped.status().progress_data and not stopped.done():
             time.sleep(0.01)
-        waiting = client.submit(*(PAGE_VALUES | dict(seed=-1)).values(), api_name="/draw")
+        waiting = client.submit(*(PAGE_VALUES | dict(seed=-1)).values(), api_name="/generate")
         time.sleep(0.3)
         assert not list(tmp_path.glob("0*.png"))             # nothing yet: one drawing at a time
         client.predict(api_name="/stop")
@@ -3954,7 +3954,7 @@ def test_bad_input_and_stop_leave_the_page_alive(published, te_folder, tmp_path,
         waiting.result(10)
         path, = tmp_path.glob("00000-*.png")
         assert on_page(client, PAGE_VALUES | dict(seed=-1))
-    assert path.stem[6:] == str(sample.read_settings(path)[0]["seed"]) and len(list(tmp_path.glob("0*"))) == 2
+    assert path.stem[6:] == str(sample.read_record(path)[0]["seed"]) and len(list(tmp_path.glob("0*"))) == 2
 
 
 def test_the_page_reads_no_file_and_asks_no_other_host(published, te_folder, tmp_path, monkeypatch):
@@ -5022,10 +5022,10 @@ def stream(data, training=True, pos="long_side", latents=None, **settings):
     s = SimpleNamespace(**vars(train.Settings()) | TINY | dict(validation=0.0) | settings)
     index = data if isinstance(data, prepare.Index) else prepare.open_index(data)
     parts, held = index.split(s.validation)
-    places = prepare.Epochs(parts, s.seed) if training else held or list(range(len(index)))
+    places = prepare.Stream(parts, s.seed) if training else held or list(range(len(index)))
     channels, factor = (4, 2) if s.vae else (3, None)
     config = hdm.XUTConfig(dim=32, heads=2, head_dim=16, patch_size=4, in_channels=channels, pos=pos)
-    return prepare.Samples(index, places, latents, s, config, factor, s.seed if training else None)
+    return prepare.Examples(index, places, latents, s, config, factor, s.seed if training else None)
 
 
 def names(index, numbers=None):
@@ -5799,7 +5799,7 @@ def test_loader_processes_may_be_spawned(place, tmp_path, monkeypatch):
     train_tiny(place, tmp_path / "plain", max_steps=1)
     monkeypatch.setattr(train, "DataLoader", loader)
     train_tiny(place, tmp_path / "pickled", max_steps=1, workers=1)
-    assert sent == [prepare.Samples] * 2
+    assert sent == [prepare.Examples] * 2
     assert same(*(checkpoint(tmp_path / name / "ckpt_00000001") for name in ("plain", "pickled")))
 
 
@@ -6139,7 +6139,7 @@ def test_a_micro_step_has_captions_of_one_length(ranks, tmp_path):
         write_picture(tmp_path / "a" / f"{i}", (16, 16), i)
         (tmp_path / "a" / f"{i}.txt").write_text("x" * (1 + 7 * i % 24))
     index = prepare.open_index(str(tmp_path / "a"))
-    epochs = prepare.Epochs(index.split(0.0)[0], 0)
+    epochs = prepare.Stream(index.split(0.0)[0], 0)
     s = SimpleNamespace(text_lengths=4, global_batch=8, batch_size=2)
     shares = [list(train.order_of_rank(index, epochs, s, 16, 32, rank, ranks)) for rank in range(ranks)]
     for step in range(2):

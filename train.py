@@ -253,10 +253,10 @@ def save_checkpoint(run, state):
     return final.is_dir()
 
 
-def load_state(s, identity, epochs, ranks):
+def load_state(s, identity, stream, ranks):
     """train.pt of --resume; where the images are others, its position is moved to a fresh epoch.
 
-    identity, epochs: of the images of this command, as from prepare.open_data.
+    identity, stream: of the images of this command, as from prepare.open_data.
     """
     with hdm.naming(f"--resume={s.resume}", "no complete checkpoint; --init_from takes weights alone"):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
@@ -266,11 +266,11 @@ def load_state(s, identity, epochs, ranks):
                             f"name that one, or begin a new run with --init_from={s.resume}")
     if state["identity"] != identity:                        # of names, weights and the held-out share
         what = (f"--data={s.data}, --validation={s.validation:.3g}: other training images or weights "
-                f"({epochs.images:,}) than {s.resume} saw ({state['pictures']:,})")
-        if epochs.images <= state["pictures"] and not s.new_data:
+                f"({stream.images:,}) than {s.resume} saw ({state['pictures']:,})")
+        if stream.images <= state["pictures"] and not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
-        state["position"] = epochs.start(state["next_epoch"])
+        state["position"] = stream.start(state["next_epoch"])
     changed = []
     for name, value in (vars(s) | dict(ranks=ranks)).items():
         if value != old.get(name) and name not in ("resume", "new_data", "max_steps", "max_hours"):
@@ -455,7 +455,7 @@ def report_problems(run, waited):
         warn_once(run, "slow",
                   f"{waited:.0%} of the time is spent waiting for data; what may help: more --workers "
                   f"(now {s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
-    count, images = len(run.unreadable), run.epochs.images
+    count, images = len(run.unreadable), run.stream.images
     if count > math.ceil(s.max_unreadable * images):
         raise hdm.UserError(f"{count} of {images:,} images cannot be read, more than "
                             f"--max_unreadable={s.max_unreadable}, such as {min(run.unreadable)}")
@@ -523,7 +523,7 @@ def open_schedule(s, state):
     return warmup, end
 
 
-def order_of_rank(index, epochs, s, first, last, rank, ranks):
+def order_of_rank(index, stream, s, first, last, rank, ranks):
     """The stream's items from first to last that one rank takes, in its order.
 
     Each global batch is sorted by the lengths of its captions, so that those of a micro-batch are alike and
@@ -531,7 +531,7 @@ def order_of_rank(index, epochs, s, first, last, rank, ranks):
     number.
     """
     def caption_length(i):
-        return len(index[epochs[i][2]].caption)
+        return len(index[stream[i][2]].caption)
 
     for base in range(first, last, s.global_batch):
         items = range(base, base + s.global_batch)
@@ -611,7 +611,7 @@ class OpenRun:
 
     # The images
     index: prepare.Index           # all of them: index[number] is a record
-    epochs: prepare.Epochs         # the training stream: epochs[i] is (epoch, copy, number) of its item i
+    stream: prepare.Stream         # training's order: stream[i] is (epoch, copy, number) of its item i
     held_out: list[int]            # numbers of the held-out records
     identity: str                  # a hash of all these: a resumed run with another one has other images
 
@@ -656,7 +656,7 @@ class OpenRun:
     norm: torch.Tensor | None      # (), gradient norm of the last step before clipping; None: no step yet
     text_tokens: float             # mean padded length of the last step's texts
     began: float                   # when the loop began (time.monotonic)
-    problems: list[tuple]          # of this rank's batches since the last line: Samples' "trouble", collated
+    problems: list[tuple]          # of this rank's batches since the last line: Examples' "trouble", collated
     unreadable: set[str]           # a line for each unreadable image so far
     warned: set[str]               # kinds of warnings so far
 
@@ -722,15 +722,15 @@ def open_examples(run):
     s = run.s
     factor = run.vae.factor if run.vae else None
     cache = prepare.Latents(s, run.index, run.vae) if s.latents else None
-    training = prepare.Samples(run.index, run.epochs, cache, s, run.model.config, factor, s.seed)
-    held_out = prepare.Samples(run.index, run.held_out, cache, s, run.model.config, factor)
+    training = prepare.Examples(run.index, run.stream, cache, s, run.model.config, factor, s.seed)
+    held_out = prepare.Examples(run.index, run.held_out, cache, s, run.model.config, factor)
     prepare.report_cut_captions(run.index, run.te, s)
     return training, held_out
 
 
 def choose_previews(run, own_prompts):
     """Eight held-out captions, or the first of training, then own_prompts, those of --preview_prompts."""
-    numbers = run.held_out[:8] or [run.epochs[i][2] for i in range(8)]
+    numbers = run.held_out[:8] or [run.stream[i][2] for i in range(8)]
     captions = [hdm.draw_caption(run.index[number].caption, None, run.s) for number in numbers]
     run.prompts = captions + own_prompts
     run.preview_seeds = [*range(len(captions)), *range(len(own_prompts))]
@@ -777,8 +777,8 @@ def print_plan(run):
     s, gb = run.s, run.optimizer.checkpoint_gb()
     kept = checkpoints_at_most(s, run.total)
     print(f"{hdm.count_parameters(run.model):,} parameters, {run.ranks} x {run.device}, {run.dtype}; "
-          f"{run.epochs.images:,} images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
-          f"{s.images:,} images seen, {s.images / run.epochs.length:.2f} epochs; steps {run.start:,} to "
+          f"{run.stream.images:,} images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
+          f"{s.images:,} images seen, {s.images / run.stream.length:.2f} epochs; steps {run.start:,} to "
           f"{run.last:,} of {run.total:,}, {run.warmup / s.global_batch:,.0f} of warm-up; a step: "
           f"{run.ranks} ranks x {run.micro_steps} x {s.batch_size}\n"
           f"checkpoints of {gb:.3f} GB, at most {kept}: {gb * kept:.2f} GB; "
@@ -795,8 +795,8 @@ def open_run(s, given, rank, ranks):
     run.device, run.kind, run.dtype = open_device(s)
     newest = choose_start(s)
     own_prompts = read_prompts(s.preview_prompts) if s.preview_prompts else []
-    run.index, run.epochs, run.held_out, run.identity = prepare.open_data(s)
-    state = load_state(s, run.identity, run.epochs, ranks) if s.resume else {}        # train.pt
+    run.index, run.stream, run.held_out, run.identity = prepare.open_data(s)
+    state = load_state(s, run.identity, run.stream, ranks) if s.resume else {}        # train.pt
     run.start = run.step = state.get("step", 0)
     run.seen = run.saved = state.get("images", 0)
     run.position = state.get("position", 0)
@@ -820,7 +820,7 @@ def open_run(s, given, rank, ranks):
     run.signals = catch_signals()
     run.deadline = time.monotonic() + 3600 * s.max_hours if s.max_hours > 0 else math.inf
     stop = run.position + (run.last - run.start) * s.global_batch
-    order = order_of_rank(run.index, run.epochs, s, run.position, stop, rank, ranks)
+    order = order_of_rank(run.index, run.stream, s, run.position, stop, rank, ranks)
     run.held_batches = DataLoader(held_out, s.batch_size, sampler=range(rank, len(run.held_out), ranks))
     run.batches = iter(DataLoader(training, s.batch_size, sampler=order, num_workers=s.workers,
                                   worker_init_fn=catch_signals, pin_memory=run.kind == "cuda"))
@@ -905,7 +905,7 @@ def save_previews(run):
 def refuse_bad_steps(run, skipped):
     """Ends the run, and names its images, where steps in a row were skipped."""
     first = run.position - skipped * run.s.global_batch
-    names = [run.index[run.epochs[i][2]].name for i in range(first, first + run.s.global_batch)]
+    names = [run.index[run.stream[i][2]].name for i in range(first, first + run.s.global_batch)]
     (run.out_dir / "bad_images.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     raise hdm.UserError(f"no finite loss or gradient since step {run.step - skipped}, of the images "
                         f"{', '.join(names[:20])} (all: bad_images.txt); lower --lr, --resume")
@@ -925,7 +925,7 @@ def metrics_of(run, val_loss):
     norm = run.norm.item() if run.norm is not None and run.norm.isfinite() else None
     memory = torch.cuda.max_memory_allocated(run.device) / 1e9 if run.kind == "cuda" else 0.0
     return dict(
-        step=run.step, images=run.seen, epoch=run.position / run.epochs.length, lr=run.lr, val_loss=val_loss,
+        step=run.step, images=run.seen, epoch=run.position / run.stream.length, lr=run.lr, val_loss=val_loss,
         skipped=run.optimizer.skipped[0].item(), data_s=split["data"], loss=ratio(sum(losses), sum(counts)),
         grad_norm=norm, images_per_s=ratio(sum(counts), seconds), unreadable=report_problems(run, waited),
         loss_by_t=[ratio(*tenth) for tenth in zip(losses, counts)], split_s=split,
@@ -959,8 +959,8 @@ def save(run):
     if run.rank > 0:
         return True
     state = run.optimizer.state_dict() | dict(
-        step=run.step, images=run.seen, position=run.position, next_epoch=run.epochs.next_epoch(run.position),
-        pictures=run.epochs.images, identity=run.identity, window=run.window,
+        step=run.step, images=run.seen, position=run.position, next_epoch=run.stream.next_epoch(run.position),
+        pictures=run.stream.images, identity=run.identity, window=run.window,
         seconds=dict(run.watch.read()), warmup_images=run.warmup, wandb=run.tracker.run_id,
         settings=vars(run.s) | dict(ranks=run.ranks))
     is_complete = save_checkpoint(run, state)
