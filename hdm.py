@@ -622,7 +622,8 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
 
     -> caption, a text; crop, its left, top and size in pixels or, latent, in cells; pixels (3, size, size)
     or moments (C or 2 C, size, size); t () in [0, 1]; aspect () = ln(width / height); pos (N, 2) in the whole
-    image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,).
+    image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,); seed, for what a VAE's
+    micro-batch draws.
     """
     rng = random.Random(key)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -659,6 +660,7 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
         example["vae_noise"] = torch.randn(shape, generator=generator)
     if training and s.tread_rate > 0:
         example["keep"] = pick_tokens(1, len(example["pos"]), s.tread_rate, generator)[0]     # (R,)
+    example["seed"] = rng.getrandbits(62)
     return example
 
 
@@ -751,7 +753,7 @@ def lr_at(seen, s, warmup, end):
 
 
 def parameter_groups(model):
-    """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in.
+    """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in. A VAE's is lr.
 
     One group of the optimizer for each distinct fan-in (seven for the base model), not for each tensor.
     Two consequences of the published rule that look like mistakes, and are kept: the aspect input's first
@@ -760,6 +762,8 @@ def parameter_groups(model):
     groups = {}
     for weight in model.parameters():
         fan_in = len(weight) if weight.dim() == 1 else math.prod(weight.shape[1:])
+        if isinstance(model, VAE):                           # what is fine-tuned by others' plain rates
+            fan_in = 1
         group = groups.setdefault(fan_in, dict(params=[], fan_in=fan_in))
         group["params"].append(weight)
     return list(groups.values())
@@ -790,7 +794,7 @@ class OptimizerStep:
         self.average = model
         if s.ema:
             self.average = copy.deepcopy(model).eval().requires_grad_(False)
-        device = model.in_patch.proj.weight.device
+        device = next(model.parameters()).device
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)               # steps: all, in a row
 
     def backward(self, loss):
@@ -1167,16 +1171,21 @@ class VAE(nn.Module):
             self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(widths) - 1)                 # pixels on the side of a latent cell
-        # Python numbers, not buffers: half() must not round them, and they are no parameters of the file's.
-        self.mean = tuple(latents_mean or [shift_factor] * latent_channels)
-        self.std = tuple(latents_std or [1 / scaling_factor] * latent_channels)
-        if not (len(self.mean) == len(self.std) == latent_channels and math.isfinite(sum(self.mean))
-                and all(std > 0 for std in self.std)):
-            raise UserError(f"VAE: latents_mean and latents_std must be {latent_channels} numbers each")
         self.normalization = dict(scaling_factor=scaling_factor, shift_factor=shift_factor)     # as given
-        if latents_mean or latents_std:
-            self.normalization = dict(latents_mean=self.mean, latents_std=self.std, scaling_factor=1.0)
+        self.set_statistics(latents_mean or [shift_factor] * latent_channels,
+                            latents_std or [1 / scaling_factor] * latent_channels,
+                            are_given=bool(latents_mean or latents_std))
         self.eval().requires_grad_(False)
+
+    def set_statistics(self, mean, std, are_given=True):
+        """The normalization, C numbers each; are_given: as latents_mean and latents_std."""
+        # Python numbers, not buffers: half() must not round them, and they are no parameters of the file's.
+        self.mean, self.std = tuple(mean), tuple(std)
+        if not (len(self.mean) == len(self.std) == self.latent_channels and math.isfinite(sum(self.mean))
+                and all(std > 0 for std in self.std)):
+            raise UserError(f"VAE: latents_mean and latents_std must be {self.latent_channels} numbers each")
+        if are_given:
+            self.normalization = dict(latents_mean=self.mean, latents_std=self.std, scaling_factor=1.0)
 
     def diffusers_config(self):
         """The settings by which diffusers' AutoencoderKL, and load_vae, read these weights."""
@@ -1191,6 +1200,22 @@ class VAE(nn.Module):
                     use_post_quant_conv=isinstance(self.post_quant_conv, nn.Conv2d),
                     mid_block_add_attention=len(self.encoder.mid_block.attentions) > 0, **self.normalization)
 
+    def forward(self, images, noise, change):
+        """For training: images, noise (B, C, h, w) -> mean and logvar of the posterior, and the decoded images of
+        a draw from it after `change`, a function of latents that are not normalized."""
+        mean, logvar = self.posterior(images)
+        return mean, logvar, self.reconstruct(change(mean + torch.exp(logvar / 2) * noise))
+
+    def posterior(self, images):
+        """moments, with gradients."""
+        out = self.quant_conv(self.encoder(images))
+        mean, logvar = out.float().contiguous().chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, z):
+        """decode, with gradients, of latents that are not normalized."""
+        return self.decoder(self.post_quant_conv(z)).float().contiguous()
+
     def statistics(self, z):
         return (to_device(torch.tensor(numbers, dtype=z.dtype).view(1, -1, 1, 1), z.device)
                 for numbers in (self.mean, self.std))
@@ -1200,9 +1225,7 @@ class VAE(nn.Module):
         """-> mean and logvar of the posterior, (B, C, h, w) each, float32, not normalized."""
         weight = self.encoder.conv_in.weight
         with torch.autocast(weight.device.type, enabled=False):                       # float16 overflows here
-            out = self.quant_conv(self.encoder(images.to(weight.dtype)))
-        mean, logvar = out.float().contiguous().chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+            return self.posterior(images.to(weight.dtype))
 
     def encode(self, images, sample=False, generator=None, noise=None):
         """-> normalized latents, float32: the mean, or with sample a draw mean + exp(logvar / 2) * noise.
@@ -1229,8 +1252,7 @@ class VAE(nn.Module):
         mean, std = self.statistics(latents)
         weight = self.decoder.conv_in.weight
         with torch.autocast(weight.device.type, enabled=False):
-            z = self.post_quant_conv((latents * std + mean).to(weight.dtype))
-            return self.decoder(z).float().contiguous()
+            return self.reconstruct((latents * std + mean).to(weight.dtype))
 
     def decode_each(self, latents, name="an image"):
         """decode for little memory: image by image, and again in float32 what is not finite, with a warning
@@ -1303,6 +1325,150 @@ def norm_silu_conv(norm, conv, x):
     def of_strip(strip):
         return conv(F.silu(torch.addcmul(shift, strip, scale).to(x.dtype)))
     return in_strips(of_strip, x)
+
+
+# ---- Training a VAE: EQ-VAE (arXiv 2502.09509) -----------------------------------------------------------
+
+@dataclass
+class VAESettings:
+    """How --train=vae trains. LPIPS needs pip install lpips and its weights: it was not tried."""
+    vae_widths: str = ""           # channels of the levels of a new VAE, as 32,64,64; "": --vae is trained on
+    vae_channels: Count = 4        # C of a new VAE
+    equivariance: Annotated[float, 0, 1] = 0.5  # share of micro-batches whose latents are scaled and turned
+    kl: NotNegative = 1e-6         # weight of the KL divergence, as it is summed up over an image
+    lpips: NotNegative = 0.0       # weight of the perceptual loss; 0: none
+
+
+def new_vae(s):
+    """A VAE with random weights."""
+    try:
+        widths = [int(width) for width in s.vae_widths.split(",")]
+    except ValueError as error:
+        raise UserError(f"--vae_widths={s.vae_widths}: whole numbers are needed, as in 32,64,64") from error
+    return VAE(widths, latent_channels=s.vae_channels, norm_num_groups=math.gcd(32, *widths))
+
+
+def change_view(x, scale, turns, cell=1):
+    """Latents, or images with cells of `cell` pixels (B, C, h, w) -> scaled, to whole cells, and turned to the
+    left by turns x 90 degrees. Both are scaled in the same way, as training scales images: bicubic, antialiased."""
+    size = [cell * max(1, round(scale * side / cell)) for side in x.shape[2:]]
+    if size != list(x.shape[2:]):
+        x = F.interpolate(x.float(), size, mode="bicubic", antialias=True)
+    return torch.rot90(x, turns, (2, 3))
+
+
+VIEWS = "plain", "smaller", "equivariant"      # what is done in a micro-batch
+
+
+def draw_view(seed, equivariance):
+    """-> what is done in a micro-batch, an index of VIEWS; scale, turns: change_view's.
+
+    EQ-VAE: with this probability the latents are scaled by {8..31}/32 and turned; a quarter of the others see
+    smaller images.
+    """
+    rng = random.Random(seed)
+    scale, turns = rng.randint(8, 31) / 32, rng.randint(1, 3)
+    if rng.random() < equivariance:
+        return 2, scale, turns
+    return int(rng.random() < 0.25), scale, 0
+
+
+def vae_inputs(batch, factor, s, device):
+    """A batch of training examples -> the arguments of vae_loss. All have the view of the first one's seed, as
+    their sizes must agree: the number of workers or GPUs changes nothing."""
+    images = to_device(batch["pixels"], device).float() / 127.5 - 1                   # (B, 3, X, X)
+    noise = to_device(batch["vae_noise"], device)                                     # (B, C, h, w)
+    view, scale, turns = draw_view(batch["seed"][0].item(), s.equivariance)
+    if view == 1:
+        images = change_view(images, scale, 0, factor)
+        noise = noise[:, :, :images.shape[2] // factor, :images.shape[3] // factor]
+    if view < 2:
+        scale = 1.0
+    return dict(images=images, noise=noise, view=view, scale=scale, turns=turns, factor=factor)
+
+
+def vae_loss(network, images, noise, view, scale, turns, factor, s):
+    """One loss for each image, (B,): an image of changed latents is compared with the image that is changed in
+    the same way. No term compares latents. network: a VAE, or DDP of one."""
+    mean, logvar, decoded = network(images, noise, lambda z: change_view(z, scale, turns))
+    target = change_view(images, scale, turns, factor)
+    loss = reconstruction_loss(decoded, target) + s.kl * kl_divergence(mean, logvar) / images[0].numel()
+    if s.lpips > 0:
+        loss = loss + s.lpips * load_lpips(images.device)(decoded, target).flatten()
+    return loss
+
+
+def reconstruction_loss(decoded, target):
+    return (decoded - target).abs().mean(dim=(1, 2, 3))                               # (B,)
+
+
+def kl_divergence(mean, logvar):
+    """From the posterior to N(0, 1), summed up over an image's latent, (B,)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
+
+
+@functools.cache
+def load_lpips(device):
+    import lpips  # not tried: its weights come from the network
+    return lpips.LPIPS(net="vgg").eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def vae_sums(vae, batch, device):
+    """-> {name: sums over the images of a held-out batch}, for vae_measures: they add up over batches."""
+    images = to_device(batch["pixels"], device).float() / 127.5 - 1
+    z, _ = vae.moments(images)
+    decoded = vae.decode(vae.latents(z))
+    error = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+    half = change_view(z, 0.5, 0) - vae.moments(change_view(images, 0.5, 0, vae.factor))[0]
+    turned = change_view(z, 1, 1) - vae.moments(change_view(images, 1, 1))[0]
+    energy = torch.fft.fft2(z - z.mean(dim=(2, 3), keepdim=True)).abs().square()      # (B, C, h, w)
+    y, x = (torch.fft.fftfreq(side, device=z.device).abs() for side in z.shape[2:])   # 1/2: the highest
+    upper = torch.maximum(y[:, None], x) >= 0.25
+
+    def by_channel(values):
+        return values.double().mean(dim=(2, 3)).sum(dim=0).cpu()                      # (C,)
+    return dict(val_loss=reconstruction_loss(decoded, images).double().sum().cpu(),
+                psnr=(10 * torch.log10(4 / error.clamp(min=1e-10))).double().sum().cpu(),
+                first=by_channel(z), second=by_channel(z.square()), scale_error=by_channel(half.square()),
+                turn_error=by_channel(turned.square()), energy=by_channel(energy),
+                upper=by_channel(energy * upper))
+
+
+def vae_measures(sums, n):
+    """vae_sums of n images -> {name: number}. val_loss: L1 of the plain reconstruction, of the posterior's mean;
+    psnr in dB; scale_error, turn_error: mean square of the difference between the latent of an image of half the
+    side, or turned by 90 degrees, and its latent so changed, in variances of the latents (0: equivariant);
+    upper_half: share of the latents' energy at frequencies that a latent of half the side cannot hold (3/4 of
+    white noise's)."""
+    variance = (sums["second"] / n - (sums["first"] / n).square()).sum()
+    return dict(val_loss=sums["val_loss"].item() / n, psnr=sums["psnr"].item() / n,
+                scale_error=(sums["scale_error"].sum() / n / variance).item(),
+                turn_error=(sums["turn_error"].sum() / n / variance).item(),
+                upper_half=(sums["upper"].sum() / sums["energy"].sum()).item())
+
+
+def normalize_latents(vae, batches, device):
+    """Sets the VAE's mean and std to those of its draws for these batches of training examples."""
+    first = second = count = 0
+    for batch in batches:
+        mean, logvar = vae.moments(to_device(batch["pixels"], device).float() / 127.5 - 1)
+        first = first + mean.double().sum(dim=(0, 2, 3))                              # (C,)
+        second = second + (mean.double().square() + logvar.double().exp()).sum(dim=(0, 2, 3))
+        count += mean[:, 0].numel()
+    mean = first / count
+    std = (second / count - mean.square()).sqrt()
+    vae.set_statistics(mean.tolist(), std.tolist())
+
+
+def save_vae(vae, folder):
+    """Writes the VAE in the diffusers layout to a new folder."""
+    from safetensors.torch import save_file
+    folder.mkdir()
+    weights = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(vae.diffusers_config(), indent=1))
+    open_modes(folder)
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------

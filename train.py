@@ -54,6 +54,7 @@ import sample
 @dataclasses.dataclass
 class RunSettings:
     out_dir: str = "out/run"           # checkpoints, metrics.jsonl, run.json and samples/ go here
+    train: str = "xut"                 # what is trained: xut, or vae, the one that --vae names
     preset: str = "base"               # small, base or large: an XUTConfig, which its own settings change
     init_from: str = ""                # weights to start from: a run, a checkpoint, a published file, hub id
     resume: bool | str = False         # bare: go on from the newest checkpoint of out_dir; or a path
@@ -121,11 +122,16 @@ class CostSettings:
 
 
 @dataclasses.dataclass
-class Settings(CostSettings, OptimizerSettings, hdm.ExampleSettings, InputSettings, RunSettings):
+class Settings(CostSettings, hdm.VAESettings, OptimizerSettings, hdm.ExampleSettings, InputSettings,
+               RunSettings):
     pass                           # all of them, flat
 
 
-CLASSES = RunSettings, InputSettings, hdm.ExampleSettings, OptimizerSettings, CostSettings, hdm.XUTConfig
+CLASSES = (RunSettings, InputSettings, hdm.ExampleSettings, OptimizerSettings, hdm.VAESettings, CostSettings,
+           hdm.XUTConfig)
+NOT_FOR_VAE = ["preset compile memory_budget checkpointing text_encoder text_length text_lengths mask_padding",
+               "caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk preview_prompts",
+               "sample_steps sample_cfg sample_cfg_low", *(one.name for one in dataclasses.fields(hdm.XUTConfig))]
 
 
 IDLE = [  # settings, when they have no effect, and why
@@ -136,7 +142,10 @@ IDLE = [  # settings, when they have no effect, and why
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
     ("preview_prompts", hdm.without("sample_every"), "with --sample_every=0"),
     ("eval_every", lambda s: s.eval_every > 0 and s.validation == 0, "with --validation=0"),
-    ("milestone_every", hdm.without("save_every"), "with --save_every=0")]
+    ("milestone_every", hdm.without("save_every"), "with --save_every=0"),
+    ("vae_widths vae_channels equivariance kl lpips", lambda s: s.train == "xut", "without --train=vae"),
+    ("vae_channels", hdm.without("vae_widths"), "without --vae_widths"),
+    (" ".join(NOT_FOR_VAE), lambda s: s.train == "vae", "with --train=vae")]
 
 
 def settings_of(values):
@@ -178,6 +187,10 @@ def check_settings(s, ranks):
         raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
     if not s.tag_separator.strip():
         raise hdm.UserError("--tag_separator=: $$, or a comma, is needed")
+    for name in ("latents", "init_from", "plan", "bench"):
+        if s.train == "vae" and getattr(s, name):
+            raise hdm.UserError(f"--{name}: not with --train=vae, which trains --vae on images")
+    hdm.check_name(f"--train={s.train}", s.train, TRAINED, "model to train")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--optimizer={s.optimizer}", s.optimizer, hdm.optimizers(), "optimizer")
     hdm.check_name(f"--schedule={s.schedule}", s.schedule, ("cosine", "constant"), "schedule")
@@ -238,13 +251,10 @@ def save_checkpoint(run, state):
     with if_the_disk_allows(f"{final}, which takes {optimizer.checkpoint_gb():.2f} GB where {free:.2f} are "
                             f"free; older ones stay"):
         temporary.mkdir()
-        hdm.save_model(temporary / "model.safetensors", run.model.state_dict(), header)
-        if s.ema:
-            hdm.save_model(temporary / "ema.safetensors", optimizer.average.state_dict(), header)
+        run.trained.save(run, temporary, header)
         torch.save(state, temporary / "train.pt")
         if s.milestone_every > 0 and run.seen // s.milestone_every > run.saved // s.milestone_every:
             (temporary / "milestone").touch()                # the first after a multiple: it is never deleted
-        copy_small_encoders(header, temporary)
         hdm.open_modes(temporary)                            # of copies, too
         flush_to_disk(temporary)
         temporary.rename(final)
@@ -628,15 +638,18 @@ class OpenRun:
     micro_steps: int               # of one rank in a step, each of batch_size images
 
     # The networks
-    te: hdm.TextEncoder            # frozen
-    vae: hdm.VAE | None            # frozen; None: XUT reads pixels
-    model: hdm.XUT                 # float32
+    te: hdm.TextEncoder | None     # frozen; None: the VAE is trained
+    vae: hdm.VAE | None            # frozen, or it is the model; None: XUT reads pixels
+    trained: "TrainedXUT"          # or TrainedVAE: what the loop does with the model
+    config: hdm.XUTConfig          # by which training examples are made
+    model: hdm.XUT | hdm.VAE       # float32
     network: torch.nn.Module       # model, under DDP where there are several ranks
     optimizer: hdm.OptimizerStep   # it holds the averaged weights, too: optimizer.average
     autocast: torch.autocast       # around forward passes
 
     # What comes in
     batches: Iterator[dict]        # micro-batches of this rank: training examples, collated
+    training: prepare.Examples     # training examples, in the stream's order
     held_batches: DataLoader       # this rank's part of the held-out set, as often as it is asked for
     prompts: list[str]             # of the previews: captions, then those of --preview_prompts
     preview_seeds: list[int]       # one for each
@@ -650,7 +663,7 @@ class OpenRun:
     tracker: Tracker               # of rank 0; the others' is silent
 
     # For the next line of metrics
-    window: torch.Tensor           # (2, 10): sums of losses, and their number, by tenths of t
+    window: torch.Tensor           # (2, bins): sums of losses, and their number, by tenths of t or views
     watch: Stopwatch               # seconds in this window
     lr: float                      # of the last step, before the division by fan-in
     norm: torch.Tensor | None      # (), gradient norm of the last step before clipping; None: no step yet
@@ -706,14 +719,12 @@ def load_networks(run, given, state):
     """Loads the frozen encoders and the model; the optimizer and the average as in state, train.pt's."""
     s = run.s
     with rank_0_first(run.rank):
-        run.te = hdm.TextEncoder(s.text_encoder, s.text_length, run.device, run.dtype)
-        run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
-        run.model = build_model(s, given, run.vae, run.te.dim, run.device)
+        run.trained.load(run, given)
     run.optimizer = hdm.optimizers()[s.optimizer](run.model, s, run.kind, run.dtype)
     if s.resume:
         run.optimizer.load_state_dict(state)
         if s.ema:
-            weights = hdm.read_tensors(sample.find_weights(s.resume, ema=True))[0]
+            weights = hdm.read_tensors(Path(s.resume, run.trained.average_file))[0]
             run.optimizer.average.load_state_dict(weights)
 
 
@@ -722,9 +733,8 @@ def open_examples(run):
     s = run.s
     factor = run.vae.factor if run.vae else None
     cache = prepare.Latents(s, run.index, run.vae) if s.latents else None
-    training = prepare.Examples(run.index, run.stream, cache, s, run.model.config, factor, s.seed)
-    held_out = prepare.Examples(run.index, run.held_out, cache, s, run.model.config, factor)
-    prepare.report_cut_captions(run.index, run.te, s)
+    training = prepare.Examples(run.index, run.stream, cache, s, run.config, factor, s.seed)
+    held_out = prepare.Examples(run.index, run.held_out, cache, s, run.config, factor)
     return training, held_out
 
 
@@ -791,6 +801,7 @@ def open_run(s, given, rank, ranks):
     """-> the OpenRun, ready for its next step. given: {name: value} of the settings that were named."""
     run = OpenRun()
     run.s, run.rank, run.ranks = s, rank, ranks
+    run.trained = TRAINED[s.train]
     run.out_dir = Path(s.out_dir)
     run.device, run.kind, run.dtype = open_device(s)
     newest = choose_start(s)
@@ -803,17 +814,17 @@ def open_run(s, given, rank, ranks):
     if newest > run.start:
         raise hdm.UserError(f"--out_dir={s.out_dir} holds the newer ckpt_{newest:08d}; name another out_dir")
     load_networks(run, given, state)
-    training, held_out = open_examples(run)
+    run.training, held_out = open_examples(run)
     choose_previews(run, own_prompts)
     count_steps(run, state)
 
     # From here on the folder is this run's
-    run.header = checkpoint_header(s, run.model.config)
+    run.header = checkpoint_header(s, run.config)
     hdm.make_folder(run.out_dir / "samples", "--out_dir")
     run.lock = None
     run.tracker = Tracker(s, run.out_dir, run.start, None)
     if rank == 0:
-        run.lock, run.tracker = open_log(run.out_dir, s, run.model.config, run.start, state.get("wandb"))
+        run.lock, run.tracker = open_log(run.out_dir, s, run.config, run.start, state.get("wandb"))
     print_plan(run)
 
     # Batches, other ranks, compilation
@@ -822,7 +833,7 @@ def open_run(s, given, rank, ranks):
     stop = run.position + (run.last - run.start) * s.global_batch
     order = order_of_rank(run.index, run.stream, s, run.position, stop, rank, ranks)
     run.held_batches = DataLoader(held_out, s.batch_size, sampler=range(rank, len(run.held_out), ranks))
-    run.batches = iter(DataLoader(training, s.batch_size, sampler=order, num_workers=s.workers,
+    run.batches = iter(DataLoader(run.training, s.batch_size, sampler=order, num_workers=s.workers,
                                   worker_init_fn=catch_signals, pin_memory=run.kind == "cuda"))
     run.network = run.model
     if ranks > 1:
@@ -833,7 +844,7 @@ def open_run(s, given, rank, ranks):
         compile_blocks(run.model, s, run.autocast, run.device, side)
 
     # For the next line of metrics: a resumed run goes on with the sums of its checkpoint
-    run.window = state.get("window", torch.zeros(2, 10)).to(run.device)
+    run.window = state.get("window", torch.zeros(2, run.trained.bins)).to(run.device)
     run.watch = Stopwatch(run.kind, state.get("seconds", ()))
     run.lr = hdm.lr_at(run.seen, s, run.warmup, run.end)
     run.norm = None
@@ -843,6 +854,128 @@ def open_run(s, given, rank, ranks):
     run.warned = set()
     run.began = time.monotonic()
     return run
+
+
+# ---- What is trained: all that the loop does in another way for XUT than for a VAE -----------------------
+
+class TrainedXUT:
+    bins = 10                      # tenths of t: losses are summed up by them ...
+    loss_by = "loss_by_t"          # ... for this line of metrics
+    average_file = "ema.safetensors"
+
+    def load(self, run, given):
+        """Sets the networks of the OpenRun, and config, by which its training examples are made."""
+        s = run.s
+        run.te = hdm.TextEncoder(s.text_encoder, s.text_length, run.device, run.dtype)
+        run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
+        run.model = build_model(s, given, run.vae, run.te.dim, run.device)
+        run.config = run.model.config
+        prepare.report_cut_captions(run.index, run.te, s)
+
+    def inputs(self, run, batch):
+        """A batch of training examples -> what losses takes."""
+        return hdm.loss_inputs(batch, run.vae, run.te, run.s, run.device, run.watch)
+
+    def losses(self, run, inputs):
+        """-> the losses (B,), their bins (B,), and how many tokens the texts are padded to."""
+        losses = hdm.flow_loss(run.network, **inputs, reduction="none")
+        return losses, (10 * inputs["t"]).long().clamp(max=9), inputs["ctx"].shape[1]
+
+    def sums(self, run, batch):
+        """-> what the averaged weights make of a held-out batch, with times and noise that no setting moves, as
+        {name: sum over its images}."""
+        inputs = hdm.loss_inputs(batch, run.vae, run.te, run.s, run.device)
+        losses = hdm.flow_loss(run.optimizer.average, **inputs, reduction="none")
+        return dict(val_loss=losses.sum().item())
+
+    def measures(self, sums, n):
+        """sums of n images -> {name: number} for metrics."""
+        return dict(val_loss=sums["val_loss"] / n)
+
+    def previews(self, run):
+        """-> images, (height, width, 3) uint8, and the number of their sheet's columns."""
+        header = run.header | dict(step=run.step, images=run.seen)
+        return sample.generate(run.optimizer.average, run.vae, run.te, run.prompts, run.preview_seeds, header,
+                               run.s.batch_size), 4
+
+    def save(self, run, folder, header):
+        """Writes the weights and, where there is one, their average into a checkpoint's folder."""
+        hdm.save_model(folder / "model.safetensors", run.model.state_dict(), header)
+        if run.s.ema:
+            hdm.save_model(folder / self.average_file, run.optimizer.average.state_dict(), header)
+        copy_small_encoders(header, folder)
+
+    def next_command(self, run):
+        """What comes after the run."""
+        return f"python sample.py --ckpt={run.out_dir} --prompt {shlex.quote(run.prompts[0])}"
+
+
+class TrainedVAE:
+    """Each method as TrainedXUT's."""
+    bins = len(hdm.VIEWS)
+    loss_by = "loss_by_view"
+    average_file = "vae/diffusion_pytorch_model.safetensors"
+
+    def load(self, run, given):
+        s = run.s
+        if run.dtype == torch.float16:                       # the SDXL VAE overflows in it
+            run.dtype = torch.float32
+        s.compile = False                                    # that is for XUT's blocks
+        torch.manual_seed(s.seed)
+        if s.resume:
+            config = hdm.vae_config(Path(s.resume, "vae", "config.json"))
+            file = Path(s.resume, "model.safetensors")
+            vae = hdm.vae_from_tensors(hdm.read_tensors(file)[0], file, run.device, torch.float32, **config)
+        elif s.vae_widths:
+            vae = hdm.new_vae(s).to(run.device, memory_format=torch.channels_last)
+        elif s.vae:
+            vae = hdm.load_vae(s.vae, run.device)
+        else:
+            raise hdm.UserError("--vae=: name one to train, or --vae_widths of a new one")
+        if s.image_size % vae.factor:
+            raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, a cell's pixels")
+        run.te = None
+        run.vae = run.model = copy.deepcopy(vae).requires_grad_(True).train()      # mapped weights: as above
+        run.config = hdm.XUTConfig(in_channels=vae.latent_channels, patch_size=s.image_size // vae.factor)
+
+    def inputs(self, run, batch):
+        return hdm.vae_inputs(batch, run.model.factor, run.s, run.device)
+
+    def losses(self, run, inputs):
+        losses = hdm.vae_loss(run.network, **inputs, s=run.s)
+        return losses, torch.full_like(losses, inputs["view"], dtype=torch.int64), 0
+
+    def sums(self, run, batch):
+        return hdm.vae_sums(run.optimizer.average, batch, run.device)
+
+    def measures(self, sums, n):
+        return hdm.vae_measures(sums, n)
+
+    def previews(self, run):
+        """Images; below them their reconstructions, and those of their latents in half the size, turned."""
+        vae = run.optimizer.average
+        examples = [run.held_batches.dataset[i] for i in range(min(8, len(run.held_out)))]
+        images = torch.stack([example["pixels"] for example in examples]).to(run.device) / 127.5 - 1
+        z = vae.encode(images)
+        rows = images, vae.decode(z), vae.decode(hdm.change_view(z, 0.5, 1))
+        return [image for row in rows for image in sample.to_uint8(row)], len(examples)
+
+    def save(self, run, folder, header):
+        vae = run.optimizer.average
+        batches = DataLoader(run.training, run.s.batch_size, sampler=range(min(STATISTICS, run.stream.images)))
+        with evaluation(run):
+            hdm.normalize_latents(vae, batches, run.device)
+        weights = {name: value.cpu().contiguous() for name, value in run.model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+        hdm.save_vae(vae, folder / "vae")
+
+    def next_command(self, run):
+        vae = run.out_dir / f"ckpt_{run.step:08d}"
+        return f"python prepare.py {run.s.data} --latents --image_size={run.s.image_size} --vae={vae}"
+
+
+STATISTICS = 2048              # training images, by which the latents of a VAE's checkpoint are normalized
+TRAINED = {"xut": TrainedXUT(), "vae": TrainedVAE()}
 
 
 # ---- What is due after a step, the loop, its end ---------------------------------------------------------
@@ -879,25 +1012,29 @@ def evaluation(run):
 
 
 def evaluate(run):
-    """-> the held-out loss of the averaged weights, with times and noise that no setting moves."""
-    total = 0.0
+    """-> val_loss, and a VAE's measures, of the averaged weights on the held-out images: {name: number}."""
+    sums, totals = {}, {}
     with evaluation(run):
         for batch in run.held_batches:
-            inputs = hdm.loss_inputs(batch, run.vae, run.te, run.s, run.device)
-            total += hdm.flow_loss(run.optimizer.average, **inputs, reduction="none").sum().item()
+            add_to(sums, run.trained.sums(run, batch))
             run.problems.append(batch["trouble"])
-    return sum(hdm.gather(total)) / len(run.held_out)
+    for one in hdm.gather(sums):
+        add_to(totals, one)
+    return run.trained.measures(totals, len(run.held_out))
+
+
+def add_to(totals, values):
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value
 
 
 def save_previews(run):
-    """One sheet of the same prompts and seeds each time, by the averaged weights."""
-    header = run.header | dict(step=run.step, images=run.seen)
+    """One sheet of the same prompts and seeds, or images, each time, by the averaged weights."""
     with evaluation(run):
-        images = sample.generate(run.optimizer.average, run.vae, run.te, run.prompts, run.preview_seeds,
-                                 header, run.s.batch_size)
+        images, columns = run.trained.previews(run)
     if run.rank == 0:
         with if_the_disk_allows("a sheet of previews"):
-            sheet = hdm.image_grid(images, 4, scale=max(1, 128 // run.s.image_size))
+            sheet = hdm.image_grid(images, columns, scale=max(1, 128 // run.s.image_size))
             sheet.save(run.out_dir / "samples" / f"{run.step:08d}.png")
             run.tracker.report(run.step, {}, sheet)
 
@@ -916,8 +1053,9 @@ def ratio(total, count):
     return total / count if count else None
 
 
-def metrics_of(run, val_loss):
-    """-> {name: value}, of the steps since the last one whose number is a multiple of log_every."""
+def metrics_of(run, held_out):
+    """-> {name: value}, of the steps since the last one whose number is a multiple of log_every; held_out:
+    evaluate's."""
     losses, counts = run.window.tolist()
     split = run.watch.read()
     seconds = sum(split.values())
@@ -925,21 +1063,21 @@ def metrics_of(run, val_loss):
     norm = run.norm.item() if run.norm is not None and run.norm.isfinite() else None
     memory = torch.cuda.max_memory_allocated(run.device) / 1e9 if run.kind == "cuda" else 0.0
     return dict(
-        step=run.step, images=run.seen, epoch=run.position / run.stream.length, lr=run.lr, val_loss=val_loss,
+        step=run.step, images=run.seen, epoch=run.position / run.stream.length, lr=run.lr, **held_out,
         skipped=run.optimizer.skipped[0].item(), data_s=split["data"], loss=ratio(sum(losses), sum(counts)),
         grad_norm=norm, images_per_s=ratio(sum(counts), seconds), unreadable=report_problems(run, waited),
-        loss_by_t=[ratio(*tenth) for tenth in zip(losses, counts)], split_s=split,
-        text_tokens=run.text_tokens, memory_gb=memory)
+        split_s=split, text_tokens=run.text_tokens, memory_gb=memory,
+        **{run.trained.loss_by: [ratio(*sums) for sums in zip(losses, counts)]})
 
 
-def log(run, val_loss):
+def log(run, held_out):
     """Prints a line of metrics and writes it to metrics.jsonl; ends the run after ten bad steps in a row."""
     in_a_row = run.optimizer.skipped[1].item()
     if in_a_row >= 10:
         refuse_bad_steps(run, in_a_row)
-    record = metrics_of(run, val_loss)
+    record = metrics_of(run, held_out)
     words = [f"step {run.step}/{run.last}"]
-    for name in ("loss", "val_loss", "images_per_s", "skipped"):
+    for name in ("loss", *held_out, "images_per_s", "skipped"):
         if record[name]:
             words.append(f"{name} {record[name]:.4g}")
     if run.step > run.start:
@@ -981,13 +1119,13 @@ def train(s, given, rank, ranks):
         # What is due after `step` steps
         run.step = step
         due = tasks_due(run)
-        val_loss = None
+        held_out = dict(val_loss=None)
         if "evaluate" in due:
-            val_loss = evaluate(run)
+            held_out = evaluate(run)
         if "preview" in due:
             save_previews(run)
         if "log" in due:
-            log(run, val_loss)
+            log(run, held_out)
         if step % s.log_every == 0:
             run.window = torch.zeros_like(run.window)
             run.watch = Stopwatch(run.kind)
@@ -1000,7 +1138,7 @@ def train(s, given, rank, ranks):
         run.watch(None)
         run.lr = hdm.lr_at(run.seen, s, run.warmup, run.end)
         run.text_tokens = 0.0
-        stats = torch.zeros_like(run.window)                 # sums of losses, their number: by tenths of t
+        stats = torch.zeros_like(run.window)                 # sums of losses, and their number: by bins
         for micro in range(1, run.micro_steps + 1):
             stopped = any(hdm.gather(bool(run.signals) or time.monotonic() > run.deadline))   # all, or none
             if stopped:
@@ -1010,15 +1148,14 @@ def train(s, given, rank, ranks):
             run.problems.append(batch["trouble"])
             run.network.require_backward_grad_sync = micro == run.micro_steps         # DDP's: once a step
             with hdm.SHARED_CPU.work(run.device):
-                inputs = hdm.loss_inputs(batch, run.vae, run.te, s, run.device, run.watch)
+                inputs = run.trained.inputs(run, batch)
                 with run.autocast:
-                    losses = hdm.flow_loss(run.network, **inputs, reduction="none")   # (B,)
+                    losses, bins, tokens = run.trained.losses(run, inputs)            # (B,), (B,), a number
                 run.watch("forward")
                 run.optimizer.backward(losses.mean() / run.micro_steps)
                 run.watch("backward")
-            run.text_tokens += inputs["ctx"].shape[1] / run.micro_steps
-            tenths = (10 * inputs["t"]).long().clamp(max=9)                           # (B,)
-            one_hot = (tenths[:, None] == torch.arange(10, device=run.device)).float()    # (B, 10)
+            run.text_tokens += tokens / run.micro_steps
+            one_hot = torch.nn.functional.one_hot(bins, run.trained.bins).float()     # (B, bins)
             stats += torch.stack([losses.detach() @ one_hot, one_hot.sum(0)])
         if stopped:                                          # the step begins again when the run goes on
             break
@@ -1041,7 +1178,7 @@ def finish(run, stopped):
         raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved: make room, --resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
     if not stopped:
-        print(f"done: python sample.py --ckpt={run.out_dir} --prompt {shlex.quote(run.prompts[0])}")
+        print(f"done: {run.trained.next_command(run)}")
         return
     program = ["torchrun", f"--nproc_per_node={run.ranks}", "--"] if run.ranks > 1 else ["python"]
     print(f"stopped at step {run.step}; to go on: {shlex.join([*program, *sys.argv, '--resume'])}")
