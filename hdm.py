@@ -622,8 +622,7 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
 
     -> caption, a text; crop, its left, top and size in pixels or, latent, in cells; pixels (3, size, size)
     or moments (C or 2 C, size, size); t () in [0, 1]; aspect () = ln(width / height); pos (N, 2) in the whole
-    image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,); seed, for what a VAE's
-    micro-batch draws.
+    image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,); seed, for vae_inputs.
     """
     rng = random.Random(key)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -753,7 +752,8 @@ def lr_at(seen, s, warmup, end):
 
 
 def parameter_groups(model):
-    """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in. A VAE's is lr.
+    """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in; a VAE's is lr, as
+    VAEs are trained elsewhere, and here it did as well (README).
 
     One group of the optimizer for each distinct fan-in (seven for the base model), not for each tensor.
     Two consequences of the published rule that look like mistakes, and are kept: the aspect input's first
@@ -762,7 +762,7 @@ def parameter_groups(model):
     groups = {}
     for weight in model.parameters():
         fan_in = len(weight) if weight.dim() == 1 else math.prod(weight.shape[1:])
-        if isinstance(model, VAE):                           # what is fine-tuned by others' plain rates
+        if isinstance(model, VAE):
             fan_in = 1
         group = groups.setdefault(fan_in, dict(params=[], fan_in=fan_in))
         group["params"].append(weight)
@@ -1201,8 +1201,8 @@ class VAE(nn.Module):
                     mid_block_add_attention=len(self.encoder.mid_block.attentions) > 0, **self.normalization)
 
     def forward(self, images, noise, change):
-        """For training: images, noise (B, C, h, w) -> mean and logvar of the posterior, and the decoded images of
-        a draw from it after `change`, a function of latents that are not normalized."""
+        """For training: images, noise (B, C, h, w) -> mean and logvar of the posterior, and what a draw from
+        it is decoded to after `change`, a function of latents that are not normalized."""
         mean, logvar = self.posterior(images)
         return mean, logvar, self.reconstruct(change(mean + torch.exp(logvar / 2) * noise))
 
@@ -1329,14 +1329,17 @@ def norm_silu_conv(norm, conv, x):
 
 # ---- Training a VAE: EQ-VAE (arXiv 2502.09509) -----------------------------------------------------------
 
+# The latent of an image that is scaled and turned should be the image's latent, so changed: then latents are
+# smoother, and easier to learn for a diffusion model. They are not normalized in this section.
+
 @dataclass
 class VAESettings:
-    """How --train=vae trains. LPIPS needs pip install lpips and its weights: it was not tried."""
+    """How --train=vae trains."""
     vae_widths: str = ""           # channels of the levels of a new VAE, as 32,64,64; "": --vae is trained on
     vae_channels: Count = 4        # C of a new VAE
     equivariance: Annotated[float, 0, 1] = 0.5  # share of micro-batches whose latents are scaled and turned
-    kl: NotNegative = 1e-6         # weight of the KL divergence, as it is summed up over an image
-    lpips: NotNegative = 0.0       # weight of the perceptual loss; 0: none
+    kl: NotNegative = 1e-6         # weight of the KL divergence, summed up over an image
+    lpips: NotNegative = 0.0       # weight of LPIPS, for sharper images: pip install lpips; not tried
 
 
 def new_vae(s):
@@ -1349,8 +1352,8 @@ def new_vae(s):
 
 
 def change_view(x, scale, turns, cell=1):
-    """Latents, or images with cells of `cell` pixels (B, C, h, w) -> scaled, to whole cells, and turned to the
-    left by turns x 90 degrees. Both are scaled in the same way, as training scales images: bicubic, antialiased."""
+    """Latents, or images whose cells are `cell` pixels (B, C, h, w) -> scaled, to whole cells, and turned to
+    the left by turns x 90 degrees: both as training scales images, bicubic and antialiased."""
     size = [cell * max(1, round(scale * side / cell)) for side in x.shape[2:]]
     if size != list(x.shape[2:]):
         x = F.interpolate(x.float(), size, mode="bicubic", antialias=True)
@@ -1361,95 +1364,83 @@ VIEWS = "plain", "smaller", "equivariant"      # what is done in a micro-batch
 
 
 def draw_view(seed, equivariance):
-    """-> what is done in a micro-batch, an index of VIEWS; scale, turns: change_view's.
-
-    EQ-VAE: with this probability the latents are scaled by {8..31}/32 and turned; a quarter of the others see
-    smaller images.
-    """
+    """-> a micro-batch's view, as an index of VIEWS, scale and turns. With the probability `equivariance` its
+    latents are scaled by {8..31}/32 and turned; of the others a quarter has smaller images."""
     rng = random.Random(seed)
     scale, turns = rng.randint(8, 31) / 32, rng.randint(1, 3)
     if rng.random() < equivariance:
         return 2, scale, turns
-    return int(rng.random() < 0.25), scale, 0
+    if rng.random() < 0.25:
+        return 1, scale, 0
+    return 0, 1.0, 0
 
 
 def vae_inputs(batch, factor, s, device):
-    """A batch of training examples -> the arguments of vae_loss. All have the view of the first one's seed, as
-    their sizes must agree: the number of workers or GPUs changes nothing."""
+    """A batch of training examples -> the arguments of vae_loss; factor: pixels on the side of a cell.
+
+    The view is by the first example's seed, as sizes must agree; the number of workers or GPUs moves nothing.
+    """
     images = to_device(batch["pixels"], device).float() / 127.5 - 1                   # (B, 3, X, X)
     noise = to_device(batch["vae_noise"], device)                                     # (B, C, h, w)
     view, scale, turns = draw_view(batch["seed"][0].item(), s.equivariance)
     if view == 1:
         images = change_view(images, scale, 0, factor)
         noise = noise[:, :, :images.shape[2] // factor, :images.shape[3] // factor]
-    if view < 2:
         scale = 1.0
     return dict(images=images, noise=noise, view=view, scale=scale, turns=turns, factor=factor)
 
 
 def vae_loss(network, images, noise, view, scale, turns, factor, s):
-    """One loss for each image, (B,): an image of changed latents is compared with the image that is changed in
-    the same way. No term compares latents. network: a VAE, or DDP of one."""
+    """One loss for each image, (B,): what changed latents decode to is compared with the images, changed in
+    the same way. No term compares latents. network: a VAE, or DDP of one; s: VAESettings."""
     mean, logvar, decoded = network(images, noise, lambda z: change_view(z, scale, turns))
     target = change_view(images, scale, turns, factor)
-    loss = reconstruction_loss(decoded, target) + s.kl * kl_divergence(mean, logvar) / images[0].numel()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))         # to N(0, 1), (B,)
+    loss = (decoded - target).abs().mean(dim=(1, 2, 3)) + s.kl * kl / images[0].numel()
     if s.lpips > 0:
         loss = loss + s.lpips * load_lpips(images.device)(decoded, target).flatten()
     return loss
 
 
-def reconstruction_loss(decoded, target):
-    return (decoded - target).abs().mean(dim=(1, 2, 3))                               # (B,)
-
-
-def kl_divergence(mean, logvar):
-    """From the posterior to N(0, 1), summed up over an image's latent, (B,)."""
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
-
-
 @functools.cache
 def load_lpips(device):
-    import lpips  # not tried: its weights come from the network
+    import lpips  # optional; its weights come from the network
     return lpips.LPIPS(net="vgg").eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()
-def vae_sums(vae, batch, device):
-    """-> {name: sums over the images of a held-out batch}, for vae_measures: they add up over batches."""
-    images = to_device(batch["pixels"], device).float() / 127.5 - 1
+def vae_sums(vae, images):
+    """Images (B, 3, X, X) -> {name: sum over them}, for vae_measures: they add up over batches."""
     z, _ = vae.moments(images)
     decoded = vae.decode(vae.latents(z))
-    error = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+    error = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)        # (B,)
     half = change_view(z, 0.5, 0) - vae.moments(change_view(images, 0.5, 0, vae.factor))[0]
     turned = change_view(z, 1, 1) - vae.moments(change_view(images, 1, 1))[0]
-    energy = torch.fft.fft2(z - z.mean(dim=(2, 3), keepdim=True)).abs().square()      # (B, C, h, w)
+    inside = z - z.mean(dim=(2, 3), keepdim=True)
+    energy = torch.fft.fft2(inside, norm="ortho").abs().square()                      # (B, C, h, w)
     y, x = (torch.fft.fftfreq(side, device=z.device).abs() for side in z.shape[2:])   # 1/2: the highest
-    upper = torch.maximum(y[:, None], x) >= 0.25
-
-    def by_channel(values):
-        return values.double().mean(dim=(2, 3)).sum(dim=0).cpu()                      # (C,)
-    return dict(val_loss=reconstruction_loss(decoded, images).double().sum().cpu(),
-                psnr=(10 * torch.log10(4 / error.clamp(min=1e-10))).double().sum().cpu(),
-                first=by_channel(z), second=by_channel(z.square()), scale_error=by_channel(half.square()),
-                turn_error=by_channel(turned.square()), energy=by_channel(energy),
-                upper=by_channel(energy * upper))
+    upper = energy * (torch.maximum(y[:, None], x) >= 0.25)
+    sums = dict(val_loss=(decoded - images).abs(), psnr=10 * torch.log10(4 / error)[:, None, None, None],
+                scale_error=half.square(), turn_error=turned.square(), energy=energy, upper_half=upper)
+    return {name: values.double().mean(dim=(1, 2, 3)).sum().item() for name, values in sums.items()}
 
 
 def vae_measures(sums, n):
-    """vae_sums of n images -> {name: number}. val_loss: L1 of the plain reconstruction, of the posterior's mean;
-    psnr in dB; scale_error, turn_error: mean square of the difference between the latent of an image of half the
-    side, or turned by 90 degrees, and its latent so changed, in variances of the latents (0: equivariant);
-    upper_half: share of the latents' energy at frequencies that a latent of half the side cannot hold (3/4 of
-    white noise's)."""
-    variance = (sums["second"] / n - (sums["first"] / n).square()).sum()
-    return dict(val_loss=sums["val_loss"].item() / n, psnr=sums["psnr"].item() / n,
-                scale_error=(sums["scale_error"].sum() / n / variance).item(),
-                turn_error=(sums["turn_error"].sum() / n / variance).item(),
-                upper_half=(sums["upper"].sum() / sums["energy"].sum()).item())
+    """vae_sums of n images -> {name: number}.
+
+    val_loss: L1 of the plain reconstruction; psnr, in dB. scale_error, turn_error: mean square of the
+    difference between the latent of an image of half the size, or turned by 90 degrees, and its latent so
+    changed, in variances of the latents inside an image; 0: equivariant. upper_half: share of that variance
+    at frequencies that a latent of half the side cannot hold; white noise has 3/4.
+    """
+    measures = dict(val_loss=sums["val_loss"] / n, psnr=sums["psnr"] / n)
+    for name in ("scale_error", "turn_error", "upper_half"):
+        measures[name] = sums[name] / sums["energy"]
+    return measures
 
 
 def normalize_latents(vae, batches, device):
-    """Sets the VAE's mean and std to those of its draws for these batches of training examples."""
+    """Sets the VAE's mean and std to those of draws of its posterior for batches of training examples."""
     first = second = count = 0
     for batch in batches:
         mean, logvar = vae.moments(to_device(batch["pixels"], device).float() / 127.5 - 1)
@@ -1457,18 +1448,16 @@ def normalize_latents(vae, batches, device):
         second = second + (mean.double().square() + logvar.double().exp()).sum(dim=(0, 2, 3))
         count += mean[:, 0].numel()
     mean = first / count
-    std = (second / count - mean.square()).sqrt()
-    vae.set_statistics(mean.tolist(), std.tolist())
+    vae.set_statistics(mean.tolist(), (second / count - mean.square()).sqrt().tolist())
 
 
 def save_vae(vae, folder):
-    """Writes the VAE in the diffusers layout to a new folder."""
+    """Writes a VAE in the diffusers layout into a new folder."""
     from safetensors.torch import save_file
     folder.mkdir()
     weights = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(vae.diffusers_config(), indent=1))
-    open_modes(folder)
 
 
 # ---- Text encoder and captions ---------------------------------------------------------------------------

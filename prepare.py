@@ -1239,13 +1239,19 @@ class Stream:
 SHARD = 512                                      # images in a file; a kill loses at most these
 
 
-def latents_folder(data, index, vae, image_size):
-    """Its name says whose latents it holds: a hash of the VAE's encoder (in bfloat16, whatever it has) and of
-    the images' names and files, not of captions. Each file in it, such as 000007.safetensors, holds {record
-    number: moments (C or 2 C, height, width) float16} of SHARD records."""
+def hash_of_vae(vae):
+    """Of what its latents depend on: its normalization, and its encoder in bfloat16, whatever it has."""
     digest = hashlib.sha256(repr((vae.mean, vae.std)).encode())
     for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
         digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest
+
+
+def latents_folder(data, index, vae, image_size):
+    """Its name says whose latents it holds: a hash of the VAE and of the images' names and files, not of
+    captions. Each file in it, such as 000007.safetensors, holds {record number: moments (C or 2 C, height,
+    width) float16} of SHARD records."""
+    digest = hash_of_vae(vae)
     digest.update(index.records["place"].tobytes() + index.records["image"].tobytes())
     if "colors" in index.records.dtype.names:
         converted = index.records["colors"] == 1

@@ -127,11 +127,8 @@ class Settings(CostSettings, hdm.VAESettings, OptimizerSettings, hdm.ExampleSett
     pass                           # all of them, flat
 
 
-CLASSES = (RunSettings, InputSettings, hdm.ExampleSettings, OptimizerSettings, hdm.VAESettings, CostSettings,
-           hdm.XUTConfig)
-NOT_FOR_VAE = ["preset compile memory_budget checkpointing text_encoder text_length text_lengths mask_padding",
-               "caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk preview_prompts",
-               "sample_steps sample_cfg sample_cfg_low", *(one.name for one in dataclasses.fields(hdm.XUTConfig))]
+CLASSES = (RunSettings, InputSettings, hdm.ExampleSettings, OptimizerSettings, hdm.VAESettings,
+           CostSettings, hdm.XUTConfig)
 
 
 IDLE = [  # settings, when they have no effect, and why
@@ -145,7 +142,10 @@ IDLE = [  # settings, when they have no effect, and why
     ("milestone_every", hdm.without("save_every"), "with --save_every=0"),
     ("vae_widths vae_channels equivariance kl lpips", lambda s: s.train == "xut", "without --train=vae"),
     ("vae_channels", hdm.without("vae_widths"), "without --vae_widths"),
-    (" ".join(NOT_FOR_VAE), lambda s: s.train == "vae", "with --train=vae")]
+    (" ".join(hdm.setting_types([hdm.XUTConfig])), lambda s: s.train == "vae", "with --train=vae"),
+    ("preset compile memory_budget checkpointing text_encoder text_length text_lengths mask_padding "
+     "caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk preview_prompts sample_steps "
+     "sample_cfg sample_cfg_low", lambda s: s.train == "vae", "with --train=vae")]
 
 
 def settings_of(values):
@@ -640,7 +640,8 @@ class OpenRun:
     # The networks
     te: hdm.TextEncoder | None     # frozen; None: the VAE is trained
     vae: hdm.VAE | None            # frozen, or it is the model; None: XUT reads pixels
-    trained: "TrainedXUT"          # or TrainedVAE: what the loop does with the model
+    trained: "TrainedXUT | TrainedVAE"  # what the loop does with the model
+    latents: str                   # a hash of the frozen VAE: a resumed run with another one has other latents
     config: hdm.XUTConfig          # by which training examples are made
     model: hdm.XUT | hdm.VAE       # float32
     network: torch.nn.Module       # model, under DDP where there are several ranks
@@ -720,6 +721,10 @@ def load_networks(run, given, state):
     s = run.s
     with rank_0_first(run.rank):
         run.trained.load(run, given)
+    if state.get("latents", run.latents) != run.latents:
+        raise hdm.UserError(f"--vae={s.vae}: not the VAE of {s.resume}, {state['settings']['vae']}, or it has "
+                            f"changed: its latents are others. Name that one, or begin a new run with "
+                            f"--init_from={s.resume}")
     run.optimizer = hdm.optimizers()[s.optimizer](run.model, s, run.kind, run.dtype)
     if s.resume:
         run.optimizer.load_state_dict(state)
@@ -870,6 +875,7 @@ class TrainedXUT:
         run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
         run.model = build_model(s, given, run.vae, run.te.dim, run.device)
         run.config = run.model.config
+        run.latents = prepare.hash_of_vae(run.vae).hexdigest() if run.vae else ""
         prepare.report_cut_captions(run.index, run.te, s)
 
     def inputs(self, run, batch):
@@ -882,8 +888,8 @@ class TrainedXUT:
         return losses, (10 * inputs["t"]).long().clamp(max=9), inputs["ctx"].shape[1]
 
     def sums(self, run, batch):
-        """-> what the averaged weights make of a held-out batch, with times and noise that no setting moves, as
-        {name: sum over its images}."""
+        """A held-out batch -> {name: sum over its images}, by the averaged weights, with times and noise that
+        no setting moves."""
         inputs = hdm.loss_inputs(batch, run.vae, run.te, run.s, run.device)
         losses = hdm.flow_loss(run.optimizer.average, **inputs, reduction="none")
         return dict(val_loss=losses.sum().item())
@@ -935,6 +941,7 @@ class TrainedVAE:
         if s.image_size % vae.factor:
             raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, a cell's pixels")
         run.te = None
+        run.latents = ""                                     # they change
         run.vae = run.model = copy.deepcopy(vae).requires_grad_(True).train()      # mapped weights: as above
         run.config = hdm.XUTConfig(in_channels=vae.latent_channels, patch_size=s.image_size // vae.factor)
 
@@ -946,7 +953,7 @@ class TrainedVAE:
         return losses, torch.full_like(losses, inputs["view"], dtype=torch.int64), 0
 
     def sums(self, run, batch):
-        return hdm.vae_sums(run.optimizer.average, batch, run.device)
+        return hdm.vae_sums(run.optimizer.average, batch["pixels"].to(run.device) / 127.5 - 1)
 
     def measures(self, sums, n):
         return hdm.vae_measures(sums, n)
@@ -954,7 +961,8 @@ class TrainedVAE:
     def previews(self, run):
         """Images; below them their reconstructions, and those of their latents in half the size, turned."""
         vae = run.optimizer.average
-        examples = [run.held_batches.dataset[i] for i in range(min(8, len(run.held_out)))]
+        dataset = run.held_batches.dataset if run.held_out else run.training
+        examples = [dataset[i] for i in range(min(8, len(run.held_out) or 8))]
         images = torch.stack([example["pixels"] for example in examples]).to(run.device) / 127.5 - 1
         z = vae.encode(images)
         rows = images, vae.decode(z), vae.decode(hdm.change_view(z, 0.5, 1))
@@ -962,7 +970,8 @@ class TrainedVAE:
 
     def save(self, run, folder, header):
         vae = run.optimizer.average
-        batches = DataLoader(run.training, run.s.batch_size, sampler=range(min(STATISTICS, run.stream.images)))
+        first = range(min(STATISTICS, run.stream.images))
+        batches = DataLoader(run.training, run.s.batch_size, sampler=first)
         with evaluation(run):
             hdm.normalize_latents(vae, batches, run.device)
         weights = {name: value.cpu().contiguous() for name, value in run.model.state_dict().items()}
@@ -1098,7 +1107,7 @@ def save(run):
         return True
     state = run.optimizer.state_dict() | dict(
         step=run.step, images=run.seen, position=run.position, next_epoch=run.stream.next_epoch(run.position),
-        pictures=run.stream.images, identity=run.identity, window=run.window,
+        pictures=run.stream.images, identity=run.identity, latents=run.latents, window=run.window,
         seconds=dict(run.watch.read()), warmup_images=run.warmup, wandb=run.tracker.run_id,
         settings=vars(run.s) | dict(ranks=run.ranks))
     is_complete = save_checkpoint(run, state)
