@@ -1412,7 +1412,8 @@ def load_lpips(device):
 def vae_sums(vae, images):
     """Images (B, 3, X, X) -> {name: sum over them}, for vae_measures: they add up over batches."""
     z, _ = vae.moments(images)
-    decoded = vae.decode(vae.latents(z))
+    with torch.autocast(z.device.type, enabled=False):
+        decoded = vae.reconstruct(z)                         # decode would round by a save's mean and std
     error = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)        # (B,)
     half = change_view(z, 0.5, 0) - vae.moments(change_view(images, 0.5, 0, vae.factor))[0]
     turned = change_view(z, 1, 1) - vae.moments(change_view(images, 1, 1))[0]

@@ -762,6 +762,102 @@ def test_diffusers_and_we_read_each_others_vaes(how, tmp_path):
             assert getattr(again.config, name) == how[name], name
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_latent_and_its_image_change_alike(turns):
+    """Sizes stay whole cells, a turn goes with a scale in any order, no change is the identity."""
+    z, images = torch.randn(1, 4, 8, 16), torch.randn(1, 3, 32, 64)
+    assert torch.equal(hdm.change_view(images, 1.0, 0, 4), images)
+    for scale in (n / 32 for n in range(8, 33)):
+        small, image = hdm.change_view(z, scale, turns), hdm.change_view(images, scale, turns, 4)
+        assert image.shape[2:] == torch.Size([4 * side for side in small.shape[2:]])
+        assert sorted(small.shape[2:])[0] == max(1, round(8 * scale))
+        turned = torch.rot90(z, turns, (2, 3))
+        torch.testing.assert_close(small, hdm.change_view(turned, scale, 0), atol=1e-5, rtol=1e-5)
+    dots = torch.zeros(1, 1, 4, 4)
+    dots[..., 0, 1] = 1                                      # turned to the left a column becomes a row
+    assert hdm.change_view(dots, 1.0, 1)[0, 0].nonzero().tolist() == [[2, 0]]
+
+
+@pytest.mark.parametrize("equivariance, shares", [
+    (0, (0.75, 0.25, 0)), (0.5, (0.375, 0.125, 0.5)), (1, (0, 0, 1))])
+def test_views_have_their_shares(equivariance, shares):
+    views = [hdm.draw_view(seed, equivariance) for seed in range(4000)]
+    for view, share in enumerate(shares):
+        assert sum(one[0] == view for one in views) / 4000 == pytest.approx(share, abs=0.03)
+    changed = [(scale, turns) for view, scale, turns in views if view == 2]
+    if changed:
+        assert {32 * scale for scale, _ in changed} == set(range(8, 32))
+        assert {turns for _, turns in changed} == {1, 2, 3}
+    assert {turns for view, _, turns in views if view < 2} <= {0}
+
+
+def vae_batch(vae, n, seed=0):
+    """A collated batch of images and all that vae_inputs takes; seed: of its first example."""
+    return dict(pixels=torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8),
+                vae_noise=torch.randn(n, 4, 32 // vae.factor, 32 // vae.factor),
+                seed=torch.arange(seed, seed + n))
+
+
+@pytest.mark.parametrize("view", range(3))
+def test_a_vaes_loss_is_l1_of_the_changed_image_and_the_divergence(view):
+    vae, s = tiny_vae(**STATISTICS), hdm.VAESettings(kl=0.1)
+    seed = next(seed for seed in range(100) if hdm.draw_view(seed, 0.5)[0] == view)
+    batch = vae_batch(vae, 3, seed)
+    inputs = hdm.vae_inputs(batch, vae.factor, s, "cpu")
+    losses = hdm.vae_loss(vae, **inputs, s=s)
+    alone = {name: value[:1] for name, value in batch.items()}
+    assert close(hdm.vae_loss(vae, **hdm.vae_inputs(alone, vae.factor, s, "cpu"), s=s), losses[:1], 1e-5)
+
+    _, scale, turns = hdm.draw_view(seed, 0.5)
+    images = batch["pixels"] / 127.5 - 1
+    side = vae.factor * round(scale * 16)                    # of 16 cells
+    changed = torch.nn.functional.interpolate(images, [side, side], mode="bicubic", antialias=True)
+    if view == 1:
+        images = changed
+    target = torch.rot90(changed, turns, (2, 3)) if view else images
+    mean, logvar = vae.moments(images)
+    noise = batch["vae_noise"][:, :, :mean.shape[2], :mean.shape[3]]
+    z = mean + torch.exp(logvar / 2) * noise
+    if view == 2:
+        z = hdm.change_view(z, scale, turns)
+    posterior = torch.distributions.Normal(mean, torch.exp(logvar / 2))
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    l1 = (vae.reconstruct(z) - target).abs().mean((1, 2, 3))
+    assert close(losses, l1 + 0.1 * kl / images[0].numel(), 1e-5)
+
+
+def test_a_vaes_measures_add_up_over_batches():
+    vae = tiny_vae()
+    images = torch.rand(6, 3, 32, 32) * 2 - 1
+    whole, parts = hdm.vae_sums(vae, images), [hdm.vae_sums(vae, part) for part in images.split([1, 5])]
+    for name, value in whole.items():
+        assert sum(part[name] for part in parts) == pytest.approx(value, rel=1e-4)
+    measures = hdm.vae_measures(whole, 6)
+    z = vae.moments(images)[0]
+    variance = z.var(dim=(2, 3), correction=0).mean()
+    turned = torch.rot90(z, 1, (2, 3)) - vae.moments(torch.rot90(images, 1, (2, 3)))[0]
+    assert measures["turn_error"] == pytest.approx((turned.square().mean() / variance).item(), rel=1e-3)
+    decoded = vae.reconstruct(z)
+    assert measures["val_loss"] == pytest.approx((decoded - images).abs().mean().item(), rel=1e-4)
+    each = (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3))
+    assert measures["psnr"] == pytest.approx((10 * torch.log10(4 / each)).mean().item(), rel=1e-4)
+    spectrum = np.abs(np.fft.fft2(z.double().numpy())) ** 2
+    spectrum[..., 0, 0] = 0
+    lower = np.r_[0:4, 13:16]                                # of 16: below half of the highest frequency
+    share = 1 - spectrum[..., lower, :][..., lower].sum() / spectrum.sum()
+    assert measures["upper_half"] == pytest.approx(share, rel=1e-3)
+
+
+def test_normalized_latents_have_mean_0_and_std_1():
+    vae = tiny_vae()
+    batches = [vae_batch(vae, n) for n in (3, 5)]
+    hdm.normalize_latents(vae, batches, "cpu")
+    drawn = [vae.encode(batch["pixels"] / 127.5 - 1, sample=True) for batch in batches for _ in range(8)]
+    z = torch.cat(drawn).transpose(0, 1).flatten(1)
+    assert z.mean(1).abs().max() < 0.02 and (z.std(1) - 1).abs().max() < 0.02
+    assert vae.diffusers_config()["scaling_factor"] == 1
+
+
 @pytest.mark.parametrize("name, value", [
     ("_class_name", "AutoencoderTiny"), ("_class_name", "AutoencoderDC"), ("_class_name", "VQModel"),
     ("_class_name", "AutoencoderKLWan"), ("_class_name", "AsymmetricAutoencoderKL"), ("act_fn", "relu"),
@@ -1196,7 +1292,8 @@ def test_every_rule_of_settings_without_effect_names_settings():
     ("--vae_chunk=2 --memory_budget=0.5", "vae_chunk memory_budget"), ("--new_data --resume", ""),
     ("--preview_prompts=x --sample_every=0", "preview_prompts"), ("--preview_prompts=x --new_data=false", ""),
     ("--eval_every=5 --validation=0", "eval_every"), ("--eval_every=0 --validation=0", ""), ("", ""),
-    ("--eval_every=5", "")])
+    ("--eval_every=5", ""), ("--kl=1", "kl"),
+    ("--train=vae --vae=x --tread_rate=0.1 --dim=8 --kl=1", "tread_rate dim")])
 def test_settings_without_effect_in_a_training_call_are_said(argv, idle, tmp_path, capsys):
     """Those of the command line alone: a config file serves other calls, too."""
     (tmp_path / "defaults.py").write_text("vae = ''\ncompile = False\ngpus = 2")
@@ -4791,6 +4888,119 @@ def test_a_stopped_run_goes_on_bitwise(how, trained, place, tmp_path, capsys):
         assert "schedule" not in said and "lr at" not in said
 
 
+VAE_RUN = dict(train="vae", vae_widths="8,16", image_size=16, lr=1e-3, clip=1)
+
+
+def vae_checkpoint(path):
+    """Everything that the checkpoint of a VAE holds, as checkpoint."""
+    state = train_state(path)
+    for name in ("seconds", "settings"):
+        state.pop(name)
+    files = {name: load_file(path / name) for name in ("model.safetensors", f"vae/{STEM}.safetensors")}
+    return files | {"train.pt": state, "config": (path / "vae" / "config.json").read_text()}
+
+
+@pytest.fixture(scope="session")
+def trained_vae(place, tmp_path_factory):
+    """Six steps of a new VAE with random weights."""
+    return train_tiny(place, tmp_path_factory.mktemp("eq") / "run", **VAE_RUN, save_every=3)
+
+
+def test_a_vae_trains_by_the_same_loop_and_is_measured_before_and_after(trained_vae):
+    lines = metrics(trained_vae)
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    names = ("val_loss", "psnr", "scale_error", "turn_error", "upper_half")
+    assert all(line[name] > 0 for line in lines for name in names)
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] and lines[-1]["psnr"] > lines[0]["psnr"]
+    known = [loss for loss in lines[1]["loss_by_view"] if loss is not None]
+    assert len(lines[1]["loss_by_view"]) == 3 and min(known) <= lines[1]["loss"] <= max(known)
+    with Image.open(trained_vae / "samples" / "00000006.png") as sheet:               # two are held out
+        assert sheet.width == 2 + 2 * (8 * 16 + 2)
+
+
+def test_a_vaes_checkpoint_is_a_vae_everywhere(trained_vae, place, te_folder, tmp_path):
+    path = trained_vae / "ckpt_00000006"
+    vae = hdm.load_vae(path)
+    average, trained = load_file(path / "vae" / f"{STEM}.safetensors"), load_file(path / "model.safetensors")
+    assert same(dict(vae.state_dict()), average) and not same(average, trained)
+    images = torch.stack([prepare.open_index(place / "data").read(i, 16)[:, :16, :16] for i in range(24)])
+    drawn = torch.cat([vae.encode(images / 127.5 - 1, sample=True) for _ in range(20)])
+    z = drawn.transpose(0, 1).flatten(1)
+    assert z.mean(1).abs().max() < 0.3 and (z.std(1) - 1).abs().max() < 0.3           # of other crops
+    out = train_tiny(place, tmp_path / "xut", vae=path, patch_size=2, images=8)
+    _, loaded, settings = sample.load_model(out)
+    assert same(dict(loaded.state_dict()), average) and loaded.mean == vae.mean
+    names = sorted(str(name) for name in content(out / "ckpt_00000001" / "vae"))
+    assert names == ["config.json", f"{STEM}.safetensors"]
+    refused("ctx_proj", sample.load_model, trained_vae)
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKL.from_pretrained(path, subfolder="vae").eval()
+    assert theirs.config.scaling_factor == 1 and theirs.config.latents_mean == list(vae.mean)
+    assert close(theirs.encode(images[:2] / 127.5 - 1).latent_dist.mean.detach(),
+                 vae.moments(images[:2] / 127.5 - 1)[0], 1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_vae_run_goes_on_bitwise(workers, trained_vae, place, tmp_path):
+    train_tiny(place, tmp_path / "run", **VAE_RUN, max_steps=2, workers=workers)
+    train_tiny(place, tmp_path / "run", **VAE_RUN, resume=True, workers=workers)
+    one, whole = (folder / "ckpt_00000006" for folder in (tmp_path / "run", trained_vae))
+    assert same(vae_checkpoint(one), vae_checkpoint(whole))
+    assert metrics(tmp_path / "run") == metrics(trained_vae)
+    assert content(tmp_path / "run" / "samples") == content(trained_vae / "samples")
+
+
+def test_two_processes_train_one_vae(place, tmp_path):
+    how = VAE_RUN | dict(images=16, batch_size=2, save_every=1, keep_ckpts=0, clip=1e9)
+    train_tiny(place, tmp_path / "one", **how)
+    argv = [f"--{name}={value}" for name, value in how.items()]
+    done = forked(train.main, place / "tiny.py", "--out_dir=two", *argv, cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(*(first_gradient(tmp_path / name) for name in ("one", "two"))):
+        assert close(two, one, 1e-4)
+    for one, two in zip(*(metrics(tmp_path / name) for name in ("one", "two")), strict=True):
+        for name in ("loss", "val_loss", "psnr", "scale_error"):
+            assert two[name] == one[name] or two[name] == pytest.approx(one[name], rel=1e-3)
+
+
+def test_a_vae_is_trained_on_from_a_folder_at_the_plain_rate(vae_folder, place, tmp_path):
+    """The first step of AdamW moves each weight by the lr, whatever its fan-in."""
+    how = dict(train="vae", vae=vae_folder, images=8, warmup=1, weight_decay=0, lr=1e-4, ema=0)
+    path = train_tiny(place, tmp_path / "run", **how) / "ckpt_00000001"
+    before, after = hdm.load_vae(vae_folder).state_dict(), load_file(path / "model.safetensors")
+    for name, weight in before.items():
+        moved = (after[name] - weight).abs().max().item()
+        assert 0 < moved < 1.01e-4 and (weight.dim() < 4 or moved > 0.95e-4), name    # some biases: rounding
+    assert same(after, load_file(path / "vae" / f"{STEM}.safetensors"))
+
+
+def test_latents_of_the_vae_before_are_never_mixed_with_those_after(trained_vae, place, tmp_path):
+    before, after = (trained_vae / f"ckpt_0000000{step}" for step in (3, 6))
+    index, _, _ = cached(place, before, tmp_path)
+    how = dict(data=tmp_path / "index", patch_size=2, latents=True, images=16, save_every=1)
+    train_tiny(place, tmp_path / "run", vae=before, **how)
+    message = one_line(train_tiny, place, tmp_path / "no", vae=after, **how)
+    assert f"python prepare.py {index.folder} --latents --image_size=16 --vae={after}" in message
+    cached(place, after, tmp_path)                           # beside the other one
+    assert len(list(tmp_path.glob("index_latents16_*"))) == 2
+    train_tiny(place, tmp_path / "run2", vae=after, **how)
+    shutil.rmtree(tmp_path / "run" / "ckpt_00000002")
+    refused(f"--vae={after} {before} unchanged --init_from", train_tiny, place, tmp_path / "run", vae=after,
+            resume=True, **how)
+    train_tiny(place, tmp_path / "run", vae=before, resume=True, **how)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--latents --vae=x", "--latents --train=vae"), ("--init_from=x", "--init_from --train=vae"),
+    ("--plan", "--plan"), ("--bench=2", "--bench"), ("--train=vea", "--train=vea Known: xut, vae"),
+    ("--vae_widths=8,x", "--vae_widths=8,x: 32,64,64"), ("--vae=", "--vae_widths"),
+    ("--vae_widths=8,16 --image_size=15", "--image_size=15 2"), ("--equivariance=1.5", "at most 1"),
+    ("--resume", "no checkpoint")])
+def test_what_no_vae_can_be_trained_by_is_refused(flags, words, place, tmp_path):
+    argv = [str(place / "tiny.py"), f"--out_dir={tmp_path}/run", "--train=vae", *flags.split()]
+    refused(words, train.main, argv)
+
+
 def test_a_start_that_would_harm_or_lead_nowhere_is_refused_and_touches_nothing(trained, place, tmp_path):
     run, before = Path(shutil.copytree(trained, tmp_path / "run")), content(trained)
     refused("nothing to do", train_tiny, place, run, resume=True)
@@ -5839,6 +6049,7 @@ def test_configs_are_the_published_stages():
     message = one_line(train.read_settings, [str(HERE / "configs" / "512.py")])
     assert "--init_from=out/256" in message and "configs/256.py" in message
     train.read_settings([str(HERE / "configs" / "finetune.py")])
+    train.read_settings([str(HERE / "configs" / "eqvae.py")])
 
 
 @slow

@@ -641,7 +641,7 @@ class OpenRun:
     te: hdm.TextEncoder | None     # frozen; None: the VAE is trained
     vae: hdm.VAE | None            # frozen, or it is the model; None: XUT reads pixels
     trained: "TrainedXUT | TrainedVAE"  # what the loop does with the model
-    latents: str                   # a hash of the frozen VAE: a resumed run with another one has other latents
+    latents: str                   # a hash of the frozen VAE: with another one a resumed run is refused
     config: hdm.XUTConfig          # by which training examples are made
     model: hdm.XUT | hdm.VAE       # float32
     network: torch.nn.Module       # model, under DDP where there are several ranks
@@ -722,8 +722,8 @@ def load_networks(run, given, state):
     with rank_0_first(run.rank):
         run.trained.load(run, given)
     if state.get("latents", run.latents) != run.latents:
-        raise hdm.UserError(f"--vae={s.vae}: not the VAE of {s.resume}, {state['settings']['vae']}, or it has "
-                            f"changed: its latents are others. Name that one, or begin a new run with "
+        raise hdm.UserError(f"--vae={s.vae}: its latents are not those of {s.resume}, whose VAE was "
+                            f"{state['settings']['vae']}: name that one, unchanged, or begin a new run with "
                             f"--init_from={s.resume}")
     run.optimizer = hdm.optimizers()[s.optimizer](run.model, s, run.kind, run.dtype)
     if s.resume:
@@ -964,8 +964,8 @@ class TrainedVAE:
         dataset = run.held_batches.dataset if run.held_out else run.training
         examples = [dataset[i] for i in range(min(8, len(run.held_out) or 8))]
         images = torch.stack([example["pixels"] for example in examples]).to(run.device) / 127.5 - 1
-        z = vae.encode(images)
-        rows = images, vae.decode(z), vae.decode(hdm.change_view(z, 0.5, 1))
+        z, _ = vae.moments(images)
+        rows = images, vae.reconstruct(z), vae.reconstruct(hdm.change_view(z, 0.5, 1))
         return [image for row in rows for image in sample.to_uint8(row)], len(examples)
 
     def save(self, run, folder, header):
