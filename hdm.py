@@ -5,8 +5,9 @@
 
 train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
 in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
-matching; the training example, and the way to its loss; the optimizer step; samplers; VAE; text encoder and
-captions; weights in and out; and, not the method, errors, settings, devices, ranks, images and files.
+matching; the training example, and the way to its loss; the optimizer step; samplers; VAE, and its training;
+text encoder and captions; weights in and out; and, not the method, errors, settings, devices, ranks, images
+and files.
 
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
@@ -752,8 +753,8 @@ def lr_at(seen, s, warmup, end):
 
 
 def parameter_groups(model):
-    """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in; a VAE's is lr, as
-    VAEs are trained elsewhere, and here it did as well (README).
+    """The muP-style rule of HDM (cf. arXiv 2203.03466): each tensor's lr is lr / fan_in; a VAE's is lr,
+    by which all others are trained and fine-tuned.
 
     One group of the optimizer for each distinct fan-in (seven for the base model), not for each tensor.
     Two consequences of the published rule that look like mistakes, and are kept: the aspect input's first
@@ -787,7 +788,7 @@ class OptimizerStep:
         raise NotImplementedError
 
     def __init__(self, model, s, kind, dtype):
-        """model: XUT in float32; s: train.py's settings; kind: "cpu", "cuda", "mps"; dtype: autocast's."""
+        """model: in float32; s: train.py's settings; kind: "cpu", "cuda", "mps"; dtype: autocast's."""
         self.model, self.s, self.kind = model, s, kind
         self.inner = self.make(parameter_groups(model))
         self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
@@ -1146,7 +1147,7 @@ class VAEDecoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Frozen image <-> latent: images (B, 3, height, width) in [-1, 1], latents (B, C, height/8, width/8).
+    """Images (B, 3, height, width) in [-1, 1] <-> latents (B, C, height/8, width/8); frozen, unless trained.
 
     The arguments are those of diffusers' AutoencoderKL. SD3's and FLUX's have 16 channels and no quant convs.
     Latents are normalized here and nowhere else: (z - latents_mean) / latents_std for each channel where the

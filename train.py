@@ -1,15 +1,16 @@
-"""Train XUT on captioned images, on one device or on many.
+"""Train XUT on captioned images, or a VAE, on one device or on many.
 
     python train.py configs/demo.py --lr=0.3 --out_dir=out/b   # settings of a file and of the command line
     torchrun --nproc_per_node=4 -- train.py configs/256.py     # on four GPUs, with the same global batch
     python train.py configs/demo.py --resume                   # go on, bitwise, from the newest checkpoint
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
+    python train.py configs/eqvae.py --vae=PLACE               # train a VAE on, to be equivariant (EQ-VAE)
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
     python train.py configs/256.py --plan --gpus=4             # hours, dollars, memory, before it begins
     python train.py configs/256.py --bench=50 --baseline       # where the time goes here, on made-up data
 
-In order: settings; checkpoints; the log; the model; the open run and what opens it; what the loop calls;
-train (the loop), finish. Then extras: curves, what a run costs, the bench.
+In order: settings; checkpoints; the log; the model; the open run and what opens it; what is trained; what the
+loop calls; train (the loop), finish. Then extras: curves, what a run costs, the bench.
 All random choices (order, tags, crop, VAE sample, t, noise, kept tokens, dropouts) are functions of the seed,
 the epoch and the image's name, drawn on the CPU: the number of workers or GPUs changes nothing, and resuming
 needs no generator.
@@ -729,7 +730,10 @@ def load_networks(run, given, state):
     if s.resume:
         run.optimizer.load_state_dict(state)
         if s.ema:
-            weights = hdm.read_tensors(Path(s.resume, run.trained.average_file))[0]
+            file = Path(s.resume, run.trained.average_file)
+            if not file.is_file():                           # it had no average
+                file = Path(s.resume, "model.safetensors")
+            weights = hdm.read_tensors(file)[0]
             run.optimizer.average.load_state_dict(weights)
 
 
@@ -864,6 +868,7 @@ def open_run(s, given, rank, ranks):
 # ---- What is trained: all that the loop does in another way for XUT than for a VAE -----------------------
 
 class TrainedXUT:
+    """With --train=xut."""
     bins = 10                      # tenths of t: losses are summed up by them ...
     loss_by = "loss_by_t"          # ... for this line of metrics
     average_file = "ema.safetensors"
@@ -917,7 +922,7 @@ class TrainedXUT:
 
 
 class TrainedVAE:
-    """Each method as TrainedXUT's."""
+    """With --train=vae; each method as TrainedXUT's."""
     bins = len(hdm.VIEWS)
     loss_by = "loss_by_view"
     average_file = "vae/diffusion_pytorch_model.safetensors"
