@@ -3555,7 +3555,7 @@ def test_img2img_runs_the_last_steps_from_the_image(
         kind, trained, published, te_folder, photo, tmp_path, asked):
     """Upright, in its own size or that asked for; a large one comes down to what the model does."""
     upright = torch.from_numpy(np.array(hdm.load_image(photo))).permute(2, 0, 1)[None] / 127.5 - 1
-    argv = ["--prompt=a", f"--init_image={photo}", "--strength=0.6", "--steps=8", "--cfg=1", "--shift=1"]
+    argv = ["--prompt=a", f"--init_image={photo}", "--strength=0.6", "--steps=8", "--cfg=1", "--t_shift=1"]
     ckpt, x0 = trained, upright
     if kind == "latents":
         ckpt, x0 = published, sample.load_model(published)[1].encode(upright)
@@ -3821,7 +3821,7 @@ def served_page(monkeypatch, *argv):
 
 PAGE = [name for name in " ".join(sample.ROWS).split() if name != "ratio"]
 PAGE_VALUES = dict(prompt="red circle", negative_prompt="", width=24, height=16, steps=2, num_images=1,
-                   seed=3, sampler="euler", cfg=3, shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
+                   seed=3, sampler="euler", cfg=3, t_shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
                    tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0, tipo=False)
 
 
@@ -3859,7 +3859,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
     """It draws what the command line draws, the settings in the file included, which fill the controls."""
     argv, out = [f"--ckpt={published}", f"--text_encoder={te_folder}"], tmp_path / "page"
     other = dict(prompt='a large blue square, "quoted": 1\nand more', negative_prompt="green", width=16,
-                 height=24, steps=3, num_images=2, seed=4, sampler="heun", cfg=2.5, shift=3, zoom=1.5,
+                 height=24, steps=3, num_images=2, seed=4, sampler="heun", cfg=2.5, t_shift=3, zoom=1.5,
                  x_shift=0.25, y_shift=-0.5, tread_cond=0.5, tread_uncond=0.25, cfg_low=0.1, cfg_high=0.7,
                  cfg_rescale=0.3, tipo=False)                # TIPO has a test of its own
     drawn = []
