@@ -393,10 +393,11 @@ def test_loss_of_each_image_averages_to_the_loss():
 @pytest.mark.parametrize("shift", [1.0, 4.0])
 def test_training_times_are_a_shifted_logit_normal(shift):
     """A shift multiplies the odds t / (1 - t), so logit(t) ~ N(ln shift, 1)."""
-    t = hdm.draw_time(20_000, shift, torch.Generator().manual_seed(0))
+    s = hdm.ExampleSettings(t_shift=shift)
+    t = hdm.draw_time(20_000, s, torch.Generator().manual_seed(0))
     assert t.logit().mean().item() == pytest.approx(math.log(shift), abs=0.04)
     assert t.logit().std().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(t, hdm.draw_time(20_000, shift, torch.Generator().manual_seed(0)))
+    assert torch.equal(t, hdm.draw_time(20_000, s, torch.Generator().manual_seed(0)))
 
 
 # x0 ~ N(m, s^2), noise ~ N(0, 1): v is linear in x, and the path of each x is known.
@@ -4985,7 +4986,7 @@ def test_held_out_times_and_noise_depend_on_no_setting(place, monkeypatch):
                dict(caption_dropout=0.9, group_dropout=0.0), dict(tag_separator=","), dict(workers=3)]
     for change in changes:
         assert same(drawn(validation=0.2, **change), expected), change
-    monkeypatch.setattr(hdm, "draw_time", lambda n, shift=1.0, generator=None: torch.full((n,), 0.5))
+    monkeypatch.setattr(hdm, "draw_time", lambda n, s, generator=None: torch.full((n,), 0.5))
     assert same(drawn(validation=0.2), expected)
     assert stream(place / "data")[0]["t"] == 0.5
 
