@@ -2017,12 +2017,18 @@ def next_value(word, kind, rest):
 
 
 def print_help(doc, classes):
-    """The program's docstring and the source of its settings."""
+    """The program's docstring and the source of its settings, with the values of constants."""
     print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
           "Positive above 0, Fraction from 0 and below 1, PositiveFraction above 0 and up to 1.\n")
     for cls in classes:
         fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
-        print("\n".join(line for line in fields if line.strip()), end="\n\n")
+        for line in filter(str.strip, fields):
+            constant = re.search(r" = (hdm\.)?([A-Z_]+)\b", line)
+            if constant:
+                module = sys.modules[__name__ if constant[1] else cls.__module__]
+                line = line.replace(constant[0], f" = {getattr(module, constant[2])!r}")
+            print(line)
+        print()
 
 
 def read_config(path, classes):
