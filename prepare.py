@@ -1404,19 +1404,31 @@ class Examples(Dataset):
                 unreadable.append(str(error))
         raise hdm.UserError(f"100 images in a row cannot be read, from {unreadable[0]} on")
 
-    def example(self, i):
-        """-> the training example; the image's name if its files are not as they were indexed, else ""."""
-        training = self.seed is not None
-        if training:
-            epoch, copy, number = self.places[i]
-        else:
+    def number_and_key(self, i):
+        """-> the number of the item's record; the text that all its random choices are a function of."""
+        if self.seed is None:
             number = self.places[i % len(self.places)]
+        else:
+            epoch, copy, number = self.places[i]
         record = self.index[number]
         key = record.name
         if record.source > 0:
             key = f"{record.source}/{key}"       # two sources may have one name
-        if training:
+        if self.seed is not None:
             key = f"{self.seed} {epoch} {copy} {key}"
+        return number, key
+
+    def caption_length(self, i):
+        """In characters, about; 0 where training drops the caption."""
+        number, key = self.number_and_key(i)
+        *_, chance = hdm.choices_of(key)
+        return 0 if chance < self.s.caption_dropout else len(self.index[number].caption)
+
+    def example(self, i):
+        """-> the training example; the image's name if its files are not as they were indexed, else ""."""
+        number, key = self.number_and_key(i)
+        training = self.seed is not None
+        record = self.index[number]
         size = self.s.image_size
         image = (self.latents or self.index).read(number, size)                       # the short side: size
         sides = image.shape[2], image.shape[1]
