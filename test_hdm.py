@@ -2157,7 +2157,7 @@ def test_short_orders_are_all_as_likely():
 
 
 def test_an_order_of_ten_millions_is_random():
-    epochs = prepare.Stream([(0, 10_000_000, 1.0)], seed=0)
+    epochs = prepare.Stream([(range(10_000_000), 1.0)], seed=0)
     starts = (0, 10_000_000)
     first, second = (np.array([epochs[i][2] for i in range(start, start + 20_000)]) for start in starts)
     apart = abs(np.diff(first)).mean() / 10_000_000          # of 20,000: a standard deviation of 0.0017
@@ -2168,7 +2168,8 @@ def test_an_order_of_ten_millions_is_random():
 
 def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
     """Whole copies each time, fractions drawn again: over ten epochs exactly, in one epoch to within one."""
-    parts = [(0, 7, 1.0), (7, 5, 3.0), (12, 10, 0.25), (22, 6, 1.5), (28, 1, 0.1)]
+    parts = [(range(7), 1.0), (range(7, 12), 3.0), (range(12, 22), 0.25), (range(22, 28), 1.5),
+             (range(28, 29), 0.1)]
     epochs = prepare.Stream(parts, seed=3)
     items = [epochs[i] for i in range(epochs.start(20))]
     assert [epoch for epoch, _, _ in items] == sorted(epoch for epoch, _, _ in items)
@@ -2176,13 +2177,13 @@ def test_a_record_stands_in_an_epoch_as_often_as_its_weight_says():
     for epoch in range(20):
         copies = collections.Counter(number for e, _, number in items if e == epoch)
         assert len({item for item in items if item[0] == epoch}) == sum(copies.values())  # no copy twice
-        for first, n, weight in parts:
-            counts = [copies[number] for number in range(first, first + n)]
+        for records, weight in parts:
+            counts = [copies[number] for number in records]
             assert set(counts) <= {math.floor(weight), math.ceil(weight)}
-            assert abs(sum(counts) - n * weight) < 1
-            drawn[first].add(tuple(counts))
+            assert abs(sum(counts) - len(records) * weight) < 1
+            drawn[records[0]].add(tuple(counts))
     total = collections.Counter(number for _, _, number in items)
-    seen = [sum(total[number] for number in range(first, first + n)) for first, n, _ in parts]
+    seen = [sum(total[number] for number in records) for records, _ in parts]
     assert seen == [140, 300, 50, 180, 2]
     assert len(drawn[12]) > 10 and len(drawn[22]) > 10       # other records each time
     assert [epochs.next_epoch(epochs.start(e) + more) for e in range(9) for more in (0, 1)] == [
@@ -2193,7 +2194,7 @@ def test_an_index_of_ten_million_records_costs_nothing(tmp_path):
     """A synthetic one, sparse on the disk but for the three thousand records that are read at random."""
     n = 10_000_000
     records = np.memmap(tmp_path / "records.bin", prepare.RECORD, "w+", shape=n)
-    epochs = prepare.Stream([(0, n, 1.0)], 0)
+    epochs = prepare.Stream([(range(n), 1.0)], 0)
     with open(tmp_path / "text.bin", "wb") as file:
         for i in range(3000):
             file.seek(i * 7_000_000)                         # 20 GB
@@ -5037,7 +5038,7 @@ def split(folder, validation):
     """The names that train.py trains on, and those that it holds out."""
     index = prepare.open_index(folder)
     parts, held = index.split(validation)
-    trained_on = [name for first, n, _ in parts for name in names(index, range(first, first + n))]
+    trained_on = [name for records, _ in parts for name in names(index, records)]
     return trained_on, names(index, held)
 
 
