@@ -1,4 +1,5 @@
-# Emoji of foods and animals in nine styles, pixels at 32 px: do things and styles compose? An hour on one core.
+# Emoji of foods and animals in nine styles, pixels at 32 px: do things and styles compose? An hour on a core.
+# data/te_minilm is a folder of all-MiniLM-L6-v2.
 # First: python prepare.py data/emoji64.tar --out=data/emoji --require_tag="animal|bird|insect|food|fruit|\
 #            vegetable|sweet|dessert|drink|restaurant|plant|flower"
 out_dir = "out/emoji"
