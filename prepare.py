@@ -1080,7 +1080,7 @@ def check_filters(record, s):
         raise hdm.UserError("beyond --max_ratio")
     tags = plain_tags(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", record.caption))
     for wanted in s.require_tag:
-        if not plain_tags(wanted.split("|")) & tags:
+        if not plain_tags([wanted, *wanted.split("|")]) & tags - {""}:       # :| is a tag, too
             raise hdm.UserError("without --require_tag")
     if plain_tags(s.drop_tag) & tags:
         raise hdm.UserError("with --drop_tag")

@@ -1538,12 +1538,12 @@ def judge_checkpoint(options):
 
 
 # ---- a judge for any data: the nearest real image ----------------------------------------------------------
-MOST_REAL = 10_000                 # images that training saw, of those compared with
+MOST_REAL = 10_000                 # real images, beside the held-out ones, that are compared with
 
 
 def thing_and_group(caption, pattern):
-    """A caption as the model reads it -> its first part, and the part that the regex matches, or "", which is
-    then not the first: of "apple, 3d style, red" and "style" (apple, 3d style)."""
+    """A caption as the model reads it -> its first part but for the group, and the group: the first part that
+    the regex matches, or "". "apple, 3d style, red" and "style" -> apple, 3d style."""
     parts = caption.split(", ")
     groups = [part for part in parts if pattern is not None and pattern.search(part)][:1]
     things = [part for part in parts if part not in groups]

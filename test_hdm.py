@@ -2460,7 +2460,8 @@ def test_sources_have_weights_and_a_wrong_one_is_refused(place, tmp_path):
 def test_filters_leave_out_and_count(tmp_path, capsys):
     for name, size, caption in (("a", (40, 30), "Red_Fish, b"), ("b", (29, 90), "red fish"),
                                 ("c", (90, 30), "x"), ("d", (30, 91), "red fish"),
-                                ("e", (31, 31), "red fish, unsafe"), ("f", (31, 31), "x $$ Blue_fish")):
+                                ("e", (31, 31), "red fish, unsafe"), ("f", (31, 31), "x $$ Blue_fish"),
+                            ("g", (31, 31), "x $$ :| $$ "), ("h", (31, 31), "fish $$ ")):
         write_picture(tmp_path / "in" / name, size, 1)
         (tmp_path / "in" / f"{name}.txt").write_text(caption)
     index = indexed(tmp_path / "index", tmp_path / "in", "--min_size=30", "--max_ratio=3",
@@ -2468,8 +2469,10 @@ def test_filters_leave_out_and_count(tmp_path, capsys):
     assert sorted(names(index)) == ["a.png", "f.png"]
     report = json.loads((tmp_path / "index" / "report.json").read_text())
     assert {kind: list(map(os.path.basename, entry["paths"])) for kind, entry in report.items()} == {
-        "below --min_size": ["b.png"], "without --require_tag": ["c.png"], "beyond --max_ratio": ["d.png"],
-        "with --drop_tag": ["e.png"]}
+        "below --min_size": ["b.png"], "without --require_tag": ["c.png", "g.png", "h.png"],
+        "beyond --max_ratio": ["d.png"], "with --drop_tag": ["e.png"]}
+    for tag, left in ((":|", "g.png"), ("blue fish|", "f.png")):
+        assert names(indexed(tmp_path / "index", tmp_path / "in", f"--require_tag={tag}")) == [left]
 
 
 @pytest.mark.parametrize("places, held", [
