@@ -2514,8 +2514,13 @@ def test_what_holdout_matches_is_held_out_and_never_trained_on(settings, is_held
 
 
 def test_a_resume_with_another_holdout_has_other_images(place, tmp_path, capsys):
-    how = dict(place=place, out=tmp_path / "run", eval_every=0, sample_every=0)
+    """And the judge knows from the checkpoint what was held out."""
+    how = dict(place=place, out=tmp_path / "run", eval_every=0, sample_every=0, validation=0.0)
     train_tiny(**how, max_steps=2, holdout="blue")
+    index = prepare.open_index(place / "data")
+    blue = sum("blue" in index[i].caption for i in range(len(index)))
+    prepare.main(["judge", f"--ckpt={tmp_path / 'run'}", f"--data={place / 'data'}", "--seeds=2"])
+    assert f"{blue} captions x 2 seeds" in capsys.readouterr().out and 0 < blue < len(index) / 2
     refused("--holdout=blue|red --new_data", train_tiny, **how, resume=True, holdout="blue|red")
     capsys.readouterr()
     train_tiny(**how, max_steps=4, resume=True, holdout="blue")
@@ -3034,11 +3039,12 @@ THINGS, STYLES = [f"thing {i}" for i in range(12)], ("flat style", "3d style", "
 
 def judged(folder, draw, monkeypatch, capsys, *flags):
     """The judge's table, {row: its numbers}, of a model that draws draw(real, thing, style) of each held-out
-    caption. real(thing, style) is the true image: the thing's random 8 x 8 blocks in that style's light."""
+    caption. real(thing, style) is the true image: the thing's random 8 x 8 blocks, lighter from thing to
+    thing, in that style's light."""
     rng = np.random.default_rng(0)
-    blocks = {thing: rng.integers(0, 120, (8, 8, 3)) for thing in THINGS}
-    own = {(thing, style): rng.integers(0, 16, (8, 8, 3)) for thing in THINGS for style in STYLES}
-    light = dict(zip(STYLES, (0, 60, 119)))
+    blocks = {thing: 4 * i + rng.integers(0, 40, (8, 8, 3)) for i, thing in enumerate(THINGS)}
+    own = {(thing, style): rng.integers(0, 8, (8, 8, 3)) for thing in THINGS for style in STYLES}
+    light = dict(zip(STYLES, (0, 70, 140)))
 
     def real(thing, style):
         small = blocks[thing] + own[thing, style] + light[style]
