@@ -1546,7 +1546,8 @@ def prepare(s, *paths):
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
         old = Index.open(s.out)
     if s.dry_run:
-        tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
+        with hdm.naming(s.text_encoder, "no tokenizer to be had for --text_encoder"):
+            tokenizer = hdm.load_tokenizer(s.text_encoder)
         index = Index.open(s.out) if ready else build_index(sources, s, old=old)
         return dry_run(index, s, tokenizer)
     rank, ranks = hdm.start_ranks()
