@@ -87,6 +87,8 @@ class InputSettings:
     text_encoder: str = hdm.TEXT_ENCODER  # folder or hub id of a language model
     validation: hdm.Fraction | None = None  # share of images held out, by a hash of the name; at most 512 are
                                        # used; None: 0.02, of few images what holds out one
+    holdout: str = ""                  # regex: images whose name or caption it matches are held out, too;
+                                       # with it validation is 0 unless given
     new_data: bool = False             # with --resume: other images than before, from a fresh epoch on
     latents: bool = False              # read prepare.py's cache of VAE latents in place of the images
     max_unreadable: hdm.Fraction = 0.05  # share of the images; when more cannot be read, the run ends
@@ -130,6 +132,10 @@ class Settings(CostSettings, OptimizerSettings, hdm.ExampleSettings, InputSettin
 CLASSES = RunSettings, InputSettings, hdm.ExampleSettings, OptimizerSettings, CostSettings, hdm.XUTConfig
 
 
+def never_evaluates(s):
+    return s.eval_every > 0 and s.validation == 0 and not s.holdout
+
+
 IDLE = [  # settings, when they have no effect, and why
     ("gpus tflops utilization dollars_per_gpu_hour", hdm.without("plan"), "without --plan"),
     ("baseline caption_tokens", hdm.without("bench"), "without --bench"),
@@ -137,7 +143,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("memory_budget", hdm.without("compile"), "with --compile=false"),
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
     ("preview_prompts", hdm.without("sample_every"), "with --sample_every=0"),
-    ("eval_every", lambda s: s.eval_every > 0 and s.validation == 0, "with --validation=0"),
+    ("eval_every", never_evaluates, "with --validation=0"),
     ("milestone_every", hdm.without("save_every"), "with --save_every=0")]
 
 
@@ -267,8 +273,9 @@ def load_state(s, identity, stream, ranks):
         raise hdm.UserError(f"--optimizer={s.optimizer}: the state in {s.resume} is of {old['optimizer']}; "
                             f"name that one, or begin a new run with --init_from={s.resume}")
     if state["identity"] != identity:                        # of names, weights and the held-out share
-        what = (f"--data={s.data}, --validation={s.validation:.3g}: other training images or weights "
-                f"({stream.images:,}) than {s.resume} saw ({state['pictures']:,})")
+        holdout = f", --holdout={s.holdout}" if s.holdout or old["holdout"] else ""
+        what = (f"--data={s.data}, --validation={s.validation:.3g}{holdout}: other training images or "
+                f"weights ({stream.images:,}) than {s.resume} saw ({state['pictures']:,})")
         if stream.images <= state["pictures"] and not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
@@ -764,7 +771,8 @@ def checkpoint_header(s, config):
             paths[name] = os.path.abspath(path)
     return dict(config=config, text_encoder=paths["text_encoder"], text_length=s.text_length,
                 vae=paths["vae"], image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg,
-                cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator, spaces=s.spaces)
+                cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator, spaces=s.spaces,
+                validation=s.validation, holdout=s.holdout)      # prepare.py judge samples what was held out
 
 
 def checkpoints_at_most(s, total):
