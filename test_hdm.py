@@ -12,6 +12,7 @@ import atexit
 import builtins
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -6205,7 +6206,100 @@ def test_a_step_asks_the_host_for_nothing(te):
     assert "aten::mm" in ran and not ran & {"aten::nonzero", "aten::_local_scalar_dense", "aten::item"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_torchrun_gives_each_process_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert hdm.pick_device("cuda:1") == "cuda:1"
+    for processes, name, words in [(2, "cuda:1", "--device=cuda:1"), (3, "auto", "nproc_per_node=3.* 2 GPUs"),
+                                   (3, "cuda", "nproc_per_node=3.* 2 GPUs")]:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        with pytest.raises(hdm.UserError, match=words):
+            hdm.pick_device(name)
+    assert hdm.pick_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert hdm.pick_device("auto") == "cuda"
+
+
+def test_the_vae_takes_few_enough_images_for_cuda_kernels(vae_folder):
+    """2 ** 30 numbers in its first level at most; the chunk changes no latent."""
+    assert [hdm.vae_chunk_at(side) for side in (256, 512, 1024, 4096)] == [128, 32, 8, 1]
+    vae, batch = hdm.load_vae(vae_folder), dict(pixels=torch.randint(0, 256, (5, 3, 16, 16)))
+    batch["vae_noise"] = torch.randn(vae.encode(torch.zeros(5, 3, 16, 16)).shape)
+    both = [hdm.clean_latents(batch, vae, train.Settings(image_size=16, vae_chunk=n)) for n in (0, 2)]
+    torch.testing.assert_close(*both)
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")   # pytest -q -k cuda
+
+
+def loss_gradients(model, inputs, device, dtype=torch.float32):
+    """{name: gradient} of a copy of the model on the device, on the CPU in float32."""
+    model = copy.deepcopy(model).to(device)
+    inputs = {name: value if value is None else value.to(device) for name, value in inputs.items()}
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        hdm.flow_loss(model, **inputs).backward()
+    return {name: weight.grad.float().cpu() for name, weight in model.named_parameters()}
+
+
+@cuda
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype, compiled, checkpointing, tolerance", [
+    (torch.float32, False, False, 1e-4), (torch.float32, True, False, 1e-4),
+    (torch.bfloat16, False, False, 0.03), (torch.bfloat16, True, False, 0.03),
+    (torch.bfloat16, True, True, 0.03)])
+def test_cuda_gradients_are_the_cpus(dtype, compiled, checkpointing, tolerance, masked, fresh_compiler):
+    """With TREAD; 192 text tokens, where cuDNN's masked attention could give NaN."""
+    config = hdm.XUTConfig(dim=256, ctx_dim=64, heads=4, mlp_dim=768, depth=1, dec_blocks=2)
+    model = fill(hdm.XUT(config))
+    inputs = hdm.blank_inputs(config, 4, 32, 192, 0.5, masked)
+    for name in ("x0", "noise", "ctx"):
+        inputs[name].normal_()
+    inputs |= dict(t=torch.linspace(0.1, 0.9, 4), pos=hdm.grid_positions(16, 16).repeat(4, 1, 1),
+                   keep=hdm.pick_tokens(4, 256, 0.5))
+    if masked:
+        inputs["ctx_mask"][::2, 96:] = False
+    expected = loss_gradients(model, inputs, "cpu")
+    train.open_device(train.Settings(device="cuda"))
+    torch.set_float32_matmul_precision("highest")            # products of TF32 differ by 1e-3
+    model.checkpoint_blocks(checkpointing)
+    if compiled:
+        for block in [module for module in model.modules() if isinstance(module, hdm.Block)]:
+            block.compute = torch.compile(block.compute, dynamic=False)
+    found = loss_gradients(model, inputs, "cuda", dtype)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@cuda
+def test_cuda_autocast_leaves_the_residual_stream_in_16_bits():
+    norm = hdm.PreNorm(32).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert norm(torch.ones(2, 32, device="cuda", dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@cuda
+def test_a_cuda_vae_is_the_cpus():
+    vae, images = fill(hdm.VAE()), torch.rand(3, 3, 64, 64) * 2 - 1
+    x0 = vae.encode(images)
+    there = copy.deepcopy(vae).cuda()
+    assert close(there.encode(images.cuda()).cpu(), x0, 1e-2)
+    assert close(there.decode(x0.cuda()).cpu(), vae.decode(x0), 1e-2)
+
+
+@cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_programs_run_on_cuda(dtype, place, tmp_path):
+    """Compiled and checkpointed; stop, resume, previews, held-out loss, sample.py."""
+    run = dict(device="cuda", dtype=dtype, compile=True, checkpointing=True, text_lengths=2)
+    train_tiny(place, tmp_path / "run", max_steps=3, **run)
+    train_tiny(place, tmp_path / "run", resume=True, **run)
+    assert all(math.isfinite(line["val_loss"]) for line in metrics(tmp_path / "run"))
+    argv = [f"--ckpt={tmp_path / 'run'}", "--prompt=red circle", f"--out={tmp_path}", "--device=cuda"]
+    sample.main([*argv, f"--dtype={dtype}"])
+    assert (tmp_path / "00000-0.png").is_file()
+
+
+@cuda
 def test_a_step_on_cuda_waits_for_nothing():
     config = dataclasses.replace(hdm.PRESETS["base"], depth=1)
     model, inputs = hdm.XUT(config).cuda(), hdm.blank_inputs(config, 2, 32, 64, 0.5, device="cuda")
