@@ -145,7 +145,8 @@ class PreNorm(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     def forward(self, x):                                # under autocast x may be 16 bit, not the weight
-        return F.rms_norm(x, x.shape[-1:], self.norm.weight.to(x.dtype), self.norm.eps)
+        with torch.autocast("cuda", enabled=False):          # which would give a 16-bit x back in float32
+            return F.rms_norm(x, x.shape[-1:], self.norm.weight.to(x.dtype), self.norm.eps)
 
 
 class SwiGLU(nn.Module):
@@ -258,7 +259,9 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, angle, cos, sin):
         a, b = x.float().chunk(2, dim=-1)
-        out = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+        out = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        if out.dtype != x.dtype:                             # torch 2.11 compiles an idle .to to zeros
+            out = out.to(x.dtype)
         ctx.save_for_backward(out, cos, sin)
         return out
 
@@ -356,6 +359,8 @@ class SharedAdaLN(nn.Sequential):
     def __init__(self, dim):
         mlp = nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, 3 * dim)
         super().__init__(nn.LayerNorm(dim, eps=1e-5), *mlp)
+        nn.init.zeros_(self[3].weight)                       # zero: so start scale, shift and gate
+        nn.init.zeros_(self[3].bias)
 
     def forward(self, emb):
         scale, shift, gate = super().forward(emb).chunk(3, dim=-1)
@@ -507,13 +512,10 @@ class XUT(nn.Module):
                 module.checkpointing = on
 
     def init_weights(self):
-        """PyTorch's defaults, except what follows, in the model's order."""
+        """PyTorch's defaults, except what follows, and what SharedAdaLN sets."""
         if self.config.aspect_cond:                          # zero: the aspect input starts without effect
             nn.init.zeros_(self.addon_info_embs_proj[2].weight)
             nn.init.zeros_(self.addon_info_embs_proj[2].bias)
-        for adaln in (self.shared_adaln_attn, self.shared_adaln_xattn, self.shared_adaln_ffw):
-            nn.init.zeros_(adaln[3].weight)                  # zero: so start scale, shift and gate
-            nn.init.zeros_(adaln[3].bias)
         for module in self.modules():
             if isinstance(module, RoPE):                     # from a half to 2.5 turns per unit of position
                 steps = torch.linspace(math.log(math.pi), math.log(5 * math.pi), module.freqs.shape[1])
@@ -570,19 +572,20 @@ def shift_time(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def draw_time(n, shift=1.0, generator=None):
-    """(n,) training times: shift_time(sigmoid(N(0, 1)), shift)."""
-    return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
+def draw_time(n, s, generator=None):
+    """(n,) training times: shift_time(sigmoid(N(0, 1)), t_shift); s: ExampleSettings."""
+    return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), s.t_shift)
 
 
-def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None,
+def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None, s=None,
               reduction="mean"):
     """Mean squared error of the velocity over everything; reduction="none": one loss for each image, (B,).
 
-    x0 (B, C, h, w) clean latents; t (B,) and noise like x0 are drawn where None; the rest as in XUT.forward.
+    x0 (B, C, h, w) clean latents; t (B,) and noise like x0 are drawn where None; s: ExampleSettings, None:
+    their defaults; the rest as in XUT.forward.
     """
     if t is None:
-        t = draw_time(x0.shape[0]).to(x0.device)
+        t = draw_time(len(x0), s or ExampleSettings()).to(x0.device)
     if noise is None:
         noise = torch.randn_like(x0)
     at = t[:, None, None, None].to(x0.dtype)
@@ -607,7 +610,15 @@ class ExampleSettings:
     spaces: bool = False           # underscores in captions become spaces, not in ^_^
     tread_rate: Fraction = 0.5        # share of image tokens that go around the U
     t_shift: Positive = 1.0        # > 1 moves training and sampling times toward noise; 1: published
-    vae_chunk: Whole = 0           # images that the VAE takes at a time; 0: a micro-step's
+    vae_chunk: Whole = 0           # images that the VAE takes at a time; 0: as many as take 2 GB
+
+
+def choices_of(key):
+    """-> a training example's random.Random, a seed for its torch.Generator, and a chance in [0, 1): where it
+    is below caption_dropout, the caption is empty."""
+    rng = random.Random(key)
+    seed = rng.getrandbits(63)
+    return rng, seed, rng.random()
 
 
 def training_example(image, caption, sides, key, s, config, factor=None, latent=False, training=True):
@@ -625,9 +636,9 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     or moments (C or 2 C, size, size); t () in [0, 1]; aspect () = ln(width / height); pos (N, 2) in the whole
     image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,); seed, for vae_inputs.
     """
-    rng = random.Random(key)
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    if training and rng.random() < s.caption_dropout:
+    rng, seed, chance = choices_of(key)
+    generator = torch.Generator().manual_seed(seed)
+    if training and chance < s.caption_dropout:
         text = ""
     else:
         text = draw_caption(caption, rng if training else None, s)
@@ -647,11 +658,11 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     crop = image[:, top:top + size, left:left + size]
 
     if training:
-        t = draw_time(1, s.t_shift, generator)[0]
+        t = draw_time(1, s, generator)[0]
     else:
         t = torch.sigmoid(torch.randn(1, generator=generator))[0]
     shape = config.in_channels, cells, cells                 # (C, h, w)
-    example = dict(caption=text, crop=(left, top, size), t=t,
+    example = dict(caption=text, crop=(left, top, size), seed=seed, t=t,
                    aspect=torch.tensor(math.log(sides[0] / sides[1])),
                    pos=crop_positions(height, width, top, left, size, patch, config.pos),     # (N, 2)
                    noise=torch.randn(shape, generator=generator))
@@ -660,7 +671,6 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
         example["vae_noise"] = torch.randn(shape, generator=generator)
     if training and s.tread_rate > 0:
         example["keep"] = pick_tokens(1, len(example["pos"]), s.tread_rate, generator)[0]     # (R,)
-    example["seed"] = rng.getrandbits(62)
     return example
 
 
@@ -668,6 +678,12 @@ def padded_lengths(s):
     """The numbers of tokens that a micro-batch's texts are padded to: all shapes that XUT will meet."""
     steps = range(1, s.text_lengths + 1)
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
+
+
+def vae_chunk_at(side):
+    """How many images of side x side pixels the VAE takes at a time: its first level, of 128 channels, then
+    has at most 2 ** 30 numbers, 2 GB in 16 bits. CUDA's kernels count to 2 ** 31."""
+    return max(1, 2 ** 30 // (128 * side ** 2))
 
 
 def clean_latents(batch, vae, s):
@@ -681,7 +697,7 @@ def clean_latents(batch, vae, s):
     images = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
     if vae is None:
         return images
-    chunk = s.vae_chunk if s.vae_chunk > 0 else len(images)
+    chunk = s.vae_chunk if s.vae_chunk > 0 else vae_chunk_at(s.image_size)
     chunks = zip(images.split(chunk), batch["vae_noise"].split(chunk))
     return torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in chunks])
 
@@ -711,6 +727,7 @@ def loss_inputs(batch, vae, te, s, device, mark=None):
     for nothing. mark: called with the name of each part when it is done, "vae" and "text"."""
     tensors = {name: to_device(value, device) for name, value in batch.items() if torch.is_tensor(value)}
     inputs = {name: tensors[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in tensors}
+    inputs["s"] = s
     inputs["x0"] = clean_latents(tensors, vae, s)
     if mark is not None:
         mark("vae")
@@ -984,10 +1001,9 @@ class Guidance:
     def both_velocities(self, x, t, keep, uncond_keep):
         """-> v_c, v_u."""
         if self.one_pass and keep is None and uncond_keep is None:
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return self.velocities_in_one_pass(x, t)
-            except torch.OutOfMemoryError:
-                self.one_pass = False                        # later steps need as much: they do not try again
+            self.one_pass = False                            # later steps need as much: they do not try again
         v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
         v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
         return v_c, v_u
@@ -2173,12 +2189,18 @@ def next_value(word, kind, rest):
 
 
 def print_help(doc, classes):
-    """The program's docstring and the source of its settings."""
+    """The program's docstring and the source of its settings, with the values of constants."""
     print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
           "Positive above 0, Fraction from 0 and below 1, PositiveFraction above 0 and up to 1.\n")
     for cls in classes:
         fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
-        print("\n".join(line for line in fields if line.strip()), end="\n\n")
+        for line in filter(str.strip, fields):
+            constant = re.search(r" = (hdm\.)?([A-Z_]+)\b", line)
+            if constant:
+                module = sys.modules[__name__ if constant[1] else cls.__module__]
+                line = line.replace(constant[0], f" = {getattr(module, constant[2])!r}")
+            print(line)
+        print()
 
 
 def read_config(path, classes):
@@ -2288,7 +2310,11 @@ def warn_idle(given, calls, rules):
 
 def to_device(x, device):
     """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
-    return x.to(device, non_blocking="cuda" in str(device))
+    if "cuda" not in str(device):
+        return x.to(device)
+    if x.device.type == "cpu":
+        x = x.pin_memory()                                   # of other memory the host waits for the copy
+    return x.to(device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -2313,12 +2339,18 @@ def pick_device(name):
     """"auto": CUDA, else MPS, else the CPU; any other name must be there."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        return next(kind for kind in there if there[kind])
+        name = next(kind for kind in there if there[kind])
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name}: one of auto, cpu, mps, cuda, cuda:N")
     if not there[name.split(":")[0]]:
         raise UserError(f"--device={name}: torch {torch.__version__} finds none; use --device=cpu, or a "
                         f"torch that is built for it")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 0))   # torchrun's, on this machine; 0: without it
+    if name.startswith("cuda:") and processes:
+        raise UserError(f"--device={name}: torchrun gives each process its own GPU, of those that "
+                        f"CUDA_VISIBLE_DEVICES names")
+    if name == "cuda" and processes > torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node={processes}: this machine has {torch.cuda.device_count()} GPUs")
     return name
 
 
@@ -2391,10 +2423,12 @@ def start_ranks():
     """-> rank, ranks. Under torchrun joins its processes, each on its own GPU; else 0, 1."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
+    backend = "gloo"                                         # for CPU tensors: objects, --device=cpu
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Gloo for CPU tensors, NCCL for those on CUDA. Ranks wait while one indexes, downloads or encodes: hours.
-    torch.distributed.init_process_group(timeout=datetime.timedelta(hours=24))
+        backend = "cpu:gloo,cuda:nccl"
+    # Ranks wait while one indexes, downloads or encodes: hours.
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=24))
     if torch.distributed.get_rank() > 0:
         sys.stdout = Output(None)                            # one process speaks
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
