@@ -5045,7 +5045,7 @@ def test_a_vaes_checkpoint_is_a_vae_everywhere(trained_vae, place, te_folder, tm
     theirs = diffusers.AutoencoderKL.from_pretrained(path, subfolder="vae").eval()
     assert theirs.config.scaling_factor == 1 and theirs.config.latents_mean == list(vae.mean)
     assert close(theirs.encode(images[:2] / 127.5 - 1).latent_dist.mean.detach(),
-                 vae.moments(images[:2] / 127.5 - 1)[0], 1e-5)
+                 vae.moments(images[:2] / 127.5 - 1)[0], 1e-4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
