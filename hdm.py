@@ -369,6 +369,8 @@ class SharedAdaLN(nn.Sequential):
     def __init__(self, dim):
         mlp = nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, 3 * dim)
         super().__init__(nn.LayerNorm(dim, eps=1e-5), *mlp)
+        nn.init.zeros_(self[3].weight)                       # zero: so start scale, shift and gate
+        nn.init.zeros_(self[3].bias)
 
     def forward(self, emb):
         scale, shift, gate = super().forward(emb).chunk(3, dim=-1)
@@ -520,13 +522,10 @@ class XUT(nn.Module):
                 module.checkpointing = on
 
     def init_weights(self):
-        """PyTorch's defaults, except what follows, in the model's order."""
+        """PyTorch's defaults, except what follows, and what SharedAdaLN sets."""
         if self.config.aspect_cond:                          # zero: the aspect input starts without effect
             nn.init.zeros_(self.addon_info_embs_proj[2].weight)
             nn.init.zeros_(self.addon_info_embs_proj[2].bias)
-        for adaln in (self.shared_adaln_attn, self.shared_adaln_xattn, self.shared_adaln_ffw):
-            nn.init.zeros_(adaln[3].weight)                  # zero: so start scale, shift and gate
-            nn.init.zeros_(adaln[3].bias)
         for module in self.modules():
             if isinstance(module, RoPE):                     # from a half to 2.5 turns per unit of position
                 steps = torch.linspace(math.log(math.pi), math.log(5 * math.pi), module.freqs.shape[1])
@@ -583,19 +582,20 @@ def shift_time(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def draw_time(n, shift=1.0, generator=None):
-    """(n,) training times: shift_time(sigmoid(N(0, 1)), shift)."""
-    return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
+def draw_time(n, s, generator=None):
+    """(n,) training times: shift_time(sigmoid(N(0, 1)), t_shift); s: ExampleSettings."""
+    return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), s.t_shift)
 
 
-def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None,
+def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None, s=None,
               reduction="mean"):
     """Mean squared error of the velocity over everything; reduction="none": one loss for each image, (B,).
 
-    x0 (B, C, h, w) clean latents; t (B,) and noise like x0 are drawn where None; the rest as in XUT.forward.
+    x0 (B, C, h, w) clean latents; t (B,) and noise like x0 are drawn where None; s: ExampleSettings, None:
+    their defaults; the rest as in XUT.forward.
     """
     if t is None:
-        t = draw_time(x0.shape[0]).to(x0.device)
+        t = draw_time(len(x0), s or ExampleSettings()).to(x0.device)
     if noise is None:
         noise = torch.randn_like(x0)
     at = t[:, None, None, None].to(x0.dtype)
@@ -660,7 +660,7 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     crop = image[:, top:top + size, left:left + size]
 
     if training:
-        t = draw_time(1, s.t_shift, generator)[0]
+        t = draw_time(1, s, generator)[0]
     else:
         t = torch.sigmoid(torch.randn(1, generator=generator))[0]
     shape = config.in_channels, cells, cells                 # (C, h, w)
@@ -723,6 +723,7 @@ def loss_inputs(batch, vae, te, s, device, mark=None):
     for nothing. mark: called with the name of each part when it is done, "vae" and "text"."""
     tensors = {name: to_device(value, device) for name, value in batch.items() if torch.is_tensor(value)}
     inputs = {name: tensors[name] for name in ("pos", "t", "noise", "keep", "aspect") if name in tensors}
+    inputs["s"] = s
     inputs["x0"] = clean_latents(tensors, vae, s)
     if mark is not None:
         mark("vae")

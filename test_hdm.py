@@ -393,10 +393,11 @@ def test_loss_of_each_image_averages_to_the_loss():
 @pytest.mark.parametrize("shift", [1.0, 4.0])
 def test_training_times_are_a_shifted_logit_normal(shift):
     """A shift multiplies the odds t / (1 - t), so logit(t) ~ N(ln shift, 1)."""
-    t = hdm.draw_time(20_000, shift, torch.Generator().manual_seed(0))
+    s = hdm.ExampleSettings(t_shift=shift)
+    t = hdm.draw_time(20_000, s, torch.Generator().manual_seed(0))
     assert t.logit().mean().item() == pytest.approx(math.log(shift), abs=0.04)
     assert t.logit().std().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(t, hdm.draw_time(20_000, shift, torch.Generator().manual_seed(0)))
+    assert torch.equal(t, hdm.draw_time(20_000, s, torch.Generator().manual_seed(0)))
 
 
 # x0 ~ N(m, s^2), noise ~ N(0, 1): v is linear in x, and the path of each x is known.
@@ -3555,7 +3556,7 @@ def test_img2img_runs_the_last_steps_from_the_image(
         kind, trained, published, te_folder, photo, tmp_path, asked):
     """Upright, in its own size or that asked for; a large one comes down to what the model does."""
     upright = torch.from_numpy(np.array(hdm.load_image(photo))).permute(2, 0, 1)[None] / 127.5 - 1
-    argv = ["--prompt=a", f"--init_image={photo}", "--strength=0.6", "--steps=8", "--cfg=1", "--shift=1"]
+    argv = ["--prompt=a", f"--init_image={photo}", "--strength=0.6", "--steps=8", "--cfg=1", "--t_shift=1"]
     ckpt, x0 = trained, upright
     if kind == "latents":
         ckpt, x0 = published, sample.load_model(published)[1].encode(upright)
@@ -3821,7 +3822,7 @@ def served_page(monkeypatch, *argv):
 
 PAGE = [name for name in " ".join(sample.ROWS).split() if name != "ratio"]
 PAGE_VALUES = dict(prompt="red circle", negative_prompt="", width=24, height=16, steps=2, num_images=1,
-                   seed=3, sampler="euler", cfg=3, shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
+                   seed=3, sampler="euler", cfg=3, t_shift=1, zoom=1, x_shift=0, y_shift=0, tread_cond=0,
                    tread_uncond=0, cfg_low=0, cfg_high=1, cfg_rescale=0, tipo=False)
 
 
@@ -3859,7 +3860,7 @@ def test_every_control_of_the_page_does_what_its_flag_does(published, te_folder,
     """It draws what the command line draws, the settings in the file included, which fill the controls."""
     argv, out = [f"--ckpt={published}", f"--text_encoder={te_folder}"], tmp_path / "page"
     other = dict(prompt='a large blue square, "quoted": 1\nand more', negative_prompt="green", width=16,
-                 height=24, steps=3, num_images=2, seed=4, sampler="heun", cfg=2.5, shift=3, zoom=1.5,
+                 height=24, steps=3, num_images=2, seed=4, sampler="heun", cfg=2.5, t_shift=3, zoom=1.5,
                  x_shift=0.25, y_shift=-0.5, tread_cond=0.5, tread_uncond=0.25, cfg_low=0.1, cfg_high=0.7,
                  cfg_rescale=0.3, tipo=False)                # TIPO has a test of its own
     drawn = []
@@ -4985,7 +4986,7 @@ def test_held_out_times_and_noise_depend_on_no_setting(place, monkeypatch):
                dict(caption_dropout=0.9, group_dropout=0.0), dict(tag_separator=","), dict(workers=3)]
     for change in changes:
         assert same(drawn(validation=0.2, **change), expected), change
-    monkeypatch.setattr(hdm, "draw_time", lambda n, shift=1.0, generator=None: torch.full((n,), 0.5))
+    monkeypatch.setattr(hdm, "draw_time", lambda n, s, generator=None: torch.full((n,), 0.5))
     assert same(drawn(validation=0.2), expected)
     assert stream(place / "data")[0]["t"] == 0.5
 
