@@ -1904,7 +1904,7 @@ def adapter_delta(parts, shape):
                 inner = parts[f"{name}_b"]
         delta = torch.kron(*factors)
     else:
-        delta, = parts.values()
+        delta, = (value for name, value in parts.items() if name != "alpha")
     if inner is not None and "alpha" in parts:
         delta = delta * (parts["alpha"] / len(inner))
     if len(delta) != shape[0] or delta.numel() != math.prod(shape):
@@ -1930,9 +1930,9 @@ def largest_divisor(n, most):
 class Adapter(nn.Module):
     """The learned change of one weight, zero at first; kind: lora, lokr or norm.
 
-    Each part's lr is lr / its own fan-in (parameter_groups): of lora_down the layer's, of lora_up the rank, of
-    LoKr's factors their columns. So a step of any part changes the layer's output by about lr, whatever its
-    width or rank, as a step of the full weight does. alpha is r: the scale is 1.
+    Each part's lr is lr / its own fan-in (parameter_groups): lora_down's is the layer's, lora_up's the rank,
+    those of LoKr's factors their columns. So a step of any part changes the layer's output by about lr,
+    whatever its width or rank, as a step of the full weight does. alpha is r: the scale is 1.
     """
 
     def __init__(self, kind, weight, s):
