@@ -1946,8 +1946,12 @@ class Adapter(nn.Module):
             self.parts[name] = nn.Parameter(part.to(weight.device))
 
     def forward(self):
-        with torch.autocast(self.parts[next(iter(self.parts))].device.type, enabled=False):
-            return adapter_delta(dict(self.parts.items()), self.shape)
+        parts = dict(self.parts.items())
+        kind = next(iter(parts.values())).device.type
+        if kind == "meta":                                   # it has no autocast
+            return adapter_delta(parts, self.shape)
+        with torch.autocast(kind, enabled=False):
+            return adapter_delta(parts, self.shape)
 
 
 def add_adapters(model, s, dtype):
