@@ -5962,8 +5962,9 @@ FORMULAS = {  # kind: its parts, the shape of a weight, what it adds in other wo
         random_parts(lokr_w1=(2, 4), lokr_w2_a=(3, 5), lokr_w2_b=(5, 2), alpha=()), (6, 8),
         lambda p: torch.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"]) * p["alpha"] / 5),
     "lokr, both factored": (
-        random_parts(lokr_w1_a=(2, 3), lokr_w1_b=(3, 4), lokr_w2_a=(3, 3), lokr_w2_b=(3, 2), alpha=()), (6, 8),
-        lambda p: p["alpha"] / 3 * torch.kron(p["lokr_w1_a"] @ p["lokr_w1_b"], p["lokr_w2_a"] @ p["lokr_w2_b"])),
+        random_parts(lokr_w1_a=(2, 3), lokr_w1_b=(3, 4), lokr_w2_a=(3, 3), lokr_w2_b=(3, 2), alpha=()),
+        (6, 8), lambda p: p["alpha"] / 3 * torch.kron(p["lokr_w1_a"] @ p["lokr_w1_b"],
+                                                      p["lokr_w2_a"] @ p["lokr_w2_b"])),
     "lokr of a convolution": (
         random_parts(lokr_w1=(2, 2), lokr_w2=(3, 2, 3, 3)), (6, 4, 3, 3),
         lambda p: torch.kron(p["lokr_w1"][..., None, None], p["lokr_w2"])),
@@ -5972,8 +5973,8 @@ FORMULAS = {  # kind: its parts, the shape of a weight, what it adds in other wo
         lambda p: p["alpha"] / 5 * torch.kron(p["lokr_w1"][..., None, None],
                                               (p["lokr_w2_a"] @ p["lokr_w2_b"]).view(3, 2, 3, 3))),
     "loha": (
-        random_parts(hada_w1_a=(6, 2), hada_w1_b=(2, 8), hada_w2_a=(6, 2), hada_w2_b=(2, 8), alpha=()), (6, 8),
-        lambda p: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) * p["alpha"] / 2),
+        random_parts(hada_w1_a=(6, 2), hada_w1_b=(2, 8), hada_w2_a=(6, 2), hada_w2_b=(2, 8), alpha=()),
+        (6, 8), lambda p: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) * p["alpha"] / 2),
     "full": (random_parts(diff=(6, 8), alpha=()), (6, 8), lambda p: p["diff"]),
     "norm": (random_parts(w_norm=(6,)), (6,), lambda p: p["w_norm"])}
 
@@ -6027,7 +6028,7 @@ def test_adapters_of_any_program_are_the_same_adapter(form, tmp_path):
     elif form == "lightning":
         content = {f"lycoris_model.lycoris_{layer}.{part}": value for (layer, part), value in plain.items()}
         torch.save(dict(state_dict=content | {"te.weight": torch.ones(2)}, epoch=1), path)
-    elif form == "dotted":                                   # diffusion_model.backbone.enc_blocks.0.0.attn.qkv
+    elif form == "dotted":                                   # diffusion_model.backbone.enc_blocks.0.0.attn
         start = "diffusion_model."
         save_file({f"{start}{names[layer]}.{part}": value for (layer, part), value in plain.items()}, path)
     elif form == "kohya":                                    # its alphas may be whole numbers
@@ -6044,7 +6045,8 @@ def test_adapters_of_any_program_are_the_same_adapter(form, tmp_path):
 
 LAYER = "lora_unet_backbone_enc_blocks_0_0_attn_qkv"
 UNREAD = {  # a tensor beside a good adapter: what the refusal names
-    "tucker": {f"{LAYER}.lora_mid.weight": torch.ones(3, 3)}, "lokr_t2": {f"{LAYER}.lokr_t2": torch.ones(3, 3)},
+    "tucker": {f"{LAYER}.lora_mid.weight": torch.ones(3, 3)},
+    "lokr_t2": {f"{LAYER}.lokr_t2": torch.ones(3, 3)},
     "dora": {f"{LAYER}.dora_scale": torch.ones(96, 1)},
     "no layer": {"lora_unet_backbone_enc_blocks_9_0_attn_qkv.diff": torch.ones(96, 32)},
     "no bias": {f"{LAYER}.diff_b": torch.ones(96)},
@@ -6199,7 +6201,7 @@ def best_lr(kind, width, own_rule=True):
         optimizer = torch.optim.AdamW(hdm.parameter_groups(layer), betas=(0.9, 0.95))
         for group in optimizer.param_groups:
             group["lr"] = 4.0 ** (i - 3) / (group["fan_in"] if own_rule else 8)
-        x = torch.randn(64, width)
+        x = torch.randn(64, 4) @ torch.randn(4, width) / 2   # alike, as features are
         target = layer(x).detach() + torch.outer(x @ torch.randn(width) / width ** 0.5, torch.randn(width))
         for _ in range(30):
             loss = (layer(x) - target).square().mean()
@@ -6220,8 +6222,8 @@ def test_the_best_lr_of_an_adapter_is_that_of_another_width(kind):
 @pytest.mark.parametrize("kind, how", [
     ("lora", dict(checkpointing=True)), ("lora", dict(compile=True)), ("lokr", dict(checkpointing=True)),
     pytest.param("lokr", dict(compile=True), marks=SLOW)])
-def test_adapters_learn_the_same_compiled_and_checkpointed(kind, how, trained, place, tmp_path, fresh_compiler,
-                                                           monkeypatch):
+def test_adapters_learn_the_same_compiled_and_checkpointed(
+        kind, how, trained, place, tmp_path, fresh_compiler, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     settings = ADAPTERS[kind] | dict(init_from=trained, max_steps=3, text_lengths=1)
     plain = losses(place, tmp_path / "plain", **settings)
