@@ -5974,7 +5974,8 @@ FORMULAS = {  # kind: its parts, the shape of a weight, what it adds in other wo
                                               (p["lokr_w2_a"] @ p["lokr_w2_b"]).view(3, 2, 3, 3))),
     "loha": (
         random_parts(hada_w1_a=(6, 2), hada_w1_b=(2, 8), hada_w2_a=(6, 2), hada_w2_b=(2, 8), alpha=()),
-        (6, 8), lambda p: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) * p["alpha"] / 2),
+        (6, 8), lambda p: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"])
+        * p["alpha"] / 2),
     "full": (random_parts(diff=(6, 8), alpha=()), (6, 8), lambda p: p["diff"]),
     "norm": (random_parts(w_norm=(6,)), (6,), lambda p: p["w_norm"])}
 
@@ -6201,8 +6202,9 @@ def best_lr(kind, width, own_rule=True):
         optimizer = torch.optim.AdamW(hdm.parameter_groups(layer), betas=(0.9, 0.95))
         for group in optimizer.param_groups:
             group["lr"] = 4.0 ** (i - 3) / (group["fan_in"] if own_rule else 8)
-        x = torch.randn(64, 4) @ torch.randn(4, width) / 2   # alike, as features are
-        target = layer(x).detach() + torch.outer(x @ torch.randn(width) / width ** 0.5, torch.randn(width))
+        z = torch.randn(64, 4)                               # x of few directions, as features are
+        x = z @ torch.randn(4, width) / 2
+        target = layer(x).detach() + torch.outer(z[:, 0], torch.randn(width))
         for _ in range(30):
             loss = (layer(x) - target).square().mean()
             optimizer.zero_grad()
@@ -6214,7 +6216,7 @@ def best_lr(kind, width, own_rule=True):
 
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_the_best_lr_of_an_adapter_is_that_of_another_width(kind):
-    widths = 32, 64, 128, 256
+    widths = 32, 128, 512
     assert len({best_lr(kind, width) for width in widths}) == 1
     assert len({best_lr(kind, width, own_rule=False) for width in widths}) > 1
 
