@@ -1590,13 +1590,13 @@ class Page:
 
 # ---- the demo's judge -------------------------------------------------------------------------------------
 @lru_cache(maxsize=4)
-def templates(height, width):
+def templates(height, width, shapes):
     """Each size and shape at each place that keeps it whole, 64 of them to a short side (half a pixel at 32):
     n (size, shape, cy, cx), their (n, height * width) coverages, (n,) the squared lengths of those."""
     step = min(height, width) / 64
     candidates = []
     masks = []
-    for size, shape in itertools.product(prepare.RADIUS, prepare.SHAPES):
+    for size, shape in itertools.product(prepare.RADIUS, shapes):
         rows, columns = prepare.center_range(size, shape, height, width)
         for cy, cx in itertools.product(np.arange(*rows, step), np.arange(*columns, step)):
             candidates.append((size, shape, cy, cx))
@@ -1624,14 +1624,29 @@ def find_shape(image):
     return background, color, np.clip((pixels - background) @ axis / max(axis @ axis, 1), 0, 1)
 
 
-def judge(image):
-    """(height, width, 3) uint8 -> (size, color, shape, background). Medians, and least squares on the soft
-    coverage: a ragged edge or a stray pixel costs no verdict. An empty image still gets a guess."""
+def is_filled(coverage, filling):
+    """Whether a shape, by its coverage as from find_shape, has the stripes of a filling: whether the share of
+    color where they are dim is less than half way from full to theirs."""
+    stripes = prepare.stripes(filling, *coverage.shape)
+    inside = coverage > 0.5 * stripes.min()
+    dim = inside & (stripes < 1)
+    return bool(dim.any() and coverage[dim].mean() < (1 + stripes.min()) / 2)
+
+
+def judge(image, shapes=tuple(prepare.SHAPES), filling=""):
+    """(height, width, 3) uint8 -> (size, color, shape, background), the shape one of `shapes`; with a filling
+    and that, or "". Medians, and least squares on the soft coverage: a ragged edge or a stray pixel costs no
+    verdict. An empty image still gets a guess."""
     background, color, coverage = find_shape(image)
-    candidates, masks, lengths = templates(*coverage.shape)
+    more = ()
+    if filling:
+        more = filling if is_filled(coverage, filling) else "",
+        if more[0]:
+            coverage = np.minimum(coverage / prepare.stripes(filling, *coverage.shape), 1)
+    candidates, masks, lengths = templates(*coverage.shape, shapes)
     fits = lengths - 2 * (masks @ coverage.ravel())          # |mask - coverage|^2 less a constant
     size, shape, _, _ = candidates[np.argmin(fits)]
-    return size, nearest(color, prepare.COLORS), shape, nearest(background, prepare.BACKGROUNDS)
+    return size, nearest(color, prepare.COLORS), shape, nearest(background, prepare.BACKGROUNDS), *more
 
 
 def centers_and_sizes(images):
@@ -1659,17 +1674,25 @@ def judge_checkpoint(options):
     """Prints how many of the demo's unseen captions the images show; or, with options.camera, judge_camera.
     options: prepare.JudgeSettings."""
     model, vae, settings = load_model(options.ckpt)
-    asked = [words for words in prepare.UNSEEN for _ in range(options.seeds)]
-    prompts = [prepare.CAPTION.format(*words) for words in asked]
-    seeds = list(range(options.seeds)) * len(prepare.UNSEEN)
+    prepare.check_extras(options)
+    _, unseen = prepare.combinations(options.shape)
+    filling = options.filling
+    asked = [words for words in unseen for _ in range(options.seeds)]
+    prompts = [prepare.caption(words, filling) for words in asked]
+    seeds = list(range(options.seeds)) * len(unseen)
     render = partial(generate, model, vae, load_text_encoder(settings), prompts, seeds, settings)
     if options.camera:
         return judge_camera(render, settings["image_size"])
-    right = np.array([judge(image) for image in render()]) == asked    # (n, 4)
+    shapes = *prepare.SHAPES, *([options.shape] if options.shape else [])
+    rows = prepare.ATTRIBUTES | {"shape": shapes}
+    if filling:
+        asked = [(*words, filling) for words in asked]
+        rows["filling"] = ("", filling)
+    right = np.array([judge(image, shapes, filling) for image in render()]) == asked  # (n, 4 or 5)
     right = np.column_stack([right, right.all(1)]).sum(0)
-    print(f"{options.ckpt}: {len(prepare.UNSEEN)} captions x {options.seeds} seeds")
+    rows["all five" if filling else "all four"] = range(math.prod(map(len, rows.values())))
+    print(f"{options.ckpt}: {len(unseen)} captions x {options.seeds} seeds")
     print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
-    rows = prepare.ATTRIBUTES | {"all four": prepare.COMBINATIONS}
     for (name, choices), n in zip(rows.items(), right):
         print(f"{name:<12}{n:>6}{len(seeds):>6}{100 * n / len(seeds):>7.1f}{100 / len(choices):>10.1f}")
 
