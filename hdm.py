@@ -157,7 +157,8 @@ class PreNorm(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     def forward(self, x):                                # under autocast x may be 16 bit, not the weight
-        return F.rms_norm(x, x.shape[-1:], adapted_weight(self.norm).to(x.dtype), self.norm.eps)
+        with torch.autocast("cuda", enabled=False):          # which would give a 16-bit x back in float32
+            return F.rms_norm(x, x.shape[-1:], adapted_weight(self.norm).to(x.dtype), self.norm.eps)
 
 
 class SwiGLU(nn.Module):
@@ -271,7 +272,9 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, angle, cos, sin):
         a, b = x.float().chunk(2, dim=-1)
-        out = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+        out = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        if out.dtype != x.dtype:                             # torch 2.11 compiles an idle .to to zeros
+            out = out.to(x.dtype)
         ctx.save_for_backward(out, cos, sin)
         return out
 
@@ -620,7 +623,15 @@ class ExampleSettings:
     spaces: bool = False           # underscores in captions become spaces, not in ^_^
     tread_rate: Fraction = 0.5        # share of image tokens that go around the U
     t_shift: Positive = 1.0        # > 1 moves training and sampling times toward noise; 1: published
-    vae_chunk: Whole = 0           # images that the VAE takes at a time; 0: a micro-step's
+    vae_chunk: Whole = 0           # images that the VAE takes at a time; 0: as many as take 2 GB
+
+
+def choices_of(key):
+    """-> a training example's random.Random, a seed for its torch.Generator, and a chance in [0, 1): where it
+    is below caption_dropout, the caption is empty."""
+    rng = random.Random(key)
+    seed = rng.getrandbits(63)
+    return rng, seed, rng.random()
 
 
 def training_example(image, caption, sides, key, s, config, factor=None, latent=False, training=True):
@@ -638,9 +649,9 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     or moments (C or 2 C, size, size); t () in [0, 1]; aspect () = ln(width / height); pos (N, 2) in the whole
     image; noise (C, h, w); with a VAE vae_noise (C, h, w); with TREAD keep (R,).
     """
-    rng = random.Random(key)
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    if training and rng.random() < s.caption_dropout:
+    rng, seed, chance = choices_of(key)
+    generator = torch.Generator().manual_seed(seed)
+    if training and chance < s.caption_dropout:
         text = ""
     else:
         text = draw_caption(caption, rng if training else None, s)
@@ -682,6 +693,12 @@ def padded_lengths(s):
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
 
 
+def vae_chunk_at(side):
+    """How many images of side x side pixels the VAE takes at a time: its first level, of 128 channels, then
+    has at most 2 ** 30 numbers, 2 GB in 16 bits. CUDA's kernels count to 2 ** 31."""
+    return max(1, 2 ** 30 // (128 * side ** 2))
+
+
 def clean_latents(batch, vae, s):
     """-> x0 (B, C, h, w): pixels; or, with a VAE, draws from its posterior, whose moments are in the batch or
     encoded here."""
@@ -693,7 +710,7 @@ def clean_latents(batch, vae, s):
     images = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
     if vae is None:
         return images
-    chunk = s.vae_chunk if s.vae_chunk > 0 else len(images)
+    chunk = s.vae_chunk if s.vae_chunk > 0 else vae_chunk_at(s.image_size)
     chunks = zip(images.split(chunk), batch["vae_noise"].split(chunk))
     return torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in chunks])
 
@@ -1020,10 +1037,9 @@ class Guidance:
     def both_velocities(self, x, t, keep, uncond_keep):
         """-> v_c, v_u."""
         if self.one_pass and keep is None and uncond_keep is None:
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return self.velocities_in_one_pass(x, t)
-            except torch.OutOfMemoryError:
-                self.one_pass = False                        # later steps need as much: they do not try again
+            self.one_pass = False                            # later steps need as much: they do not try again
         v_c = self.velocity(x, t, self.ctx, self.ctx_mask, keep)
         v_u = self.velocity(x, t, self.uncond, self.uncond_mask, uncond_keep)
         return v_c, v_u
@@ -2203,12 +2219,18 @@ def next_value(word, kind, rest):
 
 
 def print_help(doc, classes):
-    """The program's docstring and the source of its settings."""
+    """The program's docstring and the source of its settings, with the values of constants."""
     print(doc.strip() + "\n\nSettings, as --name=value. Whole and NotNegative are from 0, Count from 1, "
           "Positive above 0, Fraction from 0 and below 1, PositiveFraction above 0 and up to 1.\n")
     for cls in classes:
         fields = inspect.getsource(cls).split("\n    def ")[0].splitlines()[2:]
-        print("\n".join(line for line in fields if line.strip()), end="\n\n")
+        for line in filter(str.strip, fields):
+            constant = re.search(r" = (hdm\.)?([A-Z_]+)\b", line)
+            if constant:
+                module = sys.modules[__name__ if constant[1] else cls.__module__]
+                line = line.replace(constant[0], f" = {getattr(module, constant[2])!r}")
+            print(line)
+        print()
 
 
 def read_config(path, classes):
@@ -2318,7 +2340,11 @@ def warn_idle(given, calls, rules):
 
 def to_device(x, device):
     """x.to(device), for which CUDA's host does not wait (on MPS memory that is freed meanwhile could be)."""
-    return x.to(device, non_blocking="cuda" in str(device))
+    if "cuda" not in str(device):
+        return x.to(device)
+    if x.device.type == "cpu":
+        x = x.pin_memory()                                   # of other memory the host waits for the copy
+    return x.to(device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -2343,12 +2369,18 @@ def pick_device(name):
     """"auto": CUDA, else MPS, else the CPU; any other name must be there."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if name == "auto":
-        return next(kind for kind in there if there[kind])
+        name = next(kind for kind in there if there[kind])
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device={name}: one of auto, cpu, mps, cuda, cuda:N")
     if not there[name.split(":")[0]]:
         raise UserError(f"--device={name}: torch {torch.__version__} finds none; use --device=cpu, or a "
                         f"torch that is built for it")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 0))   # torchrun's, on this machine; 0: without it
+    if name.startswith("cuda:") and processes:
+        raise UserError(f"--device={name}: torchrun gives each process its own GPU, of those that "
+                        f"CUDA_VISIBLE_DEVICES names")
+    if name == "cuda" and processes > torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node={processes}: this machine has {torch.cuda.device_count()} GPUs")
     return name
 
 
@@ -2421,10 +2453,12 @@ def start_ranks():
     """-> rank, ranks. Under torchrun joins its processes, each on its own GPU; else 0, 1."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
+    backend = "gloo"                                         # for CPU tensors: objects, --device=cpu
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Gloo for CPU tensors, NCCL for those on CUDA. Ranks wait while one indexes, downloads or encodes: hours.
-    torch.distributed.init_process_group(timeout=datetime.timedelta(hours=24))
+        backend = "cpu:gloo,cuda:nccl"
+    # Ranks wait while one indexes, downloads or encodes: hours.
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=24))
     if torch.distributed.get_rank() > 0:
         sys.stdout = Output(None)                            # one process speaks
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

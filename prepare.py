@@ -6,6 +6,7 @@
     python prepare.py text_encoder PATH --out=data/my_te     # a tokenizer and a tiny LM for PATH's captions
     python prepare.py demo                                   # data/demo, data/demo_unseen.txt, data/demo_te
     python prepare.py judge --ckpt=out/demo                  # how many unseen captions the images show
+    python prepare.py judge --ckpt=out/mine --data=data/mine # how near they are to held-out images
 
 What is read, and how:
   captions beside images   a/7.jpg with a/7.txt, .caption or .json, or a/7.jpg.txt, a/7.jpg.json (gallery-dl,
@@ -96,7 +97,8 @@ class DataSettings:
     sidecar_place: str = "after"    # ... before or after the caption
     min_size: hdm.Whole = 0               # pixels of the short side
     max_ratio: Annotated[float, 1, math.inf] = 10.0       # long side to short side
-    require_tag: list[str] = field(default_factory=list)  # leave out images without it; may be given often
+    require_tag: list[str] = field(default_factory=list)  # leave out images without it, or, as cat|dog,
+                                                          # without any of these; may be given often
     drop_tag: list[str] = field(default_factory=list)     # leave out images with it
     verify: bool = False            # decode each image, in place of looking at its header and its end
     dry_run: bool = False           # write no index, but OUT.png, a sheet of images, crops and captions
@@ -118,7 +120,9 @@ class PrepareSettings(DataSettings, hdm.ExampleSettings):
 @dataclass
 class JudgeSettings:
     ckpt: str = "out/demo"          # train.py's OUT_DIR or one checkpoint
-    seeds: hdm.Count = 8            # images of each unseen caption, from seeds 0, 1, ...
+    seeds: hdm.Count = 8            # images of each caption, from seeds 0, 1, ...
+    data: str = ""                  # its training's: judge by the images held out there; "": the demo
+    group: str = ""                 # ... regex: a caption's part that has it, such as "3d style", is a group
     camera: bool = False            # measure instead how far shifts and zooms move the shape
     shape: str = ""                 # star: of the unseen captions of prepare.py demo --shape=star
     filling: str = ""               # hatched: likewise of --filling=hatched
@@ -1024,19 +1028,32 @@ class Index:
         name, file, caption, *texts = entry.split("\0")
         return Record(name, file, tuple(texts), caption, *numbers)
 
-    def split(self, validation):
-        """-> the training part, [(first record, number, weight)], and at most 512 held-out records.
+    def matching(self, pattern):
+        """-> the numbers of the records whose name or caption a regex (re.Pattern) matches somewhere."""
+        found = []
+        for i in range(len(self)):
+            record = self[i]
+            if pattern.search(record.name) or pattern.search(record.caption):
+                found.append(i)
+        return found
 
-        Records of one weight stand in order of place: those below validation are the first of them.
+    def split(self, validation, matched=()):
+        """-> the training part, [(record numbers, weight)], and at most 512 held-out records.
+
+        Held out are the records in `matched` and those whose place is below validation. Records of one weight
+        stand in order of place, so these are the first of them.
         """
-        parts, held = [], []
+        parts, held = [], set(matched)
         places = self.records["place"]
         for weight, first, stop in self.about["groups"]:
             middle = bisect.bisect_left(places, validation, first, stop)
-            if middle < stop:
-                parts.append((middle, stop - middle, weight))
-            held += range(first, min(middle, first + 512))
-        return parts, sorted(held, key=lambda i: places[i])[:512]
+            rest = range(middle, stop)
+            if len(matched):
+                rest = np.setdiff1d(np.arange(middle, stop), matched)
+            if len(rest):
+                parts.append((rest, weight))
+            held.update(range(first, min(middle, first + 512)))
+        return parts, sorted(held, key=lambda i: (places[i], i))[:512]
 
     def changed(self, i):
         """Whether the files of an image are not as they were indexed, or gone."""
@@ -1066,8 +1083,9 @@ def check_filters(record, s):
     if long > s.max_ratio * short:
         raise hdm.UserError("beyond --max_ratio")
     tags = plain_tags(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", record.caption))
-    if plain_tags(s.require_tag) - tags:
-        raise hdm.UserError("without --require_tag")
+    for wanted in s.require_tag:
+        if not plain_tags([wanted, *wanted.split("|")]) & tags - {""}:       # :| is a tag, too
+            raise hdm.UserError("without --require_tag")
     if plain_tags(s.drop_tag) & tags:
         raise hdm.UserError("with --drop_tag")
 
@@ -1209,13 +1227,13 @@ class Stream:
     """
 
     def __init__(self, parts, seed):
-        self.parts, self.seed = parts, seed      # [(first record, number, weight)]
-        self.images = sum(number for _, number, _ in parts)
-        self.length = sum(number * weight for _, number, weight in parts)  # on average
+        self.parts, self.seed = parts, seed      # [(record numbers, weight)]
+        self.images = sum(len(records) for records, _ in parts)
+        self.length = sum(len(records) * weight for records, weight in parts)  # on average
 
     def start(self, epoch):
         """The stream's item at which an epoch starts."""
-        return sum(int(number * weight * epoch) for _, number, weight in self.parts)
+        return sum(int(len(records) * weight * epoch) for records, weight in self.parts)
 
     def next_epoch(self, i):
         """The first epoch that starts at item i or later."""
@@ -1227,7 +1245,8 @@ class Stream:
         epoch = self.next_epoch(i + 1) - 1
         first_item, end = self.start(epoch), self.start(epoch + 1)
         at = shuffled(i - first_item, end - first_item, self.seed, epoch)
-        for first, number, weight in self.parts:
+        for records, weight in self.parts:
+            number = len(records)
             # The epoch in order: all records of a part once, once more, ..., then its fraction.
             items = int(number * weight * (epoch + 1)) - int(number * weight * epoch)
             if at >= items:
@@ -1235,8 +1254,8 @@ class Stream:
                 continue
             copy, at = divmod(at, number)
             if copy == int(weight):              # the fraction's: as many as there are, drawn
-                at = shuffled(at, number, self.seed, epoch, first)
-            return epoch, copy, first + at
+                at = shuffled(at, number, self.seed, epoch, int(records[0]))
+            return epoch, copy, int(records[at])
 
 
 # ---- the cache of latents ----------------------------------------------------------------------------------
@@ -1408,19 +1427,31 @@ class Examples(Dataset):
                 unreadable.append(str(error))
         raise hdm.UserError(f"100 images in a row cannot be read, from {unreadable[0]} on")
 
-    def example(self, i):
-        """-> the training example; the image's name if its files are not as they were indexed, else ""."""
-        training = self.seed is not None
-        if training:
-            epoch, copy, number = self.places[i]
-        else:
+    def number_and_key(self, i):
+        """-> the number of the item's record; the text that all its random choices are a function of."""
+        if self.seed is None:
             number = self.places[i % len(self.places)]
+        else:
+            epoch, copy, number = self.places[i]
         record = self.index[number]
         key = record.name
         if record.source > 0:
             key = f"{record.source}/{key}"       # two sources may have one name
-        if training:
+        if self.seed is not None:
             key = f"{self.seed} {epoch} {copy} {key}"
+        return number, key
+
+    def caption_length(self, i):
+        """In characters, about; 0 where training drops the caption."""
+        number, key = self.number_and_key(i)
+        *_, chance = hdm.choices_of(key)
+        return 0 if chance < self.s.caption_dropout else len(self.index[number].caption)
+
+    def example(self, i):
+        """-> the training example; the image's name if its files are not as they were indexed, else ""."""
+        number, key = self.number_and_key(i)
+        training = self.seed is not None
+        record = self.index[number]
         size = self.s.image_size
         image = (self.latents or self.index).read(number, size)                       # the short side: size
         sides = image.shape[2], image.shape[1]
@@ -1431,16 +1462,38 @@ class Examples(Dataset):
                                     bool(self.latents), training), changed
 
 
-def split_data(index, validation):
-    """-> the share to hold out, then Index.split of it.
+def read_regex(flag, text):
+    """The regex of a flag, compiled."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise hdm.UserError(f"{flag}={text}: no regular expression: {error}") from error
 
-    None: 2 %; of few images, where that holds out none or all, the least share that holds out one, or all
-    that have its name; of a single image none.
+
+def matched_records(index, holdout):
+    """The numbers of the records that the regex holdout matches: some, not all. "": none."""
+    if not holdout:
+        return []
+    matched = index.matching(read_regex("--holdout", holdout))
+    if 0 < len(matched) < len(index):
+        return matched
+    raise hdm.UserError(f"--holdout={holdout}: matches the name or caption of {'all' if matched else 'none'} "
+                        f"of {len(index):,} images, such as {index[0].name}: {index[0].caption[:80]!r}")
+
+
+def split_data(index, validation, holdout=""):
+    """-> the share to hold out, then Index.split of it and of what the regex holdout matches.
+
+    None: 2 %, but with holdout 0; of few images, where that holds out none or all, the least share that holds
+    out one, or all that have its name; of a single image none.
     """
+    matched = matched_records(index, holdout)
     least = math.nextafter(index.records["place"].min(), 1)
-    shares = (0.02, least, 0.0) if validation is None else (validation,)
+    shares = (validation,)
+    if validation is None:
+        shares = (0.0,) if holdout else (0.02, least, 0.0)
     for share in shares:
-        parts, held = index.split(share)
+        parts, held = index.split(share, matched)
         if parts and (held or share == 0):
             return share, parts, held
     hint = f"least is {math.ceil(1000 * least) / 1000}" if parts else "none is left"
@@ -1452,13 +1505,16 @@ def open_data(s):
     """-> the Index of s.data, its training stream, the held-out records, an identity of all these. Sets
     s.validation and, by s.epochs, s.images."""
     index = open_index(s.data)
-    s.validation, parts, held = split_data(index, s.validation)
+    s.validation, parts, held = split_data(index, s.validation, s.holdout)
     some = index.records[::1 + len(index) // 100_000]        # of very many a sample
     small = np.minimum(some["width"], some["height"]) < s.image_size
     if small.any():
         print(f"data: {100 * small.mean():.3g} % of the images are smaller than image_size and enlarged; "
               f"prepare.py --min_size={s.image_size} leaves them out")
-    identity = hashlib.sha256(f"{index.about['identity']} {s.validation}".encode()).hexdigest()
+    identity = f"{index.about['identity']} {s.validation}"
+    if s.holdout:
+        identity += f" {s.holdout}"
+    identity = hashlib.sha256(identity.encode()).hexdigest()
     if len(set(hdm.gather((identity, str(s.resume))))) > 1:
         raise hdm.UserError(f"--data={s.data}, --resume={s.resume}: not the same to all processes")
     stream = Stream(parts, s.seed)
@@ -1506,7 +1562,8 @@ def prepare(s, *paths):
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
         old = Index.open(s.out)
     if s.dry_run:
-        tokenizer = hdm.TextEncoder(s.text_encoder, s.text_length).tokenizer
+        with hdm.naming(s.text_encoder, "no tokenizer to be had for --text_encoder"):
+            tokenizer = hdm.load_tokenizer(s.text_encoder)
         index = Index.open(s.out) if ready else build_index(sources, s, old=old)
         return dry_run(index, s, tokenizer)
     rank, ranks = hdm.start_ranks()
@@ -1536,11 +1593,17 @@ IDLE = [  # settings, when they have no effect, and why
     ("text_lengths mask_padding tread_rate t_shift vae_chunk", hdm.without(), "here: it is train.py's"),
     ("image_size", hdm.without("latents", "dry_run"), "without --latents or --dry_run"),
     ("sidecar_place", hdm.without("sidecar"), "without --sidecar")]
+JUDGE_IDLE = [
+    ("group", hdm.without("data"), "without --data"),
+    ("camera", lambda s: s.data, "with --data: it is the demo's")]
 
 
 def judge(settings):
     import sample  # the judge samples: the one step up, in a command of its own
-    sample.judge_checkpoint(settings)
+    if settings.data:
+        sample.judge_by_data(settings)
+    else:
+        sample.judge_checkpoint(settings)
 
 
 def main(argv):
@@ -1553,7 +1616,8 @@ def main(argv):
     if name in commands:
         command, kind, positionals = commands[name]
         argv = argv[1:]
-        classes, idle = [kind], []
+        classes = [kind]
+        idle = JUDGE_IDLE if name == "judge" else []
     else:
         command, kind, positionals = prepare, PrepareSettings, ["PATH ..."]
         classes, idle = [DataSettings, hdm.ExampleSettings], IDLE

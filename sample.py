@@ -11,7 +11,7 @@
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
 In order: the settings; prompts; the text in an image's file; sampling; weights of and for other programs, and
-adapters; commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge.
+adapters; commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge, a judge for any data.
 """
 import contextlib
 import hashlib
@@ -1695,6 +1695,101 @@ def judge_checkpoint(options):
     print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
     for (name, choices), n in zip(rows.items(), right):
         print(f"{name:<12}{n:>6}{len(seeds):>6}{100 * n / len(seeds):>7.1f}{100 / len(choices):>10.1f}")
+
+
+# ---- a judge for any data: the nearest real image ----------------------------------------------------------
+MOST_REAL = 10_000                 # real images, beside the held-out ones, that are compared with
+
+
+def thing_and_group(caption, pattern):
+    """A caption as the model reads it -> its first part but for the group, and the group: the first part that
+    the regex matches, or "". "apple, 3d style, red" and "style" -> apple, 3d style."""
+    parts = caption.split(", ")
+    groups = [part for part in parts if pattern is not None and pattern.search(part)][:1]
+    things = [part for part in parts if part not in groups]
+    return "".join(things[:1]), "".join(groups)
+
+
+def thumbnails(images, groups):
+    """(n, 192) float64: images (height, width, 3) uint8 averaged over 8 x 8 areas, less their group's mean:
+    what all of one style share says nothing about what they show."""
+    small = np.stack([Image.fromarray(image).resize((8, 8), Image.BOX) for image in images])
+    vectors = small.reshape(len(small), -1).astype(np.float64)
+    for group in set(groups):
+        rows = groups == group
+        vectors[rows] -= vectors[rows].mean(0)
+    return vectors
+
+
+def rank_of(image, truth, real):
+    """1 + how many of the real images (m, d) are nearer to an image (d,) than number `truth` of them is."""
+    distances = np.linalg.norm(real - image, axis=1)
+    return 1 + (distances < distances[truth]).sum()
+
+
+def rank_all(shown, real, things, groups):
+    """(n, seeds, d) samples of the captions of the first n real images; (m, d) all real images, their things
+    and groups, (m,) texts -> {what is compared: (., 2) ranks of the true image, and of how many}."""
+    rows = {"samples": [], "shuffled": [], "another group's": []}
+    for k, images in enumerate(shown):
+        alike = np.flatnonzero(groups == groups[k])
+        truth = np.searchsorted(alike, k)
+        for image in images:
+            rows["samples"].append((rank_of(image, truth, real[alike]), len(alike)))
+            rows["shuffled"].append((rank_of(image, (truth + 1) % len(alike), real[alike]), len(alike)))
+        for other in real[(things == things[k]) & (groups != groups[k])]:
+            rows["another group's"].append((rank_of(other, truth, real[alike]), len(alike)))
+    return {name: np.array(pairs) for name, pairs in rows.items() if pairs}
+
+
+def print_ranks(among, rows):
+    """Lines of the table, of rank_all's rows, and what chance gives."""
+    sizes = rows["samples"][:, 1]
+    lines = {}                                               # {name: its three columns, not yet averaged}
+    for name, pairs in rows.items():
+        ranks = pairs[:, 0]
+        lines[name] = ranks == 1, ranks <= 5, ranks
+    lines["chance"] = 1 / sizes, np.minimum(5, sizes) / sizes, (sizes + 1) / 2
+    for name, (nearest, five, ranks) in lines.items():
+        print(f"{among:<10}{sizes.mean():>7.1f}  {name:<16}{len(ranks):>6}{100 * nearest.mean():>11.1f}"
+              f"{100 * five.mean():>14.1f}{np.median(ranks):>13.1f}")
+
+
+def read_square(index, i, side):
+    """The middle of a real image as the model could make it, (side, side, 3) uint8."""
+    image = Image.fromarray(index.read(i, side).permute(1, 2, 0).numpy())
+    return np.array(fitted(image, side, side, Image.BICUBIC))
+
+
+def judge_by_data(options):
+    """Samples the held-out captions of options.data, prepare.JudgeSettings, and prints how often the true
+    image is the nearest real one of its group; beside it the same with another held-out image for the truth
+    (shuffled), and with a real image of the same thing in another group in place of the sample."""
+    pattern = prepare.read_regex("--group", options.group) if options.group else None
+    model, vae, settings = load_model(options.ckpt)
+    index = prepare.open_index(options.data)
+    _, _, held = prepare.split_data(index, settings.get("validation"), settings.get("holdout", ""))
+    if not held:
+        raise hdm.UserError(f"--ckpt={options.ckpt}: its training held out none of --data={options.data}")
+    seen = np.setdiff1d(np.arange(len(index)), held)[:MOST_REAL]         # the index is in order of a hash
+    numbers = [*held, *seen.tolist()]
+    s = hdm.ExampleSettings(tag_separator=settings["tag_separator"], spaces=settings["spaces"])
+    captions = [hdm.draw_caption(index[i].caption, None, s) for i in numbers]
+    things, groups = np.array([thing_and_group(caption, pattern) for caption in captions]).T
+    if options.group and not groups.any():
+        raise hdm.UserError(f"--group={options.group}: in no part of the captions, such as {captions[0]!r}")
+    real = thumbnails([read_square(index, i, settings["image_size"]) for i in numbers], groups)
+    n = len(held)
+    prompts = [caption for caption in captions[:n] for _ in range(options.seeds)]
+    seeds = list(range(options.seeds)) * n
+    images = generate(model, vae, load_text_encoder(settings), prompts, seeds, settings)
+    shown = thumbnails(images, np.repeat(groups[:n], options.seeds)).reshape(n, options.seeds, -1)
+    print(f"{options.ckpt}: {n} captions x {options.seeds} seeds; groups: {len(set(groups))}. Is the true "
+          f"image the nearest real one?")
+    print(f"{'among':<10}{'images':>7}  {'compared':<16}{'of':>6}{'nearest %':>11}{'first five %':>14}"
+          f"{'median rank':>13}")
+    print_ranks("held out", rank_all(shown, real[:n], things[:n], groups[:n]))
+    print_ranks("all real", rank_all(shown, real, things, groups))
 
 
 if __name__ == "__main__":

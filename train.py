@@ -20,6 +20,7 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import inspect
 import json
 import math
 import os
@@ -60,7 +61,8 @@ class RunSettings:
     resume: bool | str = False         # bare: go on from the newest checkpoint of out_dir; or a path
     seed: hdm.Whole = 0                # of everything random
     device: str = "auto"               # auto, cpu, cuda, cuda:N, mps
-    dtype: str = "auto"                # float32, or autocast to bfloat16 or float16; auto: 16 bit on CUDA
+    dtype: str = "auto"                # float32 (on CUDA products by TF32), or autocast to bfloat16 or
+                                       # float16; auto: 16 bit on CUDA
     compile: bool = True               # torch.compile of XUT's blocks, where a compiler is found
     memory_budget: hdm.PositiveFraction = 1.0  # compiled: share of activations kept, others are made again
     workers: hdm.Whole = 4             # loader processes; 0: the main process loads
@@ -86,6 +88,8 @@ class InputSettings:
     text_encoder: str = hdm.TEXT_ENCODER  # folder or hub id of a language model
     validation: hdm.Fraction | None = None  # share of images held out, by a hash of the name; at most 512 are
                                        # used; None: 0.02, of few images what holds out one
+    holdout: str = ""                  # regex: images whose name or caption it matches are held out, too;
+                                       # with it validation is 0 unless given
     new_data: bool = False             # with --resume: other images than before, from a fresh epoch on
     latents: bool = False              # read prepare.py's cache of VAE latents in place of the images
     max_unreadable: hdm.Fraction = 0.05  # share of the images; when more cannot be read, the run ends
@@ -131,6 +135,10 @@ CLASSES = (RunSettings, InputSettings, hdm.ExampleSettings, hdm.AdapterSettings,
            CostSettings, hdm.XUTConfig)
 
 
+def never_evaluates(s):
+    return s.eval_every > 0 and s.validation == 0 and not s.holdout
+
+
 IDLE = [  # settings, when they have no effect, and why
     ("gpus tflops utilization dollars_per_gpu_hour", hdm.without("plan"), "without --plan"),
     ("baseline caption_tokens", hdm.without("bench"), "without --bench"),
@@ -141,7 +149,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("train_norms", hdm.without("adapter"), "without --adapter"),
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
     ("preview_prompts", hdm.without("sample_every"), "with --sample_every=0"),
-    ("eval_every", lambda s: s.eval_every > 0 and s.validation == 0, "with --validation=0"),
+    ("eval_every", never_evaluates, "with --validation=0"),
     ("milestone_every", hdm.without("save_every"), "with --save_every=0")]
 
 
@@ -276,8 +284,9 @@ def load_state(s, identity, stream, ranks):
             raise hdm.UserError(f"--{name}={now}: the state in {s.resume} is of {old[name] or 'none'}; name "
                                 f"that one, or begin a new run with --init_from={s.resume}")
     if state["identity"] != identity:                        # of names, weights and the held-out share
-        what = (f"--data={s.data}, --validation={s.validation:.3g}: other training images or weights "
-                f"({stream.images:,}) than {s.resume} saw ({state['pictures']:,})")
+        holdout = f", --holdout={s.holdout}" if s.holdout or old["holdout"] else ""
+        what = (f"--data={s.data}, --validation={s.validation:.3g}{holdout}: other training images or "
+                f"weights ({stream.images:,}) than {s.resume} saw ({state['pictures']:,})")
         if stream.images <= state["pictures"] and not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
@@ -554,20 +563,18 @@ def open_schedule(s, state):
     return warmup, end
 
 
-def order_of_rank(index, stream, s, first, last, rank, ranks):
-    """The stream's items from first to last that one rank takes, in its order.
+def order_of_rank(examples, first, last, rank, ranks):
+    """The items of training's prepare.Examples from first to last that one rank takes, in its order.
 
-    Each global batch is sorted by the lengths of its captions, so that those of a micro-batch are alike and
-    little is padded. The ranks take its micro-batches in turns: a step has the same images whatever their
-    number.
+    Each global batch is sorted by the lengths of its captions, so that those of a micro-batch are alike:
+    little is padded, and most need no mask. The ranks take its micro-batches in turns: a step has the same
+    images whatever their number.
     """
-    def caption_length(i):
-        return len(index[stream[i][2]].caption)
-
+    s = examples.s
     for base in range(first, last, s.global_batch):
         items = range(base, base + s.global_batch)
         if s.text_lengths > 1 and s.global_batch > s.batch_size:
-            items = sorted(items, key=caption_length)
+            items = sorted(items, key=examples.caption_length)
         for start in range(rank * s.batch_size, s.global_batch, ranks * s.batch_size):
             yield from items[start:start + s.batch_size]
 
@@ -586,11 +593,14 @@ def compile_blocks(model, s, autocast, device, side):
     blocks = [module for module in model.modules() if isinstance(module, hdm.Block)]
     torch._dynamo.config.recompile_limit = 100               # with 8 it would do without from the ninth on
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    limit = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limit["recompile_limit"] = 100                       # the config is this thread's, not backward's
     torch._dynamo.config.optimize_ddp = False                # block by block, exchange overlaps anyway
     torch._functorch.config.activation_memory_budget = s.memory_budget
     try:
         for block in blocks:                                 # all alike: compiled once, used by all
-            block.compute = torch.compile(block.compute, dynamic=False)
+            block.compute = torch.compile(block.compute, dynamic=False, **limit)
         for T, masked in shapes:
             inputs = hdm.blank_inputs(model.config, s.batch_size, side, T, s.tread_rate, masked, device)
             with autocast:
@@ -720,6 +730,10 @@ def open_device(s):
     if kind == "cpu":
         torch.set_flush_denormal(True)                       # numbers below 1e-38 can cost tenfold
         keep_freed_memory()
+    if kind == "cuda":
+        torch.backends.cudnn.benchmark = True                # the VAE meets few shapes
+        torch.backends.cuda.enable_cudnn_sdp(False)          # with a mask its gradients can be NaN (#196678)
+        torch.set_float32_matmul_precision("high")           # TF32, where --dtype=float32
     return device, kind, hdm.pick_dtype(s.dtype, device)
 
 
@@ -788,7 +802,8 @@ def checkpoint_header(s, config):
             paths[name] = os.path.abspath(path)
     return dict(config=config, text_encoder=paths["text_encoder"], text_length=s.text_length,
                 vae=paths["vae"], image_size=s.image_size, steps=s.sample_steps, cfg=s.sample_cfg,
-                cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator, spaces=s.spaces)
+                cfg_low=s.sample_cfg_low, t_shift=s.t_shift, tag_separator=s.tag_separator, spaces=s.spaces,
+                validation=s.validation, holdout=s.holdout)      # prepare.py judge samples what was held out
 
 
 def checkpoints_at_most(s, total):
@@ -853,7 +868,7 @@ def open_run(s, given, rank, ranks):
     run.signals = catch_signals()
     run.deadline = time.monotonic() + 3600 * s.max_hours if s.max_hours > 0 else math.inf
     stop = run.position + (run.last - run.start) * s.global_batch
-    order = order_of_rank(run.index, run.stream, s, run.position, stop, rank, ranks)
+    order = order_of_rank(training, run.position, stop, rank, ranks)
     run.held_batches = DataLoader(held_out, s.batch_size, sampler=range(rank, len(run.held_out), ranks))
     run.batches = iter(DataLoader(training, s.batch_size, sampler=order, num_workers=s.workers,
                                   worker_init_fn=catch_signals, pin_memory=run.kind == "cuda"))
@@ -1088,6 +1103,10 @@ def explain(error, s):
         raise hdm.UserError(f"--workers={s.workers}: the loader processes lack shared memory or died "
                             f"({trace.strip().splitlines()[-1]}); --workers=0 needs none, in a container "
                             f"--shm-size=8g gives more") from error
+    if hdm.is_out_of_memory(error) and "in clean_latents" in trace:
+        chunk = s.vae_chunk or hdm.vae_chunk_at(s.image_size)
+        raise hdm.UserError(f"out of memory in the VAE: --vae_chunk={max(1, chunk // 2)} for {chunk}, "
+                            f"or a cache of latents (prepare.py --latents)") from error
     if hdm.is_out_of_memory(error):
         raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
                             f"{s.batch_size} (the global batch stays), or --checkpointing") from error
@@ -1184,8 +1203,8 @@ def image_flops(config, side, T, tread_rate, vae, text, adapter):
 def activation_bytes(config, side, T, tread_rate, dtype, adapter):
     """-> image, shared: XUT keeps shared + n x image bytes of n images for its backward pass.
 
-    Measured for n = 1 and n = 2, on tensors without memory; shared are the weights in 16 bit, or their sums
-    with what adapters change.
+    Measured for n = 1 and n = 2, on tensors without memory, by a CPU's kernels: their norms keep a float32
+    input, which CUDA's do not. Shared are the weights in 16 bit, or their sums with what adapters change.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
