@@ -5946,7 +5946,8 @@ def test_configs_are_the_published_stages():
         assert {name: values[name] for name in expected} == expected
     message = one_line(train.read_settings, [str(HERE / "configs" / "512.py")])
     assert "--init_from=out/256" in message and "configs/256.py" in message
-    train.read_settings([str(HERE / "configs" / "finetune.py")])
+    for name in ("finetune", "lora", "lokr"):
+        train.read_settings([str(HERE / "configs" / f"{name}.py")])
 
 
 @slow
@@ -6337,6 +6338,32 @@ def test_adapters_learn_the_same_compiled_and_checkpointed(
     settings = ADAPTERS[kind] | dict(init_from=trained, max_steps=3, text_lengths=1)
     plain = losses(place, tmp_path / "plain", **settings)
     assert losses(place, tmp_path / "other", **settings, **how) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape, filling", [("star", ""), ("", "hatched")])
+def test_what_an_adapter_may_teach_the_demo_is_seen_by_the_judge(shape, filling, tmp_path):
+    """Of images as they are made, and of the demo's own as well; each word is one token."""
+    kind = prepare.DemoSettings(out=str(tmp_path / "more"), count=40, shape=shape, filling=filling)
+    prepare.make_demo(kind)
+    prepare.make_demo(prepare.DemoSettings(out=str(tmp_path / "demo"), count=40))
+    assert not (tmp_path / "more_te").exists()
+    te = hdm.TextEncoder(str(tmp_path / "demo_te"), 8)
+    shapes, right = (*prepare.SHAPES, *prepare.MORE_SHAPES), []
+    for folder, own in ("more", filling), ("demo", ""):
+        for path in (tmp_path / folder).glob("*.png"):
+            text = path.with_suffix(".txt").read_text().strip()
+            *words, found = sample.judge(np.asarray(Image.open(path)), shapes, "hatched")
+            right.append(found == own and prepare.caption(words, found) == text)
+            assert len(te.tokenize([text], 16)[0]) == 8
+    assert np.mean(right) > 0.97
+
+
+def test_more_words_change_no_state_of_the_others(tmp_path):
+    captions = [prepare.caption(words) for words in prepare.COMBINATIONS]
+    prepare.make_text_encoder(captions, tmp_path / "a")
+    prepare.make_text_encoder(captions, tmp_path / "b", more_words=["star"])
+    before, after = (hdm.TextEncoder(str(tmp_path / name), 8)(captions[::9]) for name in "ab")
+    assert same(before, after)
 
 
 def test_eight_bit_moments_take_bitsandbytes():
@@ -6759,6 +6786,7 @@ def test_the_plan_is_counted(model, vae_folder, te_folder, capsys):
     if model == "base":
         assert counts == [253.3, 506.0, 0.0, 272.7, 240.5] and forward == 4756.0
         assert "2.06 GB of gradients a step of 2048" in out  # 2 (4 - 1) / 4 x 4 bytes x 343,176,208
+        assert "lora        8 GB" in out and "lokr        8 GB" in out
         fixed = 20 * 343_176_208 + 2 * (596_049_920 + 83_653_863)                     # weights in 16 bit, too
         memory = float(re.search(r"memory: ([\d.]+) GB of weights", out)[1])
         assert memory == pytest.approx(fixed / 1e9 + 2 * 0.343, rel=0.01)

@@ -1175,18 +1175,11 @@ def saved_bytes(f, *arguments, **named):
     return sum(x.untyped_storage().nbytes() for x in activations)
 
 
-def model_to_count(config, dtype, adapter):
-    """XUT as it trains; arguments as of image_costs."""
-    model = hdm.XUT(config)
-    if adapter is not None and adapter.adapter:
-        hdm.add_adapters(model, adapter, dtype)
-    return model
-
-
-def image_flops(config, side, T, tread_rate, vae, text, adapter):
-    """FLOPs of one training image, as a dict; arguments as of image_costs."""
+def image_flops(config, side, T, tread_rate, vae, text):
+    """FLOPs of one training image, as a dict; arguments as of image_costs. With an adapter they are the same
+    but for its own products: of a LoRA of rank 16 in the base model 0.2 %."""
     with torch.device("meta"):
-        model = model_to_count(config, torch.float32, adapter)
+        model = hdm.XUT(config)
         inputs = hdm.blank_inputs(config, 1, side, T, tread_rate, device="meta")
     flops = dict(step=count_flops(lambda: hdm.flow_loss(model, **inputs).backward()), vae=0, text=0)
     with torch.no_grad(), torch.device("meta"):
@@ -1208,11 +1201,25 @@ def activation_bytes(config, side, T, tread_rate, dtype, adapter):
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model = model_to_count(config, dtype, adapter)
+        model = hdm.XUT(config)
+        if adapter is not None and adapter.adapter:
+            hdm.add_adapters(model, adapter, dtype)
         one = saved_bytes(hdm.flow_loss, model, **hdm.blank_inputs(config, 1, side, T, tread_rate))
         two = saved_bytes(hdm.flow_loss, model, **hdm.blank_inputs(config, 2, side, T, tread_rate))
     image = two - one
     return image, one - image
+
+
+def image_bytes(config, side, T, tread_rate=0.0, dtype=torch.bfloat16, adapter=None):
+    """What XUT keeps for its backward pass, as a dict; arguments as of image_costs."""
+    image, shared = activation_bytes(config, side, T, tread_rate, dtype, adapter)
+    N = (side // config.patch_size) ** 2                     # image tokens
+    R = N - math.floor(N * tread_rate)                       # ... that go through the U
+    inside = config.depth * (config.enc_blocks + config.dec_blocks)                   # blocks in the U
+    outside = config.pre_blocks + config.post_blocks
+    tokens = outside * (T + N) + inside * (T + R)            # in the inputs of all blocks
+    checkpointed = tokens * config.dim * dtype.itemsize + image / (inside + outside)
+    return dict(bytes=image, checkpointed=checkpointed, shared=shared)
 
 
 def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16, adapter=None):
@@ -1223,15 +1230,8 @@ def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torc
     image; checkpointed, of an image with --checkpointing, which keeps the input of each block and all of one;
     shared, whatever the number of images. adapter: AdapterSettings; None: all weights learn.
     """
-    image, shared = activation_bytes(config, side, T, tread_rate, dtype, adapter)
-    N = (side // config.patch_size) ** 2                     # image tokens
-    R = N - math.floor(N * tread_rate)                       # ... that go through the U
-    inside = config.depth * (config.enc_blocks + config.dec_blocks)                   # blocks in the U
-    outside = config.pre_blocks + config.post_blocks
-    tokens = outside * (T + N) + inside * (T + R)            # in the inputs of all blocks
-    checkpointed = tokens * config.dim * dtype.itemsize + image / (inside + outside)
-    flops = image_flops(config, side, T, tread_rate, vae, text, adapter)
-    return flops | dict(bytes=image, checkpointed=checkpointed, shared=shared)
+    flops = image_flops(config, side, T, tread_rate, vae, text)
+    return flops | image_bytes(config, side, T, tread_rate, dtype, adapter)
 
 
 def matmul_tflops(device, dtype):
@@ -1277,9 +1277,9 @@ def shape_of_text_encoder(s):
         return hdm.text_part(hdm.text_class(config).from_config(config)).float()
 
 
-def costs_of(s, given, T, dtype=torch.bfloat16):
-    """-> image_costs of the run with T text tokens; how many parameters learn, and how many are frozen, in
-    XUT, the VAE and the text encoder. Encoders that are not at hand are taken for the published ones."""
+def costs_of(s, given, T, dtype=torch.bfloat16, with_flops=True):
+    """-> image_costs of the run with T text tokens, or its bytes alone; how many parameters learn, and how many
+    are frozen, in XUT, VAE and text encoder. Encoders not at hand are taken for the published ones."""
     vae, text = shape_of_vae(s), shape_of_text_encoder(s)
     with torch.device("meta"):
         model = build_model(s, given, vae, text.config.hidden_size, "meta", dtype)
@@ -1287,7 +1287,9 @@ def costs_of(s, given, T, dtype=torch.bfloat16):
     learned = hdm.count_learned(model)
     side = s.image_size // (vae.factor if vae else 1)
     encoder = None if s.latents else vae                     # cached latents need none
-    costs = image_costs(model.config, side, T, s.tread_rate, encoder, text, dtype, adapter=s)
+    costs = image_bytes(model.config, side, T, s.tread_rate, dtype, adapter=s)
+    if with_flops:
+        costs |= image_flops(model.config, side, T, s.tread_rate, encoder, text)
     return costs, learned, everything - learned
 
 
@@ -1304,7 +1306,7 @@ def plan(s, given):
     memory = {}
     for kind in ("", "lora", "lokr"):
         other = dataclasses.replace(s, adapter=kind)
-        costs, learned, frozen = costs_of(other, given, s.text_length, dtype)
+        costs, learned, frozen = costs_of(other, given, s.text_length, dtype, with_flops=kind == s.adapter)
         memory[kind] = memory_of(other, costs, learned, frozen, dtype)
         if kind == s.adapter:
             print_hours(s, costs)
