@@ -1278,8 +1278,8 @@ def shape_of_text_encoder(s):
 
 
 def costs_of(s, given, T, dtype=torch.bfloat16, with_flops=True):
-    """-> image_costs of the run with T text tokens, or its bytes alone; how many parameters learn, and how many
-    are frozen, in XUT, VAE and text encoder. Encoders not at hand are taken for the published ones."""
+    """-> image_costs of the run with T text tokens, or its bytes alone; how many parameters learn, and how
+    many are frozen, in XUT, VAE and text encoder. Encoders not at hand are taken for the published ones."""
     vae, text = shape_of_vae(s), shape_of_text_encoder(s)
     with torch.device("meta"):
         model = build_model(s, given, vae, text.config.hidden_size, "meta", dtype)
