@@ -6,8 +6,8 @@
 train.py, sample.py and prepare.py are the programs; what a person must understand to know the method is here,
 in this order: configuration; parts; positions and RoPE; attention; AdaLN and the block; TREAD; XUT; flow
 matching; the training example, and the way to its loss; the optimizer step; samplers; VAE, and its training;
-text encoder and captions; weights in and out; and, not the method, errors, settings, devices, ranks, images
-and files.
+text encoder and captions; weights in and out; adapters; and, not the method, errors, settings, devices,
+ranks, images and files.
 
 Where XUT differs from a plain DiT:
   1. text tokens are part of the sequence, [image | text]; there is no text cross-attention;
@@ -137,6 +137,19 @@ PRESETS = {  # the paper's family, with its text encoders and parameter counts
 
 # ---- Parts -----------------------------------------------------------------------------------------------
 
+def adapted_weight(layer):
+    """The layer's weight; with an adapter (below) plus its change, in float32: autocast rounds the sum."""
+    adapter = getattr(layer, "adapter", None)
+    return layer.weight if adapter is None else layer.weight.float() + adapter()
+
+
+class Linear(nn.Linear):
+    """nn.Linear, whose weight an adapter may change."""
+
+    def forward(self, x):
+        return F.linear(x, adapted_weight(self), self.bias)
+
+
 class PreNorm(nn.Module):
     """RMSNorm with a weight; one level down, as the published name is `attn_pre_norm.norm.weight`."""
 
@@ -146,7 +159,7 @@ class PreNorm(nn.Module):
 
     def forward(self, x):                                # under autocast x may be 16 bit, not the weight
         with torch.autocast("cuda", enabled=False):          # which would give a 16-bit x back in float32
-            return F.rms_norm(x, x.shape[-1:], self.norm.weight.to(x.dtype), self.norm.eps)
+            return F.rms_norm(x, x.shape[-1:], adapted_weight(self.norm).to(x.dtype), self.norm.eps)
 
 
 class SwiGLU(nn.Module):
@@ -154,8 +167,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim, mlp_dim):
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * mlp_dim)
-        self.w3 = nn.Linear(mlp_dim, dim)
+        self.w12 = Linear(dim, 2 * mlp_dim)
+        self.w3 = Linear(mlp_dim, dim)
 
     def forward(self, x):
         a, b = self.w12(x).chunk(2, dim=-1)
@@ -193,7 +206,8 @@ class PatchIn(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = F.conv2d(x, adapted_weight(self.proj), self.proj.bias, self.proj.stride)
+        return x.flatten(2).transpose(1, 2)
 
 
 class PatchOut(nn.Module):
@@ -293,7 +307,7 @@ class RoPE(nn.Module):
         return [Rotate.apply(x, angle, cos, sin) for x in inputs]
 
 
-class RotaryLinear(nn.Linear):
+class RotaryLinear(Linear):
     """A projection whose first `turned` outputs (q, k or both) are reordered in each head for Rotate.
 
     The published weights rotate neighbors, outputs 2j and 2j + 1; Rotate takes j and j + K/2, which on a CPU
@@ -306,7 +320,7 @@ class RotaryLinear(nn.Linear):
         self.turned, self.head_dim = turned, head_dim
 
     def forward(self, x):
-        turned, rest = self.weight.split([self.turned, len(self.weight) - self.turned])
+        turned, rest = adapted_weight(self).split([self.turned, len(self.weight) - self.turned])
         turned = turned.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return F.linear(x, torch.cat([turned, rest]))
 
@@ -319,7 +333,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.out = nn.Linear(config.dim, config.dim)
+        self.out = Linear(config.dim, config.dim)
         self.rope = RoPE(config.heads, config.head_dim)
 
     def attend(self, q, k, v, pos, mask):
@@ -778,13 +792,22 @@ def parameter_groups(model):
     weight has fan-in 1, so it takes the whole lr; norms and biases are divided by their length as well.
     """
     groups = {}
-    for weight in model.parameters():
+    for weight in learned(model):
         fan_in = len(weight) if weight.dim() == 1 else math.prod(weight.shape[1:])
         if isinstance(model, VAE):
             fan_in = 1
         group = groups.setdefault(fan_in, dict(params=[], fan_in=fan_in))
         group["params"].append(weight)
     return list(groups.values())
+
+
+def learned(model):
+    """The parameters that learn: all, or with adapters theirs."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def count_learned(model):
+    return sum(weight.numel() for weight in learned(model))
 
 
 def count_parameters(module):
@@ -805,13 +828,15 @@ class OptimizerStep:
         raise NotImplementedError
 
     def __init__(self, model, s, kind, dtype):
-        """model: in float32; s: train.py's settings; kind: "cpu", "cuda", "mps"; dtype: autocast's."""
+        """model: what learns of it in float32; s: train.py's settings; kind: "cpu", "cuda", "mps"; dtype:
+        autocast's."""
         self.model, self.s, self.kind = model, s, kind
         self.inner = self.make(parameter_groups(model))
         self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
         self.average = model
-        if s.ema:
-            self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        if s.ema:                                            # frozen weights are shared, not copied
+            frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+            self.average = copy.deepcopy(model, frozen).eval().requires_grad_(False)
         device = next(model.parameters()).device
         self.skipped = torch.zeros(2, dtype=torch.int64, device=device)               # steps: all, in a row
 
@@ -825,7 +850,7 @@ class OptimizerStep:
             group["lr"] = lr / group["fan_in"]
         self.scaler.unscale_(self.inner)
         largest = self.s.clip if self.s.clip > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        norm = torch.nn.utils.clip_grad_norm_(learned(self.model), largest)
         finite = finite & norm.isfinite()
         self.update(finite)
         self.inner.zero_grad(set_to_none=True)
@@ -851,13 +876,17 @@ class OptimizerStep:
 
     def update_average(self, step):
         decay = min(self.s.ema, (1 + step) / (10 + step))    # soon forgets the initial weights
-        weights = [weight.data for weight in self.model.parameters()]
-        torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
+        averages, weights = [], []
+        for average, weight in zip(self.average.parameters(), self.model.parameters()):
+            if weight.requires_grad:
+                averages.append(average)
+                weights.append(weight.data)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def checkpoint_gb(self):
         """Of weights, average and state, on a disk."""
         copies = 2 if self.s.ema else 1
-        return 1e-9 * count_parameters(self.model) * (4 * copies + self.state_bytes)
+        return 1e-9 * count_learned(self.model) * (4 * copies + self.state_bytes)
 
     def state_dict(self):
         return dict(optimizer=self.inner.state_dict(), scaler=self.scaler.state_dict(), bad=self.skipped)
@@ -880,6 +909,17 @@ class AdamW(OptimizerStep):
     def make(self, groups):
         s = self.s
         return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
+
+
+class AdamW8bit(AdamW):
+    """AdamW with its moments in 8 bit (arXiv 2110.02861), by bitsandbytes."""
+    state_bytes = 2
+    skips_steps = False            # it knows no found_inf
+
+    def make(self, groups):
+        import bitsandbytes
+        s = self.s
+        return bitsandbytes.optim.AdamW8bit(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay)
 
 
 def optimizers(base=OptimizerStep):
@@ -1991,6 +2031,149 @@ def save_model(path, tensors, settings):
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
               metadata={"format": "pt", "hdm": json.dumps(settings)})
     open_modes(path)
+
+
+# ---- Adapters: small learned changes of frozen weights ---------------------------------------------------
+
+@dataclass
+class AdapterSettings:
+    """What of a model learns."""
+    adapter: str = ""              # lora, lokr: small changes of frozen weights; "": all weights
+    rank: Count = 16               # lora's: the inner width of each change
+    factor: Count = 4              # lokr's: the most rows and columns of the smaller of two factors
+    train_norms: bool = False      # with an adapter: the norms of the blocks learn, too
+
+
+def adapter_delta(parts, shape):
+    """What an adapter adds to a tensor of this shape, such as (out, in) or (out, in, p, p), in float32.
+
+    parts: {name: tensor} as in files. r is their inner width, alpha without an entry of its own r:
+        LoRA (arXiv 2106.09685)   lora_up @ lora_down * alpha / r
+        LoKr (arXiv 2309.14859)   kron(lokr_w1, lokr_w2); of which one or both may be a product of two, w1_a
+                                  and w1_b: then * alpha / r
+        LoHa (arXiv 2108.06098)   (hada_w1_a @ hada_w1_b) * (hada_w2_a @ hada_w2_b) * alpha / r
+        a full change             diff or diff_b; a norm's: w_norm or b_norm
+    """
+    parts = {name: value.float() for name, value in parts.items()}
+
+    def product(name, other):                                # of a convolution: (out, r) @ (r, in * p * p)
+        return parts[name].flatten(1) @ parts[other].flatten(1)
+
+    inner = None                                             # a part of r rows
+    if "lora_up" in parts:
+        inner = parts["lora_down"]
+        delta = product("lora_up", "lora_down")
+    elif "hada_w1_a" in parts:
+        inner = parts["hada_w1_b"]
+        delta = product("hada_w1_a", "hada_w1_b") * product("hada_w2_a", "hada_w2_b")
+    elif any(name.startswith("lokr") for name in parts):
+        factors = []
+        for name in ("lokr_w1", "lokr_w2"):
+            if name in parts:
+                factors.append(parts[name].flatten(1))
+            else:
+                factors.append(product(f"{name}_a", f"{name}_b"))
+                inner = parts[f"{name}_b"]
+        delta = torch.kron(*factors)
+    else:
+        delta, = (value for name, value in parts.items() if name != "alpha")
+    if inner is not None and "alpha" in parts:
+        delta = delta * (parts["alpha"] / len(inner))
+    if len(delta) != shape[0] or delta.numel() != math.prod(shape):
+        raise UserError(f"changes a tensor of {tuple(delta.shape)}, not {tuple(shape)}")
+    return delta.view(shape)
+
+
+def adapter_shapes(kind, shape, s):
+    """{part: its shape} of an adapter that can be learned; the first part begins at zero."""
+    if kind == "norm":
+        return {"w_norm": shape}
+    out, width, *cells = shape
+    if kind == "lora":
+        return {"lora_up": (out, s.rank, *[1] * len(cells)), "lora_down": (s.rank, width, *cells)}
+    rows, columns = largest_divisor(out, s.factor), largest_divisor(width, s.factor)
+    return {"lokr_w2": (out // rows, width // columns, *cells), "lokr_w1": (rows, columns)}
+
+
+def largest_divisor(n, most):
+    return max(divisor for divisor in range(1, most + 1) if n % divisor == 0)
+
+
+class Adapter(nn.Module):
+    """The learned change of one weight, zero at first; kind: lora, lokr or norm.
+
+    Each part's lr is lr / its own fan-in (parameter_groups): lora_down's is the layer's, lora_up's the rank,
+    those of LoKr's factors their columns. So a step of any part changes the layer's output by about lr,
+    whatever its width or rank, as a step of the full weight does. alpha is r: the scale is 1.
+    """
+
+    def __init__(self, kind, weight, s):
+        super().__init__()
+        self.shape = weight.shape
+        self.parts = nn.ParameterDict()
+        for name, shape in adapter_shapes(kind, weight.shape, s).items():
+            part = torch.zeros(shape)
+            if len(self.parts) > 0:
+                nn.init.kaiming_uniform_(part, a=math.sqrt(5))                        # as of nn.Linear
+            self.parts[name] = nn.Parameter(part.to(weight.device))
+
+    def forward(self):
+        parts = dict(self.parts.items())
+        with torch.autocast(next(iter(parts.values())).device.type, enabled=False):
+            return adapter_delta(parts, self.shape)
+
+
+def add_adapters(model, s, dtype):
+    """Freezes XUT, in dtype but for RoPE's frequencies, and gives it adapters: the blocks' projections, the
+    patches' convolution and, with s.train_norms, the blocks' norms. s: AdapterSettings."""
+    model.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if not name.endswith("rope.freqs"):                  # as in load_strict
+            weight.data = weight.data.to(dtype)
+    for module in list(model.modules()):
+        if isinstance(module, (Linear, nn.Conv2d)):
+            module.adapter = Adapter(s.adapter, module.weight, s)
+        elif isinstance(module, PreNorm) and s.train_norms:
+            module.norm.adapter = Adapter("norm", module.norm.weight, s)
+
+
+def learned_tensors(model):
+    """{name: tensor} of what a checkpoint holds, not copied: all weights; or those of adapters alone, by the
+    names that other programs read, lora_unet_LAYER.PART, where _ stands for the dots in LAYER."""
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            name = "lora_unet_" + path.removesuffix(".adapter").replace(".", "_")
+            for part, value in module.parts.items():
+                suffix = ".weight" if part.startswith("lora") else ""
+                tensors[f"{name}.{part}{suffix}"] = value.detach()
+            if "w_norm" not in module.parts:
+                tensors[f"{name}.alpha"] = torch.tensor(float(len(module.parts.get("lora_down", [0]))))
+    return tensors or model.state_dict()
+
+
+@torch.no_grad()
+def load_learned(model, tensors):
+    """Fills learned_tensors(model) with these."""
+    own = learned_tensors(model)
+    for name in own:
+        own[name].copy_(tensors[name])
+
+
+@torch.no_grad()
+def merge_adapter(model, adapter, strength=1.0):
+    """Adds an adapter, {name of a weight: {part: tensor}}, to the model's weights; 0 changes no bit of them.
+
+    The rows are those of the published files, which RotaryLinear turns when it runs: nothing is reordered.
+    """
+    weights = dict(model.named_parameters())
+    for name, parts in adapter.items():
+        weight = weights[name]
+        with naming(name, "does not fit its adapter"):
+            on_device = {part: value.to(weight.device) for part, value in parts.items()}
+            delta = adapter_delta(on_device, weight.shape)
+        if strength != 0:                                    # not in place: the weight's file may be mapped
+            weight.data = (weight.float() + strength * delta).to(weight.dtype)
 
 
 # ==== Not the method: errors, settings, devices, ranks, images, files =====================================

@@ -72,9 +72,11 @@ import hdm
 @dataclass
 class DemoSettings:
     out: str = "data/demo"  # folder of images and captions; OUT_unseen.txt and OUT_te are written beside it
-    count: hdm.Count = 12000  # images; 12,000 take about 10 s on one core and 95 MB in blocks of 4 KB
+    count: hdm.Count | None = None  # images; None: 12,000, about 10 s on one core and 95 MB in blocks of 4 KB
     seed: hdm.Whole = 0     # image i depends on (seed, i) alone; also of the text encoder's weights
     centered: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
+    shape: str = ""         # for adapters: star, which the demo lacks, in all images; 200 of them
+    filling: str = ""       # likewise: hatched, the six shapes
 
 
 @dataclass
@@ -122,6 +124,8 @@ class JudgeSettings:
     data: str = ""                  # its training's: judge by the images held out there; "": the demo
     group: str = ""                 # ... regex: a caption's part that has it, such as "3d style", is a group
     camera: bool = False            # measure instead how far shifts and zooms move the shape
+    shape: str = ""                 # star: of the unseen captions of prepare.py demo --shape=star
+    filling: str = ""               # hatched: likewise of --filling=hatched
 
 
 # ---- sources: captioned images as they lie on people's disks -----------------------------------------------
@@ -1719,11 +1723,12 @@ def render_example(tile, example, image):
 
 
 # ---- a text encoder for any captions -----------------------------------------------------------------------
-def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, **shape):
+def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, more_words=(), **shape):
     """Saves to the folder `out` a byte-level BPE tokenizer trained on `captions` and a tiny random Qwen3, as
     AutoTokenizer and AutoModel load them: the path of a real encoder without its download or its knowledge (a
-    word that stands in no caption means nothing). shape: other settings of its Qwen3Config."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # here: slow to import
+    word that stands in no caption means nothing). more_words: each gets a token behind the captions' own, for
+    which that changes nothing. shape: other settings of its Qwen3Config."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # slow to import
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, logging
     logging.disable_progress_bar()  # it would write "Writing model shards" over our own lines
     tokenizer = Tokenizer(models.BPE())
@@ -1733,9 +1738,11 @@ def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, **shape)
     tokenizer.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=most_tokens, special_tokens=["<pad>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    known = tokenizer.get_vocab_size()
+    tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True) for word in more_words])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="right",
                             clean_up_tokenization_spaces=False).save_pretrained(out)
-    tiny = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=dim, intermediate_size=2 * dim,
+    tiny = dict(vocab_size=known, hidden_size=dim, intermediate_size=2 * dim,
                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=dim // 4,
                 pad_token_id=0, bos_token_id=None, eos_token_id=None)
     config = Qwen3Config(**tiny | shape)
@@ -1750,6 +1757,9 @@ def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, **shape)
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 weight.normal_(std=2.0 if name == "embed_tokens.weight" else weight.shape[1] ** -0.5)
+        if more_words:
+            model.resize_token_embeddings(known + len(more_words), mean_resizing=False)
+            model.embed_tokens.weight[known:].normal_(std=2.0)
     model.save_pretrained(out)
     hdm.open_modes(out)
 
@@ -1786,6 +1796,14 @@ def in_ring(y, x):
 SHAPES = {"circle": (1, 1, 1, in_circle), "square": (0.86, 0.86, 0.86, in_square),
           "triangle": (1, 0.8, 1, in_triangle), "diamond": (1, 1, 0.75, in_diamond),
           "cross": (1, 1, 1, in_cross), "ring": (1, 1, 1, in_ring)}
+# What an adapter may teach a trained demo: its words are known to the demo's text encoder from the beginning.
+def in_star(y, x):
+    corner = np.arctan2(x, -y) % (2 * np.pi / 5)             # angle from a point, folded to 0 .. 36 degrees
+    corner = np.fmin(corner, 2 * np.pi / 5 - corner)
+    return np.hypot(y, x) * (np.cos(corner) + 1.08 * np.sin(corner)) <= 1
+
+MORE_SHAPES = {"star": (1, 0.81, 0.95, in_star)}
+FILLINGS = {"hatched": 0.4}                      # the color's share in every other stripe
 BACKGROUNDS = {"gray": (128, 128, 128), "navy": (25, 30, 80), "pink": (250, 190, 205), "teal": (20, 120, 120)}
 ATTRIBUTES = {"size": RADIUS, "color": COLORS, "shape": SHAPES, "background": BACKGROUNDS}
 CAPTION = "a {} {} {} on a {} background"
@@ -1795,10 +1813,33 @@ UNSEEN = [words for words, numbers in zip(COMBINATIONS, np.ndindex(2, 8, 6, 4))
           if np.dot(numbers, (1, 1, 2, 3)) % 12 == 0]
 
 
+def combinations(shape):
+    """-> those of a demo and, of these, the unseen: COMBINATIONS and UNSEEN; or of one of MORE_SHAPES."""
+    if not shape:
+        return COMBINATIONS, UNSEEN
+    every = list(itertools.product(RADIUS, COLORS, [shape], BACKGROUNDS))
+    unseen = [words for words, numbers in zip(every, np.ndindex(2, 8, 1, 4))
+              if np.dot(numbers, (1, 1, 2, 3)) % 4 == 0]
+    return every, unseen
+
+
+def caption(words, filling=""):
+    """The caption of (size, color, shape, background); eight words with a filling, too."""
+    text = CAPTION.format(*words)
+    return f"{filling} {text.removeprefix('a ')}" if filling else text
+
+
+def stripes(filling, height, width):
+    """(height, width): the color's share at each pixel of a shape; diagonals two pixels wide, or 1."""
+    if not filling:
+        return np.ones((height, width))
+    return np.where(np.add.outer(np.arange(height), np.arange(width)) % 4 < 2, 1.0, FILLINGS[filling])
+
+
 def center_range(size, shape, height, width):
     """((lowest, highest) cy, (lowest, highest) cx), in pixels, that keep the whole shape on the canvas."""
     r = RADIUS[size] * min(height, width)
-    up, down, side, _ = SHAPES[shape]
+    up, down, side, _ = (SHAPES | MORE_SHAPES)[shape]
     return (up * r, height - down * r), (side * r, width - side * r)
 
 
@@ -1814,26 +1855,41 @@ def coverage(size, shape, height, width, cy, cx, r=None):
         r = RADIUS[size] * min(height, width)    # pixels
     y = ((np.arange(4 * height) + 0.5) / 4 - cy) / r
     x = ((np.arange(4 * width) + 0.5) / 4 - cx) / r
-    return SHAPES[shape][3](y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
+    is_inside = (SHAPES | MORE_SHAPES)[shape][3]
+    return is_inside(y[:, None], x[None]).reshape(height, 4, width, 4).mean((1, 3))
 
 
-def render(size, color, shape, background, height, width, cy, cx, r=None):
+def render(size, color, shape, background, height, width, cy, cx, r=None, filling=""):
     """(height, width, 3) uint8: the shape with its center at (cy, cx), in pixels from the top left corner."""
     ground = np.array(BACKGROUNDS[background])
-    share = coverage(size, shape, height, width, cy, cx, r)[..., None]
-    return np.rint(ground + share * (COLORS[color] - ground)).astype(np.uint8)
+    share = coverage(size, shape, height, width, cy, cx, r) * stripes(filling, height, width)
+    return np.rint(ground + share[..., None] * (COLORS[color] - ground)).astype(np.uint8)
+
+
+def check_extras(settings):
+    """Refuses a --shape or --filling that is not known."""
+    hdm.check_name(f"--shape={settings.shape}", settings.shape, ("", *MORE_SHAPES), "shape")
+    hdm.check_name(f"--filling={settings.filling}", settings.filling, ("", *FILLINGS), "filling")
 
 
 def make_demo(settings):
+    check_extras(settings)
     out = os.path.abspath(settings.out)
-    seen = [words for words in COMBINATIONS if words not in UNSEEN]
+    every, unseen = combinations(settings.shape)
+    seen = [words for words in every if words not in unseen]
+    is_extra = settings.shape or settings.filling
+    count = settings.count or (200 if is_extra else 12000)
     # Each run of 352 images shows each combination once, in one shuffled order.
     order = np.random.default_rng(settings.seed).permutation(len(seen))
     canvases = CENTERED_CANVASES if settings.centered else CANVASES
-    with complete_folder(out) as folder, complete_folder(out + "_te") as encoder:
-        # From all 352 captions, not from those rendered: a demo of 20 images, too, has one token per word.
-        make_text_encoder([CAPTION.format(*words) for words in seen], encoder, seed=settings.seed)
-        for i in range(settings.count):
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(complete_folder(out))
+        if not is_extra:                         # else the demo's serves
+            # From all 352 captions, not from those rendered: a demo of 20 images, too, has a token per word.
+            encoder = stack.enter_context(complete_folder(out + "_te"))
+            captions = [caption(words) for words in seen]
+            make_text_encoder(captions, encoder, seed=settings.seed, more_words=[*MORE_SHAPES, *FILLINGS])
+        for i in range(count):
             rng = np.random.default_rng((settings.seed, i))
             words = seen[order[i % len(seen)]]
             height, width = rng.choice(list(canvases), p=list(canvases.values()))
@@ -1842,10 +1898,13 @@ def make_demo(settings):
             if settings.centered:
                 cy, cx = height / 2, width / 2
                 radius = CENTERED_RADIUS[words[0]] * max(height, width)
-            Image.fromarray(render(*words, height, width, cy, cx, radius)).save(folder / f"{i:05d}.png")
-            (folder / f"{i:05d}.txt").write_text(CAPTION.format(*words) + "\n")
-    Path(out + "_unseen.txt").write_text("".join(CAPTION.format(*words) + "\n" for words in UNSEEN))
-    print(f"{settings.count} images in {settings.out}; beside it _unseen.txt and _te, the text encoder")
+            image = render(*words, height, width, cy, cx, radius, settings.filling)
+            Image.fromarray(image).save(folder / f"{i:05d}.png")
+            (folder / f"{i:05d}.txt").write_text(caption(words, settings.filling) + "\n")
+    lines = [caption(words, settings.filling) + "\n" for words in unseen]
+    Path(out + "_unseen.txt").write_text("".join(lines))
+    beside = "_unseen.txt" if is_extra else "_unseen.txt and _te, the text encoder"
+    print(f"{count} images in {settings.out}; beside it {beside}")
 
 
 def text_encoder(settings, source):

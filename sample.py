@@ -6,11 +6,12 @@
     python sample.py --ckpt=out/demo --prompt "..." --sheet="steps=8,16,32;cfg=1,2,4"
     python sample.py --ckpt=out/demo --ui               # a page to play on, in the browser
     python sample.py --ckpt=out/demo --export=demo.safetensors
+    python sample.py --ckpt=out/demo --adapter=a.safetensors:0.8 --adapter=out/lora --prompt "..."
 
 Writes OUT/00000-SEED.png and so on, each in its own size, in the order of the prompts, and, if there are more
 than one, a grid of them. Image i of a prompt has the seed SEED + i and depends on nothing else in the batch.
-In order: the settings; prompts; the text in an image's file; sampling; weights of and for other programs;
-commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge, a judge for any data.
+In order: the settings; prompts; the text in an image's file; sampling; weights of and for other programs, and
+adapters; commands. Then extras: a sheet of settings, TIPO, the page, the demo's judge, a judge for any data.
 """
 import contextlib
 import hashlib
@@ -107,6 +108,8 @@ class Sampling:
     file_type: str = "png"         # png, webp, jpg
     no_metadata: bool = False      # leave prompt and settings out of the files
     latents_out: bool = False      # also write each image's latent, NAME.safetensors
+    adapter: list[str] = field(default_factory=list)  # FILE, or an adapter run, :STRENGTH (1); may be given
+                                   # often: all are added to the checkpoint's weights
     ema: bool = True               # the averaged weights, where the checkpoint has them
     text_encoder: str = ""         # another place of the text encoder; "": where the checkpoint says
     vae: str = ""                  # likewise of the VAE, a folder, file or hub id
@@ -301,7 +304,9 @@ def read_record(path):
         record = json.loads(record)
         if "shift" in record:                                # in older images
             record["t_shift"] = record["shift"]
-        names = [name for name in (*IMAGE_SETTINGS, "ema", "text_encoder", "vae", "dtype") if name in record]
+        record.setdefault("adapter", [])                     # older images lack it
+        own = "adapter", "ema", "text_encoder", "vae", "dtype"
+        names = [name for name in (*IMAGE_SETTINGS, *own) if name in record]
         values = {name: hdm.setting_value(name, record[name], types[name]) for name in names}
         values["prompt"] = [str(record["prompt"])]
         return values, str(record["model_hash"])
@@ -607,8 +612,9 @@ def xut_part(tensors, path, ema):
     ctx_proj.weight, such as unet.model."""
     adapters = [name for name in tensors if ADAPTER.search(name)]
     if adapters:
-        raise hdm.UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...), without "
-                            f"which it is another model: merge them by the program that trained them")
+        raise hdm.UserError(f"{path}: holds {len(adapters)} adapter weights ({adapters[0]}, ...): sample.py "
+                            f"takes them as --adapter={path} with their base as --ckpt, and can merge them "
+                            f"by --export")
     plain = {WRAPPER.sub("", name): value for name, value in tensors.items()}
     found = [name for name in plain if re.search(r"(^|\.)ctx_proj\.weight$", name)]
     prefixes = [name.removesuffix("ctx_proj.weight") for name in found]
@@ -713,26 +719,45 @@ def expecting(path, part, place, given):
                             f"sample.py's --{part}=PLACE, a folder or hub id, names another") from error
 
 
-def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True):
+def model_hash(*files):
+    """SHA-256 of some files of weights; of one in shards, of the index and then of the shards by name."""
+    digest = hashlib.sha256()
+    for file in files:
+        shards = hdm.shard_files(file) if file.suffix == ".json" else []
+        for one in [file, *shards]:
+            digest.update(np.memmap(one, np.uint8, "r"))     # mapped: no copy of it
+    return digest.hexdigest()
+
+
+def header_settings(metadata, path):
+    """The settings in the header of a file of ours; of others None."""
+    if "hdm" not in metadata:
+        return None
+    with hdm.naming(path, "broken settings in its header"):
+        settings = PUBLISHED | json.loads(metadata["hdm"])
+        return settings | dict(config=hdm.XUTConfig(**settings["config"]))
+
+
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True, merge=True):
     """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
     settings is a dict: config (the XUTConfig), text_encoder, text_length, tag_separator, spaces, vae,
     image_size, step, images, and for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged
-    weights where it has them.
+    weights where it has them. Of an adapter run XUT is its base with the adapter merged; merge=False: without
+    it, and settings has base and base_hash.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = hdm.read_tensors(path)
-    ours = "hdm" in metadata
+    settings = header_settings(metadata, path)
+    ours = settings is not None
+    is_adapter = ours and "base" in settings
+    of_run = ours and "ctx_proj.weight" in tensors           # XUT alone, by its own names
     vae_tensors = None                                       # of a VAE in the same file
-    if not ours or "ctx_proj.weight" not in tensors:         # a run's holds XUT alone, by its own names
+    if not is_adapter and not of_run:
         tensors, others = xut_part(tensors, path, ema)
         if hdm.part_of(others, "vae."):
             vae_tensors = others
-    if ours:                                                 # the settings stand in the header
-        with hdm.naming(path, "broken settings in its header"):
-            settings = PUBLISHED | json.loads(metadata["hdm"])
-            settings["config"] = hdm.XUTConfig(**settings["config"])
-    else:                                                    # a published file, Lightning's, diffusers', bare
+    if not ours:                                             # a published file, Lightning's, diffusers', bare
         settings = dict(config=config_from_tensors(tensors, path), text_encoder=hdm.TEXT_ENCODER,
                         text_length=512, vae="", step=0, images=0, **PUBLISHED)
     find_encoders(settings, path, ours)
@@ -742,8 +767,15 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
     if settings["vae"] and with_vae:
         with expecting(path, "vae", settings["vae"], given=vae_tensors is not None):
             vae = hdm.load_vae(settings["vae"], device, dtype, vae_tensors)
-    build = partial(hdm.XUT, settings["config"], init=False)
-    return hdm.load_strict(build, tensors, path, device, dtype), vae, settings
+    if is_adapter:
+        model = load_base(settings, path, device, dtype, may_differ=merge)
+        if merge:
+            merge_tensors(model, tensors, path, 1.0)
+            settings = {name: settings[name] for name in settings if name not in ("base", "base_hash")}
+    else:
+        build = partial(hdm.XUT, settings["config"], init=False)
+        model = hdm.load_strict(build, tensors, path, device, dtype)
+    return model, vae, settings
 
 
 def load_text_encoder(settings, device="cpu", dtype=None, place=""):
@@ -755,6 +787,119 @@ def load_text_encoder(settings, device="cpu", dtype=None, place=""):
         raise hdm.UserError(f"text encoder {name}: {te.dim} wide, but the model was trained with "
                             f"ctx_dim={settings['config'].ctx_dim}; name the text encoder of its training")
     return te
+
+
+# ---- adapters: of runs here and of other programs ----------------------------------------------------------
+# The end of a tensor's name: what of an adapter it is. Not read are Tucker's third factors (lora_mid,
+# lokr_t2, hada_t1), DoRA's dora_scale, and any other.
+PART = re.compile(r"\.(lora_(?:up|down|A|B)|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|diff(?:_b)?|[wb]_norm|alpha)"
+                  r"(?:\.default)?(?:\.weight)?$")
+OUR_NAMES = dict(lora_A="lora_down", lora_B="lora_up")       # of PEFT's
+
+
+def load_base(settings, path, device, dtype, may_differ):
+    """The XUT that the adapter in path was trained on, as its header's settings name it; where that file is
+    another by now, it is refused, or with may_differ reported."""
+    base = settings["base"]
+    with hdm.naming(path, f"its base is expected at {base}; sample.py takes another place of that as --ckpt, "
+                          f"with --adapter={path}"):
+        file = find_weights(base, ema=True)
+        model, _, _ = load_model(file, device, dtype, with_vae=False)
+    digest = model_hash(file)
+    if digest != settings["base_hash"]:
+        line = f"{path}: was trained on the model {settings['base_hash'][:10]}; {base} is {digest[:10]} now"
+        if not may_differ:
+            raise hdm.UserError(line)
+        hdm.warn(line)
+    return model
+
+
+def find_adapter(name, ema):
+    """A run, a checkpoint, a folder of PEFT's or a file -> the adapter's file."""
+    if not os.path.exists(name):
+        raise hdm.UserError(f"--adapter={name}: no such file or folder")
+    return hdm.weights_in(Path(name), "adapter_model") or find_weights(name, ema)
+
+
+def split_strength(text):
+    """'a.safetensors:0.8' -> 'a.safetensors', 0.8"""
+    name, _, strength = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        if name and math.isfinite(float(strength)):
+            return name, float(strength)
+    return text, 1.0
+
+
+def peft_alphas(tensors, path):
+    """{layer.alpha: its number} of PEFT's adapters, whose json beside the file says them."""
+    pairs = {name.partition(".lora_A.")[0]: value for name, value in tensors.items() if ".lora_A." in name}
+    file = path.with_name("adapter_config.json")
+    if not pairs or not file.is_file():
+        if any(name.startswith("base_model.") for name in pairs):
+            raise hdm.UserError(f"{path}: {file.name}, which has its lora_alpha, is missing beside it")
+        return {}
+    with hdm.naming(file, "not the settings of a LoRA of PEFT"):
+        config = json.loads(hdm.read_text(file))
+        if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA":
+            raise hdm.UserError(f"{file}: only LoRA is read, without use_dora")
+        alphas = {}
+        for layer, down in pairs.items():
+            patterns = config.get("alpha_pattern") or {}
+            own = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)]
+            alpha = (own or [config["lora_alpha"]])[0]
+            if config.get("use_rslora"):                     # alpha / sqrt(r)
+                alpha *= len(down) ** 0.5
+            alphas[f"{layer}.alpha"] = torch.tensor(float(alpha))
+        return alphas
+
+
+def adapter_parts(model, tensors, path):
+    """An adapter's tensors, named by any program -> {name of XUT's weight: {part: tensor}}.
+
+    The layer's name may have _ for its dots, and any prefix: lora_unet_, diffusion_model., lycoris_model_. Of
+    the authors' Lightning checkpoints that is read which stands under lycoris_model.
+    """
+    tensors = hdm.part_of(tensors, "lycoris_model.") or tensors
+    weights = {name.replace(".", "_"): name for name, _ in model.named_parameters()}
+    tops = "|".join({name.partition(".")[0] for name in weights.values()})
+    adapter, unknown = {}, []
+    for key, value in (tensors | peft_alphas(tensors, path)).items():
+        match = PART.search(key)
+        layer = match and re.search(rf"(?:^|_)((?:{tops})(?:_.*)?)$", key[:match.start()].replace(".", "_"))
+        name = None
+        if layer:
+            part = OUR_NAMES.get(match[1], match[1])
+            name = weights.get(f"{layer[1]}_bias" if part in ("diff_b", "b_norm") else f"{layer[1]}_weight")
+        if name is None or part in adapter.get(name, {}):
+            unknown.append(key)
+        elif not hdm.is_finite(value.float()):
+            raise hdm.UserError(f"{path}: {key} is not finite")
+        else:
+            adapter.setdefault(name, {})[part] = value
+    if unknown or not adapter:
+        raise hdm.UserError(f"{path}: LoRA, LoKr, LoHa and diff of XUT's layers are read, no DoRA or Tucker, "
+                            f"and none twice; {len(unknown)} others are in it: {', '.join(unknown[:3])}")
+    return adapter
+
+
+def merge_tensors(model, tensors, path, strength):
+    with hdm.naming(path, "not an adapter of this model"):
+        hdm.merge_adapter(model, adapter_parts(model, tensors, path), strength)
+
+
+def merge_adapters(model, adapters, ema, digest):
+    """Merges what --adapter names into a model whose file has this hash. -> the adapters' files."""
+    files = []
+    for text in adapters:
+        name, strength = split_strength(text)
+        file = find_adapter(name, ema)
+        tensors, metadata = hdm.read_tensors(file)
+        merge_tensors(model, tensors, file, strength)
+        expected = (header_settings(metadata, file) or {}).get("base_hash", digest)
+        if expected != digest:
+            hdm.warn(f"--adapter={text}: was trained on the model {expected[:10]}; this one is {digest[:10]}")
+        files.append(file)
+    return files
 
 
 # ---- the weights for other programs ------------------------------------------------------------------------
@@ -1009,17 +1154,6 @@ def read_command(argv):
     return Command(flags, options, defaults, expected_hash, rank, device, dtype)
 
 
-def model_hash(file):
-    """SHA-256 of a checkpoint's file; of one in shards, of the index and then of the shards in name order."""
-    files = [file]
-    if file.suffix == ".json":
-        files += hdm.shard_files(file)
-    digest = hashlib.sha256()
-    for one in files:
-        digest.update(np.memmap(one, np.uint8, "r"))         # mapped: no copy of it
-    return digest.hexdigest()
-
-
 def open_checkpoint(name, file, command):
     """-> the Checkpoint of --ckpt=name, whose weights are in file, with the encoders that are asked for."""
     options, device, dtype = command.options, command.device, command.dtype
@@ -1036,8 +1170,11 @@ def open_checkpoint(name, file, command):
                             f"names another, a folder, file or hub id")
     settings["text_encoder"] = options.text_encoder or settings["text_encoder"]
     load_te = partial(load_text_encoder, settings, device, dtype, options.text_encoder)
-    provenance = dict(ema=options.ema, text_encoder=options.text_encoder, vae=options.vae,
-                      dtype=str(dtype)[6:], model_hash=model_hash(file))
+    files = [file]
+    if options.adapter:
+        files += merge_adapters(model, options.adapter, options.ema, model_hash(file))
+    provenance = dict(adapter=options.adapter, ema=options.ema, text_encoder=options.text_encoder,
+                      vae=options.vae, dtype=str(dtype)[6:], model_hash=model_hash(*files))
     if command.expected_hash not in (None, provenance["model_hash"]):
         print(f"warning: {options.from_image} was made by the model {command.expected_hash[:10]}; {name} is "
               f"{provenance['model_hash'][:10]}")
@@ -1453,13 +1590,13 @@ class Page:
 
 # ---- the demo's judge -------------------------------------------------------------------------------------
 @lru_cache(maxsize=4)
-def templates(height, width):
+def templates(height, width, shapes):
     """Each size and shape at each place that keeps it whole, 64 of them to a short side (half a pixel at 32):
     n (size, shape, cy, cx), their (n, height * width) coverages, (n,) the squared lengths of those."""
     step = min(height, width) / 64
     candidates = []
     masks = []
-    for size, shape in itertools.product(prepare.RADIUS, prepare.SHAPES):
+    for size, shape in itertools.product(prepare.RADIUS, shapes):
         rows, columns = prepare.center_range(size, shape, height, width)
         for cy, cx in itertools.product(np.arange(*rows, step), np.arange(*columns, step)):
             candidates.append((size, shape, cy, cx))
@@ -1487,14 +1624,29 @@ def find_shape(image):
     return background, color, np.clip((pixels - background) @ axis / max(axis @ axis, 1), 0, 1)
 
 
-def judge(image):
-    """(height, width, 3) uint8 -> (size, color, shape, background). Medians, and least squares on the soft
-    coverage: a ragged edge or a stray pixel costs no verdict. An empty image still gets a guess."""
+def is_filled(coverage, filling):
+    """Whether a shape, by its coverage as from find_shape, has the stripes of a filling: whether the share of
+    color where they are dim is less than half way from full to theirs."""
+    stripes = prepare.stripes(filling, *coverage.shape)
+    inside = coverage > 0.5 * stripes.min()
+    dim = inside & (stripes < 1)
+    return bool(dim.any() and coverage[dim].mean() < (1 + stripes.min()) / 2)
+
+
+def judge(image, shapes=tuple(prepare.SHAPES), filling=""):
+    """(height, width, 3) uint8 -> (size, color, shape, background), the shape one of `shapes`; with a filling
+    and that, or "". Medians, and least squares on the soft coverage: a ragged edge or a stray pixel costs no
+    verdict. An empty image still gets a guess."""
     background, color, coverage = find_shape(image)
-    candidates, masks, lengths = templates(*coverage.shape)
+    more = ()
+    if filling:
+        more = filling if is_filled(coverage, filling) else "",
+        if more[0]:
+            coverage = np.minimum(coverage / prepare.stripes(filling, *coverage.shape), 1)
+    candidates, masks, lengths = templates(*coverage.shape, shapes)
     fits = lengths - 2 * (masks @ coverage.ravel())          # |mask - coverage|^2 less a constant
     size, shape, _, _ = candidates[np.argmin(fits)]
-    return size, nearest(color, prepare.COLORS), shape, nearest(background, prepare.BACKGROUNDS)
+    return size, nearest(color, prepare.COLORS), shape, nearest(background, prepare.BACKGROUNDS), *more
 
 
 def centers_and_sizes(images):
@@ -1522,17 +1674,25 @@ def judge_checkpoint(options):
     """Prints how many of the demo's unseen captions the images show; or, with options.camera, judge_camera.
     options: prepare.JudgeSettings."""
     model, vae, settings = load_model(options.ckpt)
-    asked = [words for words in prepare.UNSEEN for _ in range(options.seeds)]
-    prompts = [prepare.CAPTION.format(*words) for words in asked]
-    seeds = list(range(options.seeds)) * len(prepare.UNSEEN)
+    prepare.check_extras(options)
+    _, unseen = prepare.combinations(options.shape)
+    filling = options.filling
+    asked = [words for words in unseen for _ in range(options.seeds)]
+    prompts = [prepare.caption(words, filling) for words in asked]
+    seeds = list(range(options.seeds)) * len(unseen)
     render = partial(generate, model, vae, load_text_encoder(settings), prompts, seeds, settings)
     if options.camera:
         return judge_camera(render, settings["image_size"])
-    right = np.array([judge(image) for image in render()]) == asked    # (n, 4)
+    shapes = *prepare.SHAPES, *([options.shape] if options.shape else [])
+    rows = prepare.ATTRIBUTES | {"shape": shapes}
+    if filling:
+        asked = [(*words, filling) for words in asked]
+        rows["filling"] = ("", filling)
+    right = np.array([judge(image, shapes, filling) for image in render()]) == asked  # (n, 4 or 5)
     right = np.column_stack([right, right.all(1)]).sum(0)
-    print(f"{options.ckpt}: {len(prepare.UNSEEN)} captions x {options.seeds} seeds")
+    rows["all five" if filling else "all four"] = range(math.prod(map(len, rows.values())))
+    print(f"{options.ckpt}: {len(unseen)} captions x {options.seeds} seeds")
     print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
-    rows = prepare.ATTRIBUTES | {"all four": prepare.COMBINATIONS}
     for (name, choices), n in zip(rows.items(), right):
         print(f"{name:<12}{n:>6}{len(seeds):>6}{100 * n / len(seeds):>7.1f}{100 / len(choices):>10.1f}")
 

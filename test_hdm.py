@@ -6156,8 +6156,8 @@ def test_configs_are_the_published_stages():
         assert {name: values[name] for name in expected} == expected
     message = one_line(train.read_settings, [str(HERE / "configs" / "512.py")])
     assert "--init_from=out/256" in message and "configs/256.py" in message
-    train.read_settings([str(HERE / "configs" / "finetune.py")])
-    train.read_settings([str(HERE / "configs" / "eqvae.py")])
+    for name in ("finetune", "lora", "lokr", "eqvae"):
+        train.read_settings([str(HERE / "configs" / f"{name}.py")])
 
 
 @slow
@@ -6198,6 +6198,393 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(place, tmp_path, mon
     monkeypatch.setattr(Path, "rename", renamed)
     train_tiny(place, tmp_path, max_steps=1)
     assert len(hdm.list_checkpoints(tmp_path)) == 1 and len(flushed) > 5
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------
+
+def adapted_xut(kind, **settings):
+    """tiny_xut with an adapter that has learned something."""
+    model = tiny_xut()
+    hdm.add_adapters(model, hdm.AdapterSettings(adapter=kind, **dict(rank=3, train_norms=True) | settings),
+                     torch.float32)
+    with torch.no_grad():
+        for weight in hdm.learned(model):
+            weight.add_(0.1 * torch.randn_like(weight))
+    return model
+
+
+def velocity(model):
+    """What it makes of fixed inputs."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(2, *shape, generator=generator) for shape in ((3, 8, 8), (), (5, 32))]
+    with torch.no_grad():
+        return model(inputs[0], inputs[1].sigmoid(), inputs[2])
+
+
+def merged(*adapters):
+    """tiny_xut with adapters, each {name: tensor} as from a file, or a pair of this and a strength."""
+    model = tiny_xut()
+    for tensors in adapters:
+        tensors, strength = tensors if isinstance(tensors, tuple) else (tensors, 1.0)
+        sample.merge_tensors(model, tensors, Path("a.safetensors"), strength)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_merged_is_unmerged_and_adapters_add(kind):
+    model, base = adapted_xut(kind), tiny_xut()
+    tensors = hdm.learned_tensors(model)
+    assert not close(velocity(model), velocity(base), 1e-2)
+    assert close(velocity(merged(tensors)), velocity(model), 1e-5)
+    assert same(merged((tensors, 0.0)).state_dict(), base.state_dict())
+    other = hdm.learned_tensors(adapted_xut("lora", rank=2))
+    changes = [merged(*adapters).state_dict()
+               for adapters in ([(tensors, 0.5), (other, -2.0)], [tensors], [other])]
+    for name, weight in base.state_dict().items():
+        both, one, two = (change[name] - weight for change in changes)
+        torch.testing.assert_close(both, 0.5 * one - 2 * two, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_begins_without_effect_and_learns_alone():
+    for kind in ("lora", "lokr"):
+        model = tiny_xut()
+        hdm.add_adapters(model, hdm.AdapterSettings(adapter=kind), torch.bfloat16)
+        base = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+        assert {value.dtype for name, value in base.items() if "freqs" not in name} == {torch.bfloat16}
+        assert {value.dtype for value in hdm.learned(model)} == {torch.float32}
+        assert same({name: value.bfloat16() for name, value in tiny_xut().named_parameters()},
+                    {name: value.bfloat16() for name, value in base.items()})
+        exact = tiny_xut()
+        hdm.add_adapters(exact, hdm.AdapterSettings(adapter=kind), torch.float32)
+        assert torch.equal(velocity(exact), velocity(tiny_xut()))
+        average = hdm.AdamW(model, train.Settings(ema=0.9), "cpu", torch.float32).average
+        ids = [set(map(id, one.parameters())) for one in (average, model)]
+        assert len(ids[0] & ids[1]) == len(base)
+
+
+def random_parts(**shapes):
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+FORMULAS = {  # kind: its parts, the shape of a weight, what it adds in other words
+    "lora": (random_parts(lora_up=(6, 2), lora_down=(2, 8), alpha=()), (6, 8),
+             lambda p: torch.einsum("or,ri->oi", p["lora_up"], p["lora_down"]) * p["alpha"] / 2),
+    "lora without alpha": (
+        random_parts(lora_up=(6, 2), lora_down=(2, 8)), (6, 8), lambda p: p["lora_up"] @ p["lora_down"]),
+    "lora of a convolution": (
+        random_parts(lora_up=(6, 2, 1, 1), lora_down=(2, 4, 3, 3), alpha=()), (6, 4, 3, 3),
+        lambda p: torch.einsum("orab,rikl->oikl", p["lora_up"], p["lora_down"]) * p["alpha"] / 2),
+    "lokr": (random_parts(lokr_w1=(2, 4), lokr_w2=(3, 2), alpha=()), (6, 8),
+             lambda p: torch.einsum("ab,cd->acbd", p["lokr_w1"], p["lokr_w2"]).reshape(6, 8)),
+    "lokr, one factored": (
+        random_parts(lokr_w1=(2, 4), lokr_w2_a=(3, 5), lokr_w2_b=(5, 2), alpha=()), (6, 8),
+        lambda p: torch.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"]) * p["alpha"] / 5),
+    "lokr, both factored": (
+        random_parts(lokr_w1_a=(2, 3), lokr_w1_b=(3, 4), lokr_w2_a=(3, 3), lokr_w2_b=(3, 2), alpha=()),
+        (6, 8), lambda p: p["alpha"] / 3 * torch.kron(p["lokr_w1_a"] @ p["lokr_w1_b"],
+                                                      p["lokr_w2_a"] @ p["lokr_w2_b"])),
+    "lokr of a convolution": (
+        random_parts(lokr_w1=(2, 2), lokr_w2=(3, 2, 3, 3)), (6, 4, 3, 3),
+        lambda p: torch.kron(p["lokr_w1"][..., None, None], p["lokr_w2"])),
+    "lokr of a convolution, factored": (
+        random_parts(lokr_w1=(2, 2), lokr_w2_a=(3, 5), lokr_w2_b=(5, 18), alpha=()), (6, 4, 3, 3),
+        lambda p: p["alpha"] / 5 * torch.kron(p["lokr_w1"][..., None, None],
+                                              (p["lokr_w2_a"] @ p["lokr_w2_b"]).view(3, 2, 3, 3))),
+    "loha": (
+        random_parts(hada_w1_a=(6, 2), hada_w1_b=(2, 8), hada_w2_a=(6, 2), hada_w2_b=(2, 8), alpha=()),
+        (6, 8), lambda p: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"])
+        * p["alpha"] / 2),
+    "full": (random_parts(diff=(6, 8), alpha=()), (6, 8), lambda p: p["diff"]),
+    "norm": (random_parts(w_norm=(6,)), (6,), lambda p: p["w_norm"])}
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_a_change_is_its_formula(kind):
+    parts, shape, formula = FORMULAS[kind]
+    torch.testing.assert_close(hdm.adapter_delta(parts, shape), formula(parts).float())
+    with pytest.raises(hdm.UserError, match="not "):
+        hdm.adapter_delta(parts, (shape[0] * 2, *shape[1:]))
+
+
+def to_peft(tensors, folder):
+    """tensors of lora_unet_* in PEFT's form: a folder with its json; alphas differ by layer."""
+    names = {name.replace(".", "_"): name for name, _ in tiny_xut().named_modules()}
+    renamed, alphas = {}, {}
+    for key, value in tensors.items():
+        layer, _, part = key.removeprefix("lora_unet_").partition(".")
+        if part == "alpha":
+            alphas[names[layer]] = value.item()
+        else:
+            part = part.replace("lora_up", "lora_B").replace("lora_down", "lora_A")
+            renamed[f"base_model.model.model.{names[layer]}.{part}"] = value
+    rank = 3
+    settings = dict(peft_type="LORA", r=rank, lora_alpha=99, use_rslora=True, use_dora=False,
+                    alpha_pattern={layer: alpha / rank ** 0.5 for layer, alpha in alphas.items()})
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(renamed, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("form", ["ours", "pickle", "lightning", "dotted", "kohya", "peft", "half"])
+def test_adapters_of_any_program_are_the_same_adapter(form, tmp_path):
+    """By their names alone; PEFT's, with its alphas in a json, scales them by rank-stabilized LoRA's rule."""
+    tensors = hdm.learned_tensors(adapted_xut("lora", train_norms=form != "peft"))
+    for key in tensors:
+        if key.endswith(".alpha"):
+            tensors[key] = torch.tensor(1.0 + len(key) % 3)
+    expected, tolerance = velocity(merged(tensors)), 1e-5
+    path = tmp_path / "a.safetensors"
+    names = {name.replace(".", "_"): name for name, _ in tiny_xut().named_modules()}
+    plain = {}
+    for key, value in tensors.items():
+        layer, _, part = key.removeprefix("lora_unet_").partition(".")
+        plain[layer, part] = value
+    if form in ("ours", "half"):
+        save_file({key: value.half() if form == "half" else value for key, value in tensors.items()}, path)
+        tolerance = 1e-2 if form == "half" else 1e-5
+    elif form == "pickle":                                   # the authors' own
+        torch.save({f"lycoris_model_{layer}.{part}": value for (layer, part), value in plain.items()}, path)
+    elif form == "lightning":
+        content = {f"lycoris_model.lycoris_{layer}.{part}": value for (layer, part), value in plain.items()}
+        torch.save(dict(state_dict=content | {"te.weight": torch.ones(2)}, epoch=1), path)
+    elif form == "dotted":                                   # diffusion_model.backbone.enc_blocks.0.0.attn
+        start = "diffusion_model."
+        save_file({f"{start}{names[layer]}.{part}": value for (layer, part), value in plain.items()}, path)
+    elif form == "kohya":                                    # its alphas may be whole numbers
+        save_file({f"lora_unet_{layer}.{part}": value.long() if part == "alpha" else value
+                   for (layer, part), value in plain.items()}, path)
+    else:
+        to_peft(tensors, tmp_path / "peft")
+        path = sample.find_adapter(tmp_path / "peft", ema=True)
+    found = hdm.read_tensors(path)[0]
+    model = tiny_xut()
+    sample.merge_tensors(model, found, path, 1.0)
+    assert close(velocity(model), expected, tolerance)
+
+
+LAYER = "lora_unet_backbone_enc_blocks_0_0_attn_qkv"
+UNREAD = {  # a tensor beside a good adapter: what the refusal names
+    "tucker": {f"{LAYER}.lora_mid.weight": torch.ones(3, 3)},
+    "lokr_t2": {f"{LAYER}.lokr_t2": torch.ones(3, 3)},
+    "dora": {f"{LAYER}.dora_scale": torch.ones(96, 1)},
+    "no layer": {"lora_unet_backbone_enc_blocks_9_0_attn_qkv.diff": torch.ones(96, 32)},
+    "no bias": {f"{LAYER}.diff_b": torch.ones(96)},
+    "text encoder": {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0)},
+    "twice": {f"lycoris_{LAYER[10:]}.alpha": torch.tensor(1.0)},
+    "shape": {"lora_unet_ctx_proj.diff": torch.ones(32, 31)},
+    "half of one": {"lora_unet_ctx_proj.lora_up.weight": torch.ones(32, 2)},
+    "not finite": {"lora_unet_ctx_proj.diff": torch.full((32, 32), math.inf)}}
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_what_of_an_adapter_is_not_read_is_refused_by_name(what, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(hdm.learned_tensors(adapted_xut("lora")) | UNREAD[what], path)
+    name, = UNREAD[what]
+    if what in ("shape", "half of one"):                     # of a weight
+        name = "ctx_proj.weight"
+    refused(f"{path} {name}", sample.merge_adapters, tiny_xut(), [str(path)], True, "")
+    refused("nowhere", sample.merge_adapters, tiny_xut(), ["nowhere:0.5"], True, "")
+
+
+def test_peft_without_its_settings_or_with_dora_is_refused(tmp_path):
+    tensors = hdm.learned_tensors(adapted_xut("lora", train_norms=False))
+    to_peft(tensors, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    for change in (dict(use_dora=True), dict(peft_type="LOHA"), None):
+        if change is None:
+            file.unlink()
+        else:
+            file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        refused("adapter_config.json", sample.merge_adapters, tiny_xut(), [str(tmp_path / "peft")], True, "")
+
+
+@pytest.mark.parametrize("text, name, strength", [
+    ("a.safetensors", "a.safetensors", 1), ("a.safetensors:0.8", "a.safetensors", 0.8), ("a:-1", "a", -1),
+    ("C:\\a.safetensors", "C:\\a.safetensors", 1), ("run:x", "run:x", 1), (":2", ":2", 1),
+    ("a:nan", "a:nan", 1)])
+def test_the_strength_is_behind_the_last_colon(text, name, strength):
+    assert sample.split_strength(text) == (name, strength)
+
+
+ADAPTERS = {"lora": dict(adapter="lora", rank=3, lr=0.5),
+            "lokr": dict(adapter="lokr", train_norms=True, lr=0.5)}
+
+
+@pytest.fixture(scope="session")
+def adapters(trained, place):
+    """{kind: a run of six steps that trained one on `trained`}"""
+    return {kind: train_tiny(place, place / kind, init_from=trained, save_every=1, weight_decay=0.1, **how)
+            for kind, how in ADAPTERS.items()}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_stopped_adapter_run_goes_on_bitwise(kind, adapters, trained, place, tmp_path, capsys):
+    start = hdm.list_checkpoints(adapters[kind])[-2]
+    how = ADAPTERS[kind] | dict(weight_decay=0.1, resume=start)
+    train_tiny(place, tmp_path / "run", **how)
+    last = "ckpt_00000006"
+    assert same(checkpoint(tmp_path / "run" / last), checkpoint(adapters[kind] / last))
+    for name in ("model", "ema"):
+        header = hdm.read_tensors(tmp_path / "run" / last / f"{name}.safetensors")[1]
+        assert header == hdm.read_tensors(adapters[kind] / last / f"{name}.safetensors")[1]
+    refused("--rank=9 3" if kind == "lora" else "--factor=9 4", train_tiny, place, tmp_path / "other",
+            **how | {"rank" if kind == "lora" else "factor": 9})
+    refused(f"--adapter= {kind}", train_tiny, place, tmp_path / "other", resume=start)
+    refused("--adapter=lora none", train_tiny, place, tmp_path / "other", adapter="lora", resume=trained)
+    refused("--init_from", train_tiny, place, tmp_path / "other", adapter="lora")
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_run_samples_merges_and_is_trained_on(kind, adapters, trained, place, tmp_path, capfd):
+    run, base = adapters[kind], sample.load_model(trained)[0]
+    adapted, _, settings = sample.load_model(run)
+    assert settings["step"] == 6 and "base" not in settings
+    parts = hdm.read_tensors(sample.find_weights(run, ema=True))[0]
+    sample.merge_tensors(base, parts, run, 1.0)
+    assert same(adapted.state_dict(), base.state_dict())
+    prompt = "--prompt=red circle", "--steps=2"
+    alone = draw(run, tmp_path / "a", *prompt)["00000-0.png"]
+    plain = draw(trained, tmp_path / "b", *prompt)["00000-0.png"]
+    both = draw(trained, tmp_path / "c", *prompt, f"--adapter={run}")["00000-0.png"]
+    assert np.array_equal(alone, both) and not np.array_equal(alone, plain)
+    half = draw(trained, tmp_path / "d", *prompt, f"--adapter={run}:0.5", f"--adapter={run}:0.5")
+    assert abs(half["00000-0.png"] - both).max() <= 1
+    made = tmp_path / "c" / "00000-0.png"
+    again = draw(trained, tmp_path / "e", f"--from_image={made}")
+    assert np.array_equal(again["00000-0.png"], both)
+    capfd.readouterr()
+    sample.main([f"--ckpt={run}", f"--export={tmp_path / 'x.safetensors'}", "--force"])
+    exported = sample.load_model(tmp_path / "x.safetensors")[0].state_dict()
+    for name, weight in adapted.state_dict().items():
+        assert close(exported[name], weight, 1e-3) or weight.abs().max() == 0, name
+    # A new run begins from the merged weights: all of them, or with an adapter on the adapter
+    train_tiny(place, tmp_path / "all", init_from=run, max_steps=1, lr=1e-30)
+    start = load_file(tmp_path / "all" / "ckpt_00000001" / "model.safetensors")
+    assert close(start["ctx_proj.weight"], adapted.ctx_proj.weight) and start.keys() == exported.keys()
+    on_top = train_tiny(place, tmp_path / "top", init_from=run, adapter="lora", max_steps=1, lr=1e-30)
+    assert close(velocity_of(sample.load_model(on_top)[0]), velocity_of(adapted))
+
+
+def velocity_of(model):
+    c = model.config
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return model(torch.randn(2, c.in_channels, 16, 16, generator=generator), torch.tensor([0.2, 0.7]),
+                     torch.randn(2, 5, c.ctx_dim, generator=generator))
+
+
+def test_another_base_than_an_adapters_is_reported_and_not_trained_on(trained, place, tmp_path, capsys):
+    base = tmp_path / "base.safetensors"
+    shutil.copy(trained / "ckpt_00000006" / "ema.safetensors", base)
+    shutil.copytree(trained / "ckpt_00000006" / "text_encoder", tmp_path / "text_encoder")
+    how = dict(ADAPTERS["lora"], init_from=base)
+    run = train_tiny(place, tmp_path / "run", max_steps=1, **how)
+    capsys.readouterr()
+    sample.load_model(run)
+    sample.merge_adapters(sample.load_model(base)[0], [str(run)], True, sample.model_hash(base))
+    assert "warning" not in capsys.readouterr().out
+    shutil.copy(trained / "ckpt_00000005" / "ema.safetensors", base)
+    sample.load_model(run)
+    sample.merge_adapters(sample.load_model(base)[0], [str(run)], True, sample.model_hash(base))
+    assert capsys.readouterr().out.count("warning: ") == 2
+    refused("was trained on the model", train_tiny, place, run, resume=True, **how)
+    base.unlink()
+    refused(f"{base} --ckpt --adapter=", sample.load_model, run)
+
+
+def test_comfyui_maps_all_of_an_adapter_run(adapters):
+    """By its generic rule: lora_unet_ and a weight's name, its dots replaced by underscores."""
+    for kind, run in adapters.items():
+        model = sample.load_model(run)[0]
+        known = {"lora_unet_" + name.removesuffix(".weight").replace(".", "_"): weight
+                 for name, weight in model.named_parameters() if name.endswith(".weight")}
+        tensors = hdm.read_tensors(sample.find_weights(run, ema=True))[0]
+        layers = {name.partition(".")[0] for name in tensors}
+        assert layers <= known.keys()
+        linear = [module for module in model.modules() if isinstance(module, (hdm.Linear, torch.nn.Conv2d))]
+        norms = [module for module in model.modules() if isinstance(module, hdm.PreNorm)]
+        assert len(layers) == len(linear) + len(norms) * (kind == "lokr")
+        assert {name.partition(".")[0] for name in tensors if name.endswith(".alpha")} == {
+            name for name in layers if known[name].dim() > 1}
+
+
+def best_lr(kind, width, own_rule=True):
+    """Of a grid in steps of four, the place of the lr by which a layer with an adapter learns the most in 30
+    steps. own_rule: each part's lr is divided by its fan-in, else all by the same."""
+    losses = []
+    for i in range(6):
+        torch.manual_seed(0)
+        layer = hdm.Linear(width, width).requires_grad_(False)
+        layer.adapter = hdm.Adapter(kind, layer.weight, hdm.AdapterSettings(rank=4))
+        optimizer = torch.optim.AdamW(hdm.parameter_groups(layer), betas=(0.9, 0.95))
+        for group in optimizer.param_groups:
+            group["lr"] = 4.0 ** (i - 3) / (group["fan_in"] if own_rule else 8)
+        z = torch.randn(64, 4)                               # x of few directions, as features are
+        x = z @ torch.randn(4, width) / 2
+        target = layer(x).detach() + torch.outer(z[:, 0], torch.randn(width))
+        for _ in range(30):
+            loss = (layer(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    return np.argmin(losses)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_the_best_lr_of_an_adapter_is_that_of_another_width(kind):
+    widths = 32, 128, 512
+    assert len({best_lr(kind, width) for width in widths}) == 1
+    assert len({best_lr(kind, width, own_rule=False) for width in widths}) > 1
+
+
+@pytest.mark.parametrize("kind, how", [
+    ("lora", dict(checkpointing=True)), ("lora", dict(compile=True)), ("lokr", dict(checkpointing=True)),
+    pytest.param("lokr", dict(compile=True), marks=SLOW)])
+def test_adapters_learn_the_same_compiled_and_checkpointed(
+        kind, how, trained, place, tmp_path, fresh_compiler, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings = ADAPTERS[kind] | dict(init_from=trained, max_steps=3, text_lengths=1)
+    plain = losses(place, tmp_path / "plain", **settings)
+    assert losses(place, tmp_path / "other", **settings, **how) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape, filling", [("star", ""), ("", "hatched")])
+def test_what_an_adapter_may_teach_the_demo_is_seen_by_the_judge(shape, filling, tmp_path):
+    """Of images as they are made, and of the demo's own as well; each word is one token."""
+    kind = prepare.DemoSettings(out=str(tmp_path / "more"), count=40, shape=shape, filling=filling)
+    prepare.make_demo(kind)
+    prepare.make_demo(prepare.DemoSettings(out=str(tmp_path / "demo"), count=40))
+    assert not (tmp_path / "more_te").exists()
+    te = hdm.TextEncoder(str(tmp_path / "demo_te"), 8)
+    shapes, right = ("star", "circle", "cross"), []          # and one canvas: templates take seconds
+    for folder, own in ("more", filling), ("demo", ""):
+        for path in (tmp_path / folder).glob("*.png"):
+            text, image = path.with_suffix(".txt").read_text().strip(), np.asarray(Image.open(path))
+            assert len(te.tokenize([text], 16)[0]) == 8
+            if image.shape == (32, 32, 3) and any(shape in text for shape in shapes):
+                *words, found = sample.judge(image, shapes, "hatched")
+                right.append(found == own and prepare.caption(words, found) == text)
+    assert len(right) > 10 and np.mean(right) > 0.97
+
+
+def test_more_words_change_no_state_of_the_others(tmp_path):
+    captions = [prepare.caption(words) for words in prepare.COMBINATIONS]
+    prepare.make_text_encoder(captions, tmp_path / "a")
+    prepare.make_text_encoder(captions, tmp_path / "b", more_words=["star"])
+    before, after = (hdm.TextEncoder(str(tmp_path / name), 8)(captions[::9]) for name in "ab")
+    assert same(before, after)
+
+
+def test_eight_bit_moments_take_bitsandbytes():
+    assert hdm.optimizers()["adamw8bit"].state_bytes == 2
+    s = train.Settings(optimizer="adamw8bit")
+    if importlib.util.find_spec("bitsandbytes"):
+        hdm.AdamW8bit(tiny_xut(), s, "cpu", torch.float32)
+    else:
+        with pytest.raises(ModuleNotFoundError, match="bitsandbytes"):
+            hdm.AdamW8bit(tiny_xut(), s, "cpu", torch.float32)
 
 
 # ---- torch.compile: used where it can be had, and nothing depends on it ----------------------------------
@@ -6610,6 +6997,7 @@ def test_the_plan_is_counted(model, vae_folder, te_folder, capsys):
     if model == "base":
         assert counts == [253.3, 506.0, 0.0, 272.7, 240.5] and forward == 4756.0
         assert "2.06 GB of gradients a step of 2048" in out  # 2 (4 - 1) / 4 x 4 bytes x 343,176,208
+        assert "lora        8 GB" in out and "lokr        8 GB" in out
         fixed = 20 * 343_176_208 + 2 * (596_049_920 + 83_653_863)                     # weights in 16 bit, too
         memory = float(re.search(r"memory: ([\d.]+) GB of weights", out)[1])
         assert memory == pytest.approx(fixed / 1e9 + 2 * 0.343, rel=0.01)

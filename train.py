@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=4 -- train.py configs/256.py     # on four GPUs, with the same global batch
     python train.py configs/demo.py --resume                   # go on, bitwise, from the newest checkpoint
     python train.py configs/demo.py --init_from=out/demo --out_dir=out/c    # a new run from old weights
+    python train.py configs/finetune.py --adapter=lora --rank=16 --out_dir=out/lora    # small changes of them
     python train.py configs/eqvae.py --vae=PLACE               # train a VAE on, to be equivariant (EQ-VAE)
     python train.py --plot out/demo out/b                      # the curves of runs, in plot.png
     python train.py configs/256.py --plan --gpus=4             # hours, dollars, memory, before it begins
@@ -127,13 +128,13 @@ class CostSettings:
 
 
 @dataclasses.dataclass
-class Settings(CostSettings, hdm.VAESettings, OptimizerSettings, hdm.ExampleSettings, InputSettings,
-               RunSettings):
+class Settings(CostSettings, hdm.VAESettings, OptimizerSettings, hdm.AdapterSettings, hdm.ExampleSettings,
+               InputSettings, RunSettings):
     pass                           # all of them, flat
 
 
-CLASSES = (RunSettings, InputSettings, hdm.ExampleSettings, OptimizerSettings, hdm.VAESettings,
-           CostSettings, hdm.XUTConfig)
+CLASSES = (RunSettings, InputSettings, hdm.ExampleSettings, hdm.AdapterSettings, OptimizerSettings,
+           hdm.VAESettings, CostSettings, hdm.XUTConfig)
 
 
 def never_evaluates(s):
@@ -145,6 +146,9 @@ IDLE = [  # settings, when they have no effect, and why
     ("baseline caption_tokens", hdm.without("bench"), "without --bench"),
     ("new_data", hdm.without("resume"), "without --resume"),
     ("memory_budget", hdm.without("compile"), "with --compile=false"),
+    ("rank", lambda s: s.adapter != "lora", "without --adapter=lora"),
+    ("factor", lambda s: s.adapter != "lokr", "without --adapter=lokr"),
+    ("train_norms", hdm.without("adapter"), "without --adapter"),
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
     ("preview_prompts", hdm.without("sample_every"), "with --sample_every=0"),
     ("eval_every", never_evaluates, "with --validation=0"),
@@ -196,12 +200,15 @@ def check_settings(s, ranks):
         raise hdm.UserError("--latents: a run in pixels, --vae=, has none")
     if not s.tag_separator.strip():
         raise hdm.UserError("--tag_separator=: $$, or a comma, is needed")
-    for name in ("latents", "init_from", "plan", "bench"):
+    for name in ("latents", "init_from", "adapter", "plan", "bench"):
         if s.train == "vae" and getattr(s, name):
             raise hdm.UserError(f"--{name}: not with --train=vae, which trains --vae on images")
     hdm.check_name(f"--train={s.train}", s.train, TRAINED, "model to train")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--optimizer={s.optimizer}", s.optimizer, hdm.optimizers(), "optimizer")
+    hdm.check_name(f"--adapter={s.adapter}", s.adapter, ("", "lora", "lokr"), "adapter")
+    if s.adapter and not (s.init_from or s.resume or s.bench or s.plan):
+        raise hdm.UserError(f"--adapter={s.adapter}: changes a trained model, which --init_from names")
     hdm.check_name(f"--schedule={s.schedule}", s.schedule, ("cosine", "constant"), "schedule")
     hdm.check_name(f"--log={s.log}", s.log, TRACKERS, "tracker")
 
@@ -280,9 +287,11 @@ def load_state(s, identity, stream, ranks):
     with hdm.naming(f"--resume={s.resume}", "no complete checkpoint; --init_from takes weights alone"):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
         old = vars(Settings()) | state["settings"]           # older checkpoints lack newer settings
-    if old["optimizer"] != s.optimizer:
-        raise hdm.UserError(f"--optimizer={s.optimizer}: the state in {s.resume} is of {old['optimizer']}; "
-                            f"name that one, or begin a new run with --init_from={s.resume}")
+    for name in ("optimizer", "adapter", "rank", "factor", "train_norms"):
+        now = getattr(s, name)
+        if old[name] != now and (s.adapter or name in ("optimizer", "adapter")):
+            raise hdm.UserError(f"--{name}={now}: the state in {s.resume} is of {old[name] or 'none'}; name "
+                                f"that one, or begin a new run with --init_from={s.resume}")
     if state["identity"] != identity:                        # of names, weights and the held-out share
         holdout = f", --holdout={s.holdout}" if s.holdout or old["holdout"] else ""
         what = (f"--data={s.data}, --validation={s.validation:.3g}{holdout}: other training images or "
@@ -487,13 +496,15 @@ def report_problems(run, waited):
 def load_weights(s, given, device):
     """-> the XUT of --resume or --init_from. An older one without the aspect input gets it, at zero."""
     source = s.resume or s.init_from
-    model, _, header = sample.load_model(source, device, ema=not s.resume, with_vae=False)
+    of_adapters = s.adapter and s.resume                     # their parts come after their base
+    model, _, header = sample.load_model(source, device, ema=not s.resume, with_vae=False,
+                                         merge=not of_adapters)
     model = copy.deepcopy(model)                 # mapped weights lie unaligned: sums would round differently
     line = f"weights: {source}"
     if header["step"]:
         line += f", step {header['step']:,}, {header['images']:,} images"
     print(line)
-    if s.resume or model.config.aspect_cond or not given.get("aspect_cond", True):
+    if s.resume or s.adapter or model.config.aspect_cond or not given.get("aspect_cond", True):
         return model
     print(f"{source} has no aspect input: it starts at zero (--aspect_cond=false leaves it out)")
     wider = hdm.XUT(dataclasses.replace(model.config, aspect_cond=True)).to(device)
@@ -501,8 +512,9 @@ def load_weights(s, given, device):
     return wider
 
 
-def build_model(s, given, vae, ctx_dim, device):
-    """-> XUT in float32 from --resume, --init_from or the preset; given: the settings that were named."""
+def build_model(s, given, vae, ctx_dim, device, dtype):
+    """-> XUT in float32 from --resume, --init_from or the preset; given: the settings that were named. With
+    an adapter only that is in float32, and the rest in dtype."""
     torch.manual_seed(s.seed)                                # for the weights' init, and for nothing after it
     preset = dataclasses.asdict(hdm.PRESETS[s.preset])
     explicit = {name: given[name] for name in given if name in preset}
@@ -520,7 +532,24 @@ def build_model(s, given, vae, ctx_dim, device):
             raise hdm.UserError(f"{name}: {source or 'the config'} says {found}, the {by} {value}")
     hdm.check_size(s.image_size, s.image_size, model.config, vae)
     model.checkpoint_blocks(s.checkpointing)
+    if s.adapter:
+        hdm.add_adapters(model, s, dtype)
+        if s.resume:
+            hdm.load_learned(model, hdm.read_tensors(sample.find_weights(s.resume, ema=False))[0])
     return model.train()
+
+
+def base_of(s):
+    """What the headers of an adapter run say of the model that it changes: its place, SHA-256 of its file."""
+    if not s.adapter or s.bench:
+        return {}
+    if s.resume:
+        file = sample.find_weights(s.resume, ema=False)
+        header = sample.header_settings(hdm.read_tensors(file)[1], file)
+        return dict(base=header["base"], base_hash=header["base_hash"])
+    file = sample.find_weights(s.init_from, ema=True)
+    place = os.path.abspath(file) if hdm.looks_local(s.init_from) else s.init_from
+    return dict(base=place, base_hash=sample.model_hash(file))
 
 
 def schedule_end(s, seen):
@@ -748,7 +777,7 @@ def load_networks(run, given, state):
             if not file.is_file():                           # it had no average
                 file = Path(s.resume, "model.safetensors")
             weights = hdm.read_tensors(file)[0]
-            run.optimizer.average.load_state_dict(weights)
+            hdm.load_learned(run.optimizer.average, weights)
 
 
 def open_examples(run):
@@ -810,6 +839,8 @@ def print_plan(run):
     """What will happen, before step 0."""
     s, gb = run.s, run.optimizer.checkpoint_gb()
     kept = checkpoints_at_most(s, run.total)
+    if s.adapter:
+        print(f"{s.adapter}: {hdm.count_learned(run.model):,} of the parameters learn")
     print(f"{hdm.count_parameters(run.model):,} parameters, {run.ranks} x {run.device}, {run.dtype}; "
           f"{run.stream.images:,} images, {len(run.held_out):,} held out (validation {s.validation:.3g})\n"
           f"{s.images:,} images seen, {s.images / run.stream.length:.2f} epochs; steps {run.start:,} to "
@@ -843,7 +874,7 @@ def open_run(s, given, rank, ranks):
     count_steps(run, state)
 
     # From here on the folder is this run's
-    run.header = checkpoint_header(s, run.config)
+    run.header = checkpoint_header(s, run.config) | base_of(s)
     hdm.make_folder(run.out_dir / "samples", "--out_dir")
     run.lock = None
     run.tracker = Tracker(s, run.out_dir, run.start, None)
@@ -893,7 +924,7 @@ class TrainedXUT:
         s = run.s
         run.te = hdm.TextEncoder(s.text_encoder, s.text_length, run.device, run.dtype)
         run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
-        run.model = build_model(s, given, run.vae, run.te.dim, run.device)
+        run.model = build_model(s, given, run.vae, run.te.dim, run.device, run.dtype)
         run.config = run.model.config
         run.latents = prepare.hash_of_vae(run.vae).hexdigest() if run.vae else ""
         prepare.report_cut_captions(run.index, run.te, s)
@@ -926,9 +957,10 @@ class TrainedXUT:
 
     def save(self, run, folder, header):
         """Writes the weights and, where there is one, their average into a checkpoint's folder."""
-        hdm.save_model(folder / "model.safetensors", run.model.state_dict(), header)
+        hdm.save_model(folder / "model.safetensors", hdm.learned_tensors(run.model), header)
         if run.s.ema:
-            hdm.save_model(folder / self.average_file, run.optimizer.average.state_dict(), header)
+            average = hdm.learned_tensors(run.optimizer.average)
+            hdm.save_model(folder / self.average_file, average, header)
         copy_small_encoders(header, folder)
 
     def next_command(self, run):
@@ -1294,7 +1326,8 @@ def saved_bytes(f, *arguments, **named):
 
 
 def image_flops(config, side, T, tread_rate, vae, text):
-    """FLOPs of one training image, as a dict; arguments as of image_costs."""
+    """FLOPs of one training image, as a dict; arguments as of image_costs. With an adapter they are the same
+    but for its own products: of a LoRA of rank 16 in the base model 0.2 %."""
     with torch.device("meta"):
         model = hdm.XUT(config)
         inputs = hdm.blank_inputs(config, 1, side, T, tread_rate, device="meta")
@@ -1310,38 +1343,45 @@ def image_flops(config, side, T, tread_rate, vae, text):
     return flops
 
 
-def activation_bytes(config, side, T, tread_rate, dtype):
+def activation_bytes(config, side, T, tread_rate, dtype, adapter):
     """-> image, shared: XUT keeps shared + n x image bytes of n images for its backward pass.
 
     Measured for n = 1 and n = 2, on tensors without memory, by a CPU's kernels: their norms keep a float32
-    input, which CUDA's do not. Shared are the weights in 16 bit.
+    input, which CUDA's do not. Shared are the weights in 16 bit, or their sums with what adapters change.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model = hdm.XUT(config)
+        if adapter is not None and adapter.adapter:
+            hdm.add_adapters(model, adapter, dtype)
         one = saved_bytes(hdm.flow_loss, model, **hdm.blank_inputs(config, 1, side, T, tread_rate))
         two = saved_bytes(hdm.flow_loss, model, **hdm.blank_inputs(config, 2, side, T, tread_rate))
     image = two - one
     return image, one - image
 
 
-def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16):
-    """What a training image with a latent of side x side cells and T text tokens costs, as a dict.
-
-    FLOPs: xut, forward; step, XUT forward and backward; vae, its encoder; text, the text encoder (modules on
-    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes, of an
-    image; checkpointed, of an image with --checkpointing, which keeps the input of each block and all of one;
-    shared, whatever the number of images.
-    """
-    image, shared = activation_bytes(config, side, T, tread_rate, dtype)
+def image_bytes(config, side, T, tread_rate=0.0, dtype=torch.bfloat16, adapter=None):
+    """What XUT keeps for its backward pass, as a dict; arguments as of image_costs."""
+    image, shared = activation_bytes(config, side, T, tread_rate, dtype, adapter)
     N = (side // config.patch_size) ** 2                     # image tokens
     R = N - math.floor(N * tread_rate)                       # ... that go through the U
     inside = config.depth * (config.enc_blocks + config.dec_blocks)                   # blocks in the U
     outside = config.pre_blocks + config.post_blocks
     tokens = outside * (T + N) + inside * (T + R)            # in the inputs of all blocks
     checkpointed = tokens * config.dim * dtype.itemsize + image / (inside + outside)
+    return dict(bytes=image, checkpointed=checkpointed, shared=shared)
+
+
+def image_costs(config, side, T, tread_rate=0.0, vae=None, text=None, dtype=torch.bfloat16, adapter=None):
+    """What a training image with a latent of side x side cells and T text tokens costs, as a dict.
+
+    FLOPs: xut, forward; step, XUT forward and backward; vae, its encoder; text, the text encoder (modules on
+    "meta", or None). Bytes that XUT keeps for its backward pass, eager, under autocast to dtype: bytes, of an
+    image; checkpointed, of an image with --checkpointing, which keeps the input of each block and all of one;
+    shared, whatever the number of images. adapter: AdapterSettings; None: all weights learn.
+    """
     flops = image_flops(config, side, T, tread_rate, vae, text)
-    return flops | dict(bytes=image, checkpointed=checkpointed, shared=shared)
+    return flops | image_bytes(config, side, T, tread_rate, dtype, adapter)
 
 
 def matmul_tflops(device, dtype):
@@ -1387,16 +1427,20 @@ def shape_of_text_encoder(s):
         return hdm.text_part(hdm.text_class(config).from_config(config)).float()
 
 
-def costs_of(s, given, T, dtype=torch.bfloat16):
-    """-> image_costs of the run with T text tokens; the numbers of parameters of XUT, VAE, text encoder.
-    Encoders that are not at hand are taken for the published ones."""
+def costs_of(s, given, T, dtype=torch.bfloat16, with_flops=True):
+    """-> image_costs of the run with T text tokens, or its bytes alone; how many parameters learn, and how
+    many are frozen, in XUT, VAE and text encoder. Encoders not at hand are taken for the published ones."""
     vae, text = shape_of_vae(s), shape_of_text_encoder(s)
     with torch.device("meta"):
-        model = build_model(s, given, vae, text.config.hidden_size, "meta")
-    numbers = [hdm.count_parameters(module) if module else 0 for module in (model, vae, text)]
+        model = build_model(s, given, vae, text.config.hidden_size, "meta", dtype)
+    everything = sum(hdm.count_parameters(module) for module in (model, vae, text) if module)
+    learned = hdm.count_learned(model)
     side = s.image_size // (vae.factor if vae else 1)
     encoder = None if s.latents else vae                     # cached latents need none
-    return image_costs(model.config, side, T, s.tread_rate, encoder, text, dtype), numbers
+    costs = image_bytes(model.config, side, T, s.tread_rate, dtype, adapter=s)
+    if with_flops:
+        costs |= image_flops(model.config, side, T, s.tread_rate, encoder, text)
+    return costs, learned, everything - learned
 
 
 def plan(s, given):
@@ -1409,9 +1453,16 @@ def plan(s, given):
     if away:
         print(f"not at hand, counted as the published one: {', '.join(away)}")
     dtype = torch.float32 if s.dtype == "float32" else torch.bfloat16
-    costs, numbers = costs_of(s, given, s.text_length, dtype)
-    print_hours(s, costs)
-    print_memory(s, costs, numbers, dtype)
+    memory = {}
+    for kind in ("", "lora", "lokr"):
+        other = dataclasses.replace(s, adapter=kind)
+        costs, learned, frozen = costs_of(other, given, s.text_length, dtype, with_flops=kind == s.adapter)
+        memory[kind] = memory_of(other, costs, learned, frozen, dtype)
+        if kind == s.adapter:
+            print_hours(s, costs)
+            sent = 2 * (s.gpus - 1) / s.gpus * 4e-9 * learned                         # by a ring, in float32
+            print(f"each GPU sends {sent:.2f} GB of gradients a step of {s.global_batch} images")
+    print_memory(s, memory)
 
 
 def print_hours(s, costs):
@@ -1429,19 +1480,23 @@ def print_hours(s, costs):
               f"{s.dollars_per_gpu_hour * s.gpus * hours:,.0f} dollars")
 
 
-def print_memory(s, costs, numbers, dtype):
-    """costs, numbers: of costs_of."""
-    parameters, *encoders = numbers
+def memory_of(s, costs, learned, frozen, dtype):
+    """-> GB whatever the batch, GB of an image; arguments as of costs_of."""
     copies = 3 if s.ema else 2                               # in float32: weights, gradients, average
     each_weight = 4 * copies + hdm.optimizers()[s.optimizer].state_bytes
-    fixed = 1e-9 * (each_weight * parameters + dtype.itemsize * sum(encoders) + costs["shared"])
-    image = 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
-    sent = 2 * (s.gpus - 1) / s.gpus * 4e-9 * parameters     # by a ring, in float32
-    fits = [f"{gb} GB {max(0, int((gb - 1 - fixed) / image))}" for gb in (8, 12, 16, 24, 32)]
-    print(f"each GPU sends {sent:.2f} GB of gradients a step of {s.global_batch} images\n"
-          f"memory: {fixed:.2f} GB of weights, gradients, optimizer, EMA, encoders, {image:.3f} GB an image "
+    fixed = 1e-9 * (each_weight * learned + dtype.itemsize * frozen + costs["shared"])
+    return fixed, 1e-9 * costs["checkpointed" if s.checkpointing else "bytes"]
+
+
+def print_memory(s, memory):
+    """memory: {adapter: memory_of with it}."""
+    fixed, image = memory[s.adapter]
+    print(f"memory: {fixed:.2f} GB of weights, gradients, optimizer, EMA, encoders, {image:.3f} GB an image "
           f"of a micro-step (counted, eager): {fixed + s.batch_size * image:.1f} GB in all\n"
-          f"batch_size at most, with 1 GB to spare: {', '.join(fits)}")
+          f"batch_size at most, with 1 GB to spare:")
+    for kind, (fixed, image) in memory.items():
+        fits = [f"{gb} GB {max(0, int((gb - 1 - fixed) / image))}" for gb in (8, 12, 16, 24, 32)]
+        print(f"  {kind or 'all weights':<12}{', '.join(fits)}")
 
 
 # ---- The bench: a run on made-up data --------------------------------------------------------------------
@@ -1516,7 +1571,7 @@ def measure(s, given, rank, ranks, warm, tflops, dtype):
         split.update(line["split_s"])
     images = steps * s.global_batch
     rate = images / sum(split.values())
-    costs, _ = costs_of(s, given, round(tokens), dtype)
+    costs, _, _ = costs_of(s, given, round(tokens), dtype)
     share = rate / ranks / tflops / 1e12                     # of a device's rate, for each FLOP of an image
     milliseconds = {name: 1000 * ranks * seconds / images for name, seconds in split.items()}
     return dict(images_per_s=rate, text_tokens=tokens, xut_mfu=share * costs["step"],
