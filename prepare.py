@@ -74,6 +74,7 @@ class DemoSettings:
     out: str = "data/demo"  # folder of images and captions; OUT_unseen.txt and OUT_te are written beside it
     count: hdm.Count | None = None  # images; None: 12,000, about 10 s on one core and 95 MB in blocks of 4 KB
     seed: hdm.Whole = 0     # image i depends on (seed, i) alone; also of the text encoder's weights
+    side: hdm.Count = 32    # pixels of an image's short side
     centered: bool = False   # for the camera: each shape in the middle, sized by the canvas's longer side
     shape: str = ""         # for adapters: star, which the demo lacks, in all images; 200 of them
     filling: str = ""       # likewise: hatched, the six shapes
@@ -1765,7 +1766,7 @@ def make_text_encoder(captions, out, most_tokens=4096, dim=128, seed=0, more_wor
 
 
 # ---- what the demo shows ----------------------------------------------------------------------------------
-CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) in pixels: share of the images
+CANVASES = {(32, 32): 0.8, (32, 48): 0.1, (48, 32): 0.1}  # (height, width) at --side=32: share of the images
 RADIUS = {"small": 0.30, "large": 0.42}  # in short sides
 CENTERED_CANVASES = {(32, 32): 0.5, (32, 48): 0.25, (48, 32): 0.25}
 CENTERED_RADIUS = {"small": 0.20, "large": 0.32}  # in long sides, so that positions alone say what is where
@@ -1892,7 +1893,8 @@ def make_demo(settings):
         for i in range(count):
             rng = np.random.default_rng((settings.seed, i))
             words = seen[order[i % len(seen)]]
-            height, width = rng.choice(list(canvases), p=list(canvases.values()))
+            canvas = rng.choice(list(canvases), p=list(canvases.values()))
+            height, width = canvas * settings.side // 32
             cy, cx = random_center(rng, words[0], words[2], height, width)
             radius = None                        # its size's
             if settings.centered:
