@@ -1405,6 +1405,8 @@ def new_vae(s):
         widths = [int(width) for width in s.vae_widths.split(",")]
     except ValueError as error:
         raise UserError(f"--vae_widths={s.vae_widths}: whole numbers are needed, as in 32,64,64") from error
+    if min(widths) < 1:
+        raise UserError(f"--vae_widths={s.vae_widths}: each must be 1 or more")
     return VAE(widths, latent_channels=s.vae_channels, norm_num_groups=math.gcd(32, *widths))
 
 
@@ -2039,7 +2041,7 @@ def save_model(path, tensors, settings):
 class AdapterSettings:
     """What of a model learns."""
     adapter: str = ""              # lora, lokr: small changes of frozen weights; "": all weights
-    rank: Count = 16               # lora's: the inner width of each change
+    rank: Count = 16               # lora's inner width
     factor: Count = 4              # lokr's: the most rows and columns of the smaller of two factors
     train_norms: bool = False      # with an adapter: the norms of the blocks learn, too
 
@@ -2047,7 +2049,7 @@ class AdapterSettings:
 def adapter_delta(parts, shape):
     """What an adapter adds to a tensor of this shape, such as (out, in) or (out, in, p, p), in float32.
 
-    parts: {name: tensor} as in files. r is their inner width, alpha without an entry of its own r:
+    parts: {name: tensor} as in files. r is the inner width; a missing alpha counts as r.
         LoRA (arXiv 2106.09685)   lora_up @ lora_down * alpha / r
         LoKr (arXiv 2309.14859)   kron(lokr_w1, lokr_w2); of which one or both may be a product of two, w1_a
                                   and w1_b: then * alpha / r
@@ -2137,7 +2139,7 @@ def add_adapters(model, s, dtype):
             module.norm.adapter = Adapter("norm", module.norm.weight, s)
 
 
-def learned_tensors(model):
+def checkpoint_tensors(model):
     """{name: tensor} of what a checkpoint holds, not copied: all weights; or those of adapters alone, by the
     names that other programs read, lora_unet_LAYER.PART, where _ stands for the dots in LAYER."""
     tensors = {}
@@ -2153,9 +2155,9 @@ def learned_tensors(model):
 
 
 @torch.no_grad()
-def load_learned(model, tensors):
-    """Fills learned_tensors(model) with these."""
-    own = learned_tensors(model)
+def load_checkpoint_tensors(model, tensors):
+    """Fills checkpoint_tensors(model) with these."""
+    own = checkpoint_tensors(model)
     for name in own:
         own[name].copy_(tensors[name])
 
@@ -2532,6 +2534,8 @@ def pick_device(name):
     if name.startswith("cuda:") and processes:
         raise UserError(f"--device={name}: torchrun gives each process its own GPU, of those that "
                         f"CUDA_VISIBLE_DEVICES names")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(f"--device={name}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
     if name == "cuda" and processes > torch.cuda.device_count():
         raise UserError(f"--nproc_per_node={processes}: this machine has {torch.cuda.device_count()} GPUs")
     return name

@@ -71,7 +71,8 @@ import hdm
 
 @dataclass
 class DemoSettings:
-    out: str = "data/demo"  # folder of images and captions; OUT_unseen.txt and OUT_te are written beside it
+    out: str = ""           # folder of images and captions; OUT_unseen.txt and OUT_te are written beside it;
+                            # "": data/demo, data/star, data/hatched
     count: hdm.Count | None = None  # images; None: 12,000, about 10 s on one core and 95 MB in blocks of 4 KB
     seed: hdm.Whole = 0     # image i depends on (seed, i) alone; also of the text encoder's weights
     side: hdm.Count = 32    # pixels of an image's short side
@@ -127,6 +128,8 @@ class JudgeSettings:
     camera: bool = False            # measure instead how far shifts and zooms move the shape
     shape: str = ""                 # star: of the unseen captions of prepare.py demo --shape=star
     filling: str = ""               # hatched: likewise of --filling=hatched
+    device: str = "auto"            # auto, cpu, cuda, cuda:N, mps
+    dtype: str = "auto"             # float32, bfloat16, float16; auto: 16 bit on CUDA, else float32
 
 
 # ---- sources: captioned images as they lie on people's disks -----------------------------------------------
@@ -1602,7 +1605,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("sidecar_place", hdm.without("sidecar"), "without --sidecar")]
 JUDGE_IDLE = [
     ("group", hdm.without("data"), "without --data"),
-    ("camera", lambda s: s.data, "with --data: it is the demo's")]
+    ("camera shape filling", lambda s: s.data, "with --data: it is the demo's")]
 
 
 def judge(settings):
@@ -1875,6 +1878,8 @@ def check_extras(settings):
 
 def make_demo(settings):
     check_extras(settings)
+    name = "_".join(filter(None, (settings.filling, settings.shape))) or "demo"
+    settings = replace(settings, out=settings.out or f"data/{name}")
     out = os.path.abspath(settings.out)
     every, unseen = combinations(settings.shape)
     seen = [words for words in every if words not in unseen]

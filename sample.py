@@ -738,13 +738,14 @@ def header_settings(metadata, path):
         return settings | dict(config=hdm.XUTConfig(**settings["config"]))
 
 
-def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True, merge=True):
+def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with_vae=True, merge=True,
+               base=""):
     """-> (XUT, VAE or None, settings) from our checkpoints or from any layout of the published weights.
 
     settings is a dict: config (the XUTConfig), text_encoder, text_length, tag_separator, spaces, vae,
     image_size, step, images, and for sampling steps, cfg, cfg_low, t_shift. ema=True takes the averaged
     weights where it has them. Of an adapter run XUT is its base with the adapter merged; merge=False: without
-    it, and settings has base and base_hash.
+    it, and settings has base and base_hash. base: another place of it, where it is not where it was.
     """
     path = find_weights(path_or_hub_id, ema)
     tensors, metadata = hdm.read_tensors(path)
@@ -768,7 +769,7 @@ def load_model(path_or_hub_id, device="cpu", dtype=torch.float32, ema=True, with
         with expecting(path, "vae", settings["vae"], given=vae_tensors is not None):
             vae = hdm.load_vae(settings["vae"], device, dtype, vae_tensors)
     if is_adapter:
-        model = load_base(settings, path, device, dtype, may_differ=merge)
+        model = load_base(settings, path, place_of_base(settings, base), device, dtype, may_differ=merge)
         if merge:
             merge_tensors(model, tensors, path, 1.0)
             settings = {name: settings[name] for name in settings if name not in ("base", "base_hash")}
@@ -797,10 +798,15 @@ PART = re.compile(r"\.(lora_(?:up|down|A|B)|lokr_w[12](?:_[ab])?|hada_w[12]_[ab]
 OUR_NAMES = dict(lora_A="lora_down", lora_B="lora_up")       # of PEFT's
 
 
-def load_base(settings, path, device, dtype, may_differ):
-    """The XUT that the adapter in path was trained on, as its header's settings name it; where that file is
-    another by now, it is refused, or with may_differ reported."""
+def place_of_base(settings, other):
+    """Where the base of an adapter is, by the settings in its header; or, if it is gone from there, other."""
     base = settings["base"]
+    return other if other and hdm.looks_local(base) and not os.path.exists(base) else base
+
+
+def load_base(settings, path, base, device, dtype, may_differ):
+    """The XUT at base, that the adapter in path was trained on, by its header's settings; where that file is
+    another by now, it is refused, or with may_differ reported."""
     with hdm.naming(path, f"its base is expected at {base}; sample.py takes another place of that as --ckpt, "
                           f"with --adapter={path}"):
         file = find_weights(base, ema=True)
@@ -890,7 +896,7 @@ def merge_tensors(model, tensors, path, strength):
 def merge_adapters(model, adapters, ema, digest):
     """Merges what --adapter names into a model whose file has this hash. -> the adapters' files."""
     files = []
-    for text in adapters:
+    for text in filter(None, adapters):                      # --adapter= takes those of --from_image away
         name, strength = split_strength(text)
         file = find_adapter(name, ema)
         tensors, metadata = hdm.read_tensors(file)
@@ -1673,14 +1679,16 @@ def judge_camera(render, side):
 def judge_checkpoint(options):
     """Prints how many of the demo's unseen captions the images show; or, with options.camera, judge_camera.
     options: prepare.JudgeSettings."""
-    model, vae, settings = load_model(options.ckpt)
     prepare.check_extras(options)
+    device = hdm.pick_device(options.device)
+    model, vae, settings = load_model(options.ckpt, device, hdm.pick_dtype(options.dtype, device))
     _, unseen = prepare.combinations(options.shape)
     filling = options.filling
     asked = [words for words in unseen for _ in range(options.seeds)]
     prompts = [prepare.caption(words, filling) for words in asked]
     seeds = list(range(options.seeds)) * len(unseen)
-    render = partial(generate, model, vae, load_text_encoder(settings), prompts, seeds, settings)
+    te = load_text_encoder(settings, device)
+    render = partial(generate, model, vae, te, prompts, seeds, settings)
     if options.camera:
         return judge_camera(render, settings["image_size"])
     shapes = *prepare.SHAPES, *([options.shape] if options.shape else [])
@@ -1699,6 +1707,7 @@ def judge_checkpoint(options):
 
 # ---- a judge for any data: the nearest real image ----------------------------------------------------------
 MOST_REAL = 10_000                 # real images, beside the held-out ones, that are compared with
+MANY = 8                           # captions of a group, from which on samples have a mean of their own
 
 
 def thing_and_group(caption, pattern):
@@ -1710,15 +1719,27 @@ def thing_and_group(caption, pattern):
     return "".join(things[:1]), "".join(groups)
 
 
-def thumbnails(images, groups):
-    """(n, 192) float64: images (height, width, 3) uint8 averaged over 8 x 8 areas, less their group's mean:
-    what all of one style share says nothing about what they show."""
-    small = np.stack([Image.fromarray(image).resize((8, 8), Image.BOX) for image in images])
-    vectors = small.reshape(len(small), -1).astype(np.float64)
+def thumbnails(images):
+    """(n, 192) float64: images (height, width, 3) uint8 averaged over 8 x 8 areas."""
+    small = [np.asarray(Image.fromarray(image).resize((8, 8), Image.BOX)) for image in images]
+    return np.stack(small).reshape(len(small), -1).astype(np.float64)
+
+
+def remove_means(shown, real, groups):
+    """Takes from (n, seeds, d) samples and (m, d) real images, in place, the mean of their group; groups:
+    those of the real images, of which the first n are the samples' own.
+
+    Samples lose their own mean, so that a light, or a style, that all of them got wrong alike is no mistake
+    in each; but where a group has fewer than MANY captions the real images', as their own would be the very
+    images.
+    """
     for group in set(groups):
-        rows = groups == group
-        vectors[rows] -= vectors[rows].mean(0)
-    return vectors
+        of_real, of_shown = groups == group, groups[:len(shown)] == group
+        mean = real[of_real].mean(0)
+        real[of_real] -= mean
+        if of_shown.sum() >= MANY:
+            mean = shown[of_shown].mean((0, 1))
+        shown[of_shown] -= mean
 
 
 def rank_of(image, truth, real):
@@ -1766,9 +1787,12 @@ def judge_by_data(options):
     image is the nearest real one of its group; beside it the same with another held-out image for the truth
     (shuffled), and with a real image of the same thing in another group in place of the sample."""
     pattern = prepare.read_regex("--group", options.group) if options.group else None
-    model, vae, settings = load_model(options.ckpt)
+    device = hdm.pick_device(options.device)
+    model, vae, settings = load_model(options.ckpt, device, hdm.pick_dtype(options.dtype, device))
+    if "validation" not in settings:
+        raise hdm.UserError(f"--ckpt={options.ckpt}: does not say what its training held out")
     index = prepare.open_index(options.data)
-    _, _, held = prepare.split_data(index, settings.get("validation"), settings.get("holdout", ""))
+    _, _, held = prepare.split_data(index, settings["validation"], settings["holdout"])
     if not held:
         raise hdm.UserError(f"--ckpt={options.ckpt}: its training held out none of --data={options.data}")
     seen = np.setdiff1d(np.arange(len(index)), held)[:MOST_REAL]         # the index is in order of a hash
@@ -1778,12 +1802,14 @@ def judge_by_data(options):
     things, groups = np.array([thing_and_group(caption, pattern) for caption in captions]).T
     if options.group and not groups.any():
         raise hdm.UserError(f"--group={options.group}: in no part of the captions, such as {captions[0]!r}")
-    real = thumbnails([read_square(index, i, settings["image_size"]) for i in numbers], groups)
+    real = thumbnails(read_square(index, i, settings["image_size"]) for i in numbers)
     n = len(held)
-    prompts = [caption for caption in captions[:n] for _ in range(options.seeds)]
-    seeds = list(range(options.seeds)) * n
-    images = generate(model, vae, load_text_encoder(settings), prompts, seeds, settings)
-    shown = thumbnails(images, np.repeat(groups[:n], options.seeds)).reshape(n, options.seeds, -1)
+    te = load_text_encoder(settings, device)
+    shown = []
+    for seed in tqdm(range(options.seeds), disable=not sys.stderr.isatty()):
+        shown.append(thumbnails(generate(model, vae, te, captions[:n], [seed] * n, settings)))
+    shown = np.stack(shown, axis=1)                          # (n, seeds, 192)
+    remove_means(shown, real, groups)
     print(f"{options.ckpt}: {n} captions x {options.seeds} seeds; groups: {len(set(groups))}. Is the true "
           f"image the nearest real one?")
     print(f"{'among':<10}{'images':>7}  {'compared':<16}{'of':>6}{'nearest %':>11}{'first five %':>14}"

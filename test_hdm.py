@@ -1295,7 +1295,7 @@ def test_every_rule_of_settings_without_effect_names_settings():
     ("--preview_prompts=x --sample_every=0", "preview_prompts"), ("--preview_prompts=x --new_data=false", ""),
     ("--eval_every=5 --validation=0", "eval_every"), ("--eval_every=0 --validation=0", ""), ("", ""),
     ("--eval_every=5", ""), ("--eval_every=5 --validation=0 --holdout=x", ""), ("--kl=1", "kl"),
-    ("--train=vae --vae=x --tread_rate=0.1 --dim=8 --kl=1", "tread_rate dim")])
+    ("--train=vae --lr=1e-4 --vae=x --tread_rate=0.1 --dim=8 --kl=1", "tread_rate dim")])
 def test_settings_without_effect_in_a_training_call_are_said(argv, idle, tmp_path, capsys):
     """Those of the command line alone: a config file serves other calls, too."""
     (tmp_path / "defaults.py").write_text("vae = ''\ncompile = False\ngpus = 2")
@@ -2624,7 +2624,8 @@ def test_a_resume_with_another_holdout_has_other_images(place, tmp_path, capsys)
     capsys.readouterr()
     train_tiny(**how, max_steps=4, resume=True, holdout="blue")
     assert "new epoch" not in capsys.readouterr().out
-    train_tiny(**how, resume=True)
+    refused("--holdout=: --new_data", train_tiny, **how, resume=True)
+    train_tiny(**how, resume=True, new_data=True)
     assert "--holdout=: other training images" in capsys.readouterr().out
 
 
@@ -3113,8 +3114,8 @@ def test_a_text_encoder_knows_the_words_of_a_sources_captions(tmp_path):
 def test_judge_scores_what_was_drawn(monkeypatch, capsys):
     """A model that draws every caption truly gets 100 %; one that draws only circles, their share."""
     meaning = {prepare.CAPTION.format(*words): words for words in prepare.COMBINATIONS}
-    monkeypatch.setattr(sample, "load_model", lambda ckpt: (None, None, {}))
-    monkeypatch.setattr(sample, "load_text_encoder", lambda settings: None)
+    monkeypatch.setattr(sample, "load_model", lambda ckpt, device, dtype: (None, None, {}))
+    monkeypatch.setattr(sample, "load_text_encoder", lambda settings, device: None)
 
     def generate(model, vae, te, prompts, seeds, settings):
         picture = [(words[0], words[1], change(words[2]), words[3]) for words in map(meaning.get, prompts)]
@@ -3136,7 +3137,7 @@ def test_judge_scores_what_was_drawn(monkeypatch, capsys):
 THINGS, STYLES = [f"thing {i}" for i in range(12)], ("flat style", "3d style", "ink style")
 
 
-def judged(folder, draw, monkeypatch, capsys, *flags):
+def judged(folder, draw, monkeypatch, capsys, *flags, holdout=r"thing \d,"):
     """The judge's table, {row: its numbers}, of a model that draws draw(real, thing, style) of each held-out
     caption. real(thing, style) is the true image: the thing's random 8 x 8 blocks, lighter from thing to
     thing, in that style's light."""
@@ -3154,12 +3155,12 @@ def judged(folder, draw, monkeypatch, capsys, *flags):
         path = folder / f"{style[:2]}{i}"
         Image.fromarray(real(thing, style)).save(path.with_suffix(".png"))
         path.with_suffix(".txt").write_text(f"{thing}, {style} ||| a $$ b")
-    settings = sample.PUBLISHED | dict(image_size=16, validation=0.0, holdout=r"thing \d,")
-    monkeypatch.setattr(sample, "load_model", lambda ckpt: (None, None, settings))
-    monkeypatch.setattr(sample, "load_text_encoder", lambda settings: None)
+    settings = sample.PUBLISHED | dict(image_size=16, validation=0.0, holdout=holdout)
+    monkeypatch.setattr(sample, "load_model", lambda ckpt, device, dtype: (None, None, settings))
+    monkeypatch.setattr(sample, "load_text_encoder", lambda settings, device: None)
 
     def generate(model, vae, te, prompts, seeds, settings):
-        assert all(prompt.endswith("style, a, b") for prompt in prompts) and set(seeds) == {0, 1}
+        assert all(prompt.endswith("style, a, b") for prompt in prompts) and set(seeds) < {0, 1}
         return np.stack([draw(real, *prompt.split(", ")[:2]) for prompt in prompts])
 
     monkeypatch.setattr(sample, "generate", generate)
@@ -3183,6 +3184,8 @@ def test_the_judge_for_any_data_is_right_on_true_images_and_at_chance_on_shuffle
     assert rows["held out chance"] == [10, 60, 10, 50, 5.5]
     assert rows["held out shuffled"][2] == 0 and 3 < rows["held out shuffled"][4] < 8
     assert rows["all real shuffled"][3] < 60
+    few = judged(tmp_path / "c", true, monkeypatch, capsys, "--group=style", holdout="thing 3,")
+    assert few["all real samples"] == [12, 6, 100, 100, 1]                   # one caption a group
     whole = judged(tmp_path / "b", true, monkeypatch, capsys)                # without groups all are compared
     assert whole["held out samples"] == [30, 60, 100, 100, 1] and "held out another group's" not in whole
 
@@ -6235,11 +6238,11 @@ def merged(*adapters):
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 def test_merged_is_unmerged_and_adapters_add(kind):
     model, base = adapted_xut(kind), tiny_xut()
-    tensors = hdm.learned_tensors(model)
+    tensors = hdm.checkpoint_tensors(model)
     assert not close(velocity(model), velocity(base), 1e-2)
     assert close(velocity(merged(tensors)), velocity(model), 1e-5)
     assert same(merged((tensors, 0.0)).state_dict(), base.state_dict())
-    other = hdm.learned_tensors(adapted_xut("lora", rank=2))
+    other = hdm.checkpoint_tensors(adapted_xut("lora", rank=2))
     changes = [merged(*adapters).state_dict()
                for adapters in ([(tensors, 0.5), (other, -2.0)], [tensors], [other])]
     for name, weight in base.state_dict().items():
@@ -6330,7 +6333,7 @@ def to_peft(tensors, folder):
 @pytest.mark.parametrize("form", ["ours", "pickle", "lightning", "dotted", "kohya", "peft", "half"])
 def test_adapters_of_any_program_are_the_same_adapter(form, tmp_path):
     """By their names alone; PEFT's, with its alphas in a json, scales them by rank-stabilized LoRA's rule."""
-    tensors = hdm.learned_tensors(adapted_xut("lora", train_norms=form != "peft"))
+    tensors = hdm.checkpoint_tensors(adapted_xut("lora", train_norms=form != "peft"))
     for key in tensors:
         if key.endswith(".alpha"):
             tensors[key] = torch.tensor(1.0 + len(key) % 3)
@@ -6381,7 +6384,7 @@ UNREAD = {  # a tensor beside a good adapter: what the refusal names
 @pytest.mark.parametrize("what", UNREAD)
 def test_what_of_an_adapter_is_not_read_is_refused_by_name(what, tmp_path):
     path = tmp_path / "a.safetensors"
-    save_file(hdm.learned_tensors(adapted_xut("lora")) | UNREAD[what], path)
+    save_file(hdm.checkpoint_tensors(adapted_xut("lora")) | UNREAD[what], path)
     name, = UNREAD[what]
     if what in ("shape", "half of one"):                     # of a weight
         name = "ctx_proj.weight"
@@ -6390,7 +6393,7 @@ def test_what_of_an_adapter_is_not_read_is_refused_by_name(what, tmp_path):
 
 
 def test_peft_without_its_settings_or_with_dora_is_refused(tmp_path):
-    tensors = hdm.learned_tensors(adapted_xut("lora", train_norms=False))
+    tensors = hdm.checkpoint_tensors(adapted_xut("lora", train_norms=False))
     to_peft(tensors, tmp_path / "peft")
     file = tmp_path / "peft" / "adapter_config.json"
     for change in (dict(use_dora=True), dict(peft_type="LOHA"), None):

@@ -155,6 +155,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("milestone_every", hdm.without("save_every"), "with --save_every=0"),
     ("vae_widths vae_channels equivariance kl lpips", lambda s: s.train == "xut", "without --train=vae"),
     ("vae_channels", hdm.without("vae_widths"), "without --vae_widths"),
+    ("vae", lambda s: s.train == "vae" and s.vae_widths, "with --vae_widths"),
     (" ".join(hdm.setting_types([hdm.XUTConfig])), lambda s: s.train == "vae", "with --train=vae"),
     ("preset compile memory_budget checkpointing text_encoder text_length text_lengths mask_padding "
      "caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk preview_prompts sample_steps "
@@ -203,7 +204,11 @@ def check_settings(s, ranks):
     for name in ("latents", "init_from", "adapter", "plan", "bench"):
         if s.train == "vae" and getattr(s, name):
             raise hdm.UserError(f"--{name}: not with --train=vae, which trains --vae on images")
-    hdm.check_name(f"--train={s.train}", s.train, TRAINED, "model to train")
+    hdm.check_name(f"--train={s.train}", s.train, TASKS, "model to train")
+    if s.train == "vae":
+        s.compile = False                                    # that is for XUT's blocks
+        if s.lr > 0.01:
+            hdm.warn(f"--lr={s.lr}: each tensor of a VAE has all of it; 1e-4 fine-tunes one")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--optimizer={s.optimizer}", s.optimizer, hdm.optimizers(), "optimizer")
     hdm.check_name(f"--adapter={s.adapter}", s.adapter, ("", "lora", "lokr"), "adapter")
@@ -267,7 +272,7 @@ def save_checkpoint(run, state):
     with if_the_disk_allows(f"{final}, which takes {optimizer.checkpoint_gb():.2f} GB where {free:.2f} are "
                             f"free; older ones stay"):
         temporary.mkdir()
-        run.trained.save(run, temporary, header)
+        run.task.save(run, temporary, header)
         torch.save(state, temporary / "train.pt")
         if s.milestone_every > 0 and run.seen // s.milestone_every > run.saved // s.milestone_every:
             (temporary / "milestone").touch()                # the first after a multiple: it is never deleted
@@ -279,6 +284,12 @@ def save_checkpoint(run, state):
     return final.is_dir()
 
 
+# Settings that may differ on a resume without a word; and those that may not, as the state is of them.
+NOT_COMPARED = "resume", "init_from", "new_data", "max_steps", "max_hours"
+STATE_IS_OF = {"xut": ("train", "optimizer", "adapter"), "vae": ("train", "optimizer", "vae_widths")}
+ADAPTER_IS_OF = "rank", "factor", "train_norms"
+
+
 def load_state(s, identity, stream, ranks):
     """train.pt of --resume; where the images are others, its position is moved to a fresh epoch.
 
@@ -287,22 +298,23 @@ def load_state(s, identity, stream, ranks):
     with hdm.naming(f"--resume={s.resume}", "no complete checkpoint; --init_from takes weights alone"):
         state = torch.load(Path(s.resume, "train.pt"), map_location="cpu", weights_only=True)
         old = vars(Settings()) | state["settings"]           # older checkpoints lack newer settings
-    for name in ("optimizer", "adapter", "rank", "factor", "train_norms"):
+    for name in STATE_IS_OF[s.train] + (ADAPTER_IS_OF if s.adapter else ()):
         now = getattr(s, name)
-        if old[name] != now and (s.adapter or name in ("optimizer", "adapter")):
+        if old[name] != now:
             raise hdm.UserError(f"--{name}={now}: the state in {s.resume} is of {old[name] or 'none'}; name "
                                 f"that one, or begin a new run with --init_from={s.resume}")
     if state["identity"] != identity:                        # of names, weights and the held-out share
         holdout = f", --holdout={s.holdout}" if s.holdout or old["holdout"] else ""
         what = (f"--data={s.data}, --validation={s.validation:.3g}{holdout}: other training images or "
                 f"weights ({stream.images:,}) than {s.resume} saw ({state['pictures']:,})")
-        if stream.images <= state["pictures"] and not s.new_data:
+        others = stream.images <= state["pictures"] or s.holdout != old["holdout"]
+        if others and not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
         state["position"] = stream.start(state["next_epoch"])
     changed = []
     for name, value in (vars(s) | dict(ranks=ranks)).items():
-        if value != old.get(name) and name not in ("resume", "new_data", "max_steps", "max_hours"):
+        if value != old.get(name) and name not in NOT_COMPARED:
             changed.append(f"{name} {old.get(name)} -> {value}")
     print(f"resume: {s.resume}; changed by this command: {', '.join(changed) or 'nothing'}")
     return state
@@ -498,7 +510,7 @@ def load_weights(s, given, device):
     source = s.resume or s.init_from
     of_adapters = s.adapter and s.resume                     # their parts come after their base
     model, _, header = sample.load_model(source, device, ema=not s.resume, with_vae=False,
-                                         merge=not of_adapters)
+                                         merge=not of_adapters, base=s.init_from)
     model = copy.deepcopy(model)                 # mapped weights lie unaligned: sums would round differently
     line = f"weights: {source}"
     if header["step"]:
@@ -535,7 +547,7 @@ def build_model(s, given, vae, ctx_dim, device, dtype):
     if s.adapter:
         hdm.add_adapters(model, s, dtype)
         if s.resume:
-            hdm.load_learned(model, hdm.read_tensors(sample.find_weights(s.resume, ema=False))[0])
+            hdm.load_checkpoint_tensors(model, hdm.read_tensors(sample.find_weights(s.resume, ema=False))[0])
     return model.train()
 
 
@@ -546,8 +558,11 @@ def base_of(s):
     if s.resume:
         file = sample.find_weights(s.resume, ema=False)
         header = sample.header_settings(hdm.read_tensors(file)[1], file)
-        return dict(base=header["base"], base_hash=header["base_hash"])
+        return dict(base=sample.place_of_base(header, s.init_from), base_hash=header["base_hash"])
     file = sample.find_weights(s.init_from, ema=True)
+    if file.parent.name.startswith("ckpt_") and not (file.parent / "milestone").exists():
+        hdm.warn(f"{file.parent}: the adapter needs it for good; a run that goes on there deletes old "
+                 f"checkpoints (--keep_ckpts)")
     place = os.path.abspath(file) if hdm.looks_local(s.init_from) else s.init_from
     return dict(base=place, base_hash=sample.model_hash(file))
 
@@ -680,7 +695,7 @@ class OpenRun:
     # The networks
     te: hdm.TextEncoder | None     # frozen; None: the VAE is trained
     vae: hdm.VAE | None            # frozen, or it is the model; None: XUT reads pixels
-    trained: "TrainedXUT | TrainedVAE"  # what the loop does with the model
+    task: "XUTTask | VAETask"  # what the loop does with the model
     latents: str                   # a hash of the frozen VAE: with another one a resumed run is refused
     config: hdm.XUTConfig          # by which training examples are made
     model: hdm.XUT | hdm.VAE       # float32
@@ -716,13 +731,17 @@ class OpenRun:
 
 
 def choose_start(s):
-    """Makes s.resume the path of a checkpoint, or False, and refuses an out_dir that holds another run's.
+    """Makes s.resume the path of a checkpoint, or False, and of a run in s.init_from its newest checkpoint.
+    Refuses an out_dir that holds another run's.
 
     -> the steps of the newest checkpoint in out_dir; 0: there is none.
     """
     existing = hdm.list_checkpoints(s.out_dir)
     if existing and not s.resume:
         raise hdm.UserError(f"--out_dir={s.out_dir} holds {existing[-1].name}: --resume or another --out_dir")
+    of_source = hdm.list_checkpoints(s.init_from) if s.init_from else []
+    if of_source:                                            # now: that run may go on, and save others
+        s.init_from = str(of_source[-1])
     if s.resume is True:
         if not existing:
             raise hdm.UserError(f"--resume: no checkpoint in {s.out_dir}; leave it out to start a run there")
@@ -764,7 +783,7 @@ def load_networks(run, given, state):
     """Loads the frozen encoders and the model; the optimizer and the average as in state, train.pt's."""
     s = run.s
     with rank_0_first(run.rank):
-        run.trained.load(run, given)
+        run.task.load(run, given)
     if state.get("latents", run.latents) != run.latents:
         raise hdm.UserError(f"--vae={s.vae}: its latents are not those of {s.resume}, whose VAE was "
                             f"{state['settings']['vae']}: name that one, unchanged, or begin a new run with "
@@ -773,11 +792,11 @@ def load_networks(run, given, state):
     if s.resume:
         run.optimizer.load_state_dict(state)
         if s.ema:
-            file = Path(s.resume, run.trained.average_file)
+            file = Path(s.resume, run.task.average_file)
             if not file.is_file():                           # it had no average
                 file = Path(s.resume, "model.safetensors")
             weights = hdm.read_tensors(file)[0]
-            hdm.load_learned(run.optimizer.average, weights)
+            hdm.load_checkpoint_tensors(run.optimizer.average, weights)
 
 
 def open_examples(run):
@@ -856,7 +875,7 @@ def open_run(s, given, rank, ranks):
     """-> the OpenRun, ready for its next step. given: {name: value} of the settings that were named."""
     run = OpenRun()
     run.s, run.rank, run.ranks = s, rank, ranks
-    run.trained = TRAINED[s.train]
+    run.task = TASKS[s.train]
     run.out_dir = Path(s.out_dir)
     run.device, run.kind, run.dtype = open_device(s)
     newest = choose_start(s)
@@ -899,7 +918,7 @@ def open_run(s, given, rank, ranks):
         compile_blocks(run.model, s, run.autocast, run.device, side)
 
     # For the next line of metrics: a resumed run goes on with the sums of its checkpoint
-    run.window = state.get("window", torch.zeros(2, run.trained.bins)).to(run.device)
+    run.window = state.get("window", torch.zeros(2, run.task.bins)).to(run.device)
     run.watch = Stopwatch(run.kind, state.get("seconds", ()))
     run.lr = hdm.lr_at(run.seen, s, run.warmup, run.end)
     run.norm = None
@@ -913,7 +932,7 @@ def open_run(s, given, rank, ranks):
 
 # ---- What is trained: all that the loop does in another way for XUT than for a VAE -----------------------
 
-class TrainedXUT:
+class XUTTask:
     """With --train=xut."""
     bins = 10                      # tenths of t: losses are summed up by them ...
     loss_by = "loss_by_t"          # ... for this line of metrics
@@ -957,9 +976,9 @@ class TrainedXUT:
 
     def save(self, run, folder, header):
         """Writes the weights and, where there is one, their average into a checkpoint's folder."""
-        hdm.save_model(folder / "model.safetensors", hdm.learned_tensors(run.model), header)
+        hdm.save_model(folder / "model.safetensors", hdm.checkpoint_tensors(run.model), header)
         if run.s.ema:
-            average = hdm.learned_tensors(run.optimizer.average)
+            average = hdm.checkpoint_tensors(run.optimizer.average)
             hdm.save_model(folder / self.average_file, average, header)
         copy_small_encoders(header, folder)
 
@@ -968,8 +987,8 @@ class TrainedXUT:
         return f"python sample.py --ckpt={run.out_dir} --prompt {shlex.quote(run.prompts[0])}"
 
 
-class TrainedVAE:
-    """With --train=vae; each method as TrainedXUT's."""
+class VAETask:
+    """With --train=vae; each method as XUTTask's."""
     bins = len(hdm.VIEWS)
     loss_by = "loss_by_view"
     average_file = "vae/diffusion_pytorch_model.safetensors"
@@ -977,8 +996,8 @@ class TrainedVAE:
     def load(self, run, given):
         s = run.s
         if run.dtype == torch.float16:                       # the SDXL VAE overflows in it
+            print("--train=vae: float32 in place of float16, in which VAEs overflow")
             run.dtype = torch.float32
-        s.compile = False                                    # that is for XUT's blocks
         torch.manual_seed(s.seed)
         if s.resume:
             config = hdm.vae_config(Path(s.resume, "vae", "config.json"))
@@ -992,6 +1011,10 @@ class TrainedVAE:
             raise hdm.UserError("--vae=: name one to train, or --vae_widths of a new one")
         if s.image_size % vae.factor:
             raise hdm.UserError(f"--image_size={s.image_size}: no multiple of {vae.factor}, a cell's pixels")
+        if s.image_size < 2 * vae.factor:
+            raise hdm.UserError(f"--image_size={s.image_size}: at least {2 * vae.factor}, two cells")
+        if s.lpips > 0:                                      # what is missing is missing now
+            hdm.load_lpips(torch.device(run.device))
         run.te = None
         run.latents = ""                                     # they change
         run.vae = run.model = copy.deepcopy(vae).requires_grad_(True).train()      # mapped weights: as above
@@ -1024,7 +1047,7 @@ class TrainedVAE:
         vae = run.optimizer.average
         first = range(min(STATISTICS, run.stream.images))
         batches = DataLoader(run.training, run.s.batch_size, sampler=first)
-        with evaluation(run):
+        with without_gradients(run):
             hdm.normalize_latents(vae, batches, run.device)
         weights = {name: value.cpu().contiguous() for name, value in run.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
@@ -1036,7 +1059,7 @@ class TrainedVAE:
 
 
 STATISTICS = 2048              # training images, by which the latents of a VAE's checkpoint are normalized
-TRAINED = {"xut": TrainedXUT(), "vae": TrainedVAE()}
+TASKS = {"xut": XUTTask(), "vae": VAETask()}
 
 
 # ---- What is due after a step, the loop, its end ---------------------------------------------------------
@@ -1063,7 +1086,7 @@ def tasks_due(run):
 
 
 @contextlib.contextmanager
-def evaluation(run):
+def without_gradients(run):
     """In the block the model is as in sampling: no gradients, and eager, as the shapes are of any kind."""
     run.model.eval()
     eager = torch.compiler.set_stance("force_eager") if run.s.compile else contextlib.nullcontext()
@@ -1075,13 +1098,13 @@ def evaluation(run):
 def evaluate(run):
     """-> val_loss, and a VAE's measures, of the averaged weights on the held-out images: {name: number}."""
     sums, totals = {}, {}
-    with evaluation(run):
+    with without_gradients(run):
         for batch in run.held_batches:
-            add_to(sums, run.trained.sums(run, batch))
+            add_to(sums, run.task.sums(run, batch))
             run.problems.append(batch["trouble"])
     for one in hdm.gather(sums):
         add_to(totals, one)
-    return run.trained.measures(totals, len(run.held_out))
+    return run.task.measures(totals, len(run.held_out))
 
 
 def add_to(totals, values):
@@ -1091,8 +1114,8 @@ def add_to(totals, values):
 
 def save_previews(run):
     """One sheet of the same prompts and seeds, or images, each time, by the averaged weights."""
-    with evaluation(run):
-        images, columns = run.trained.previews(run)
+    with without_gradients(run):
+        images, columns = run.task.previews(run)
     if run.rank == 0:
         with if_the_disk_allows("a sheet of previews"):
             sheet = hdm.image_grid(images, columns, scale=max(1, 128 // run.s.image_size))
@@ -1128,7 +1151,7 @@ def metrics_of(run, held_out):
         skipped=run.optimizer.skipped[0].item(), data_s=split["data"], loss=ratio(sum(losses), sum(counts)),
         grad_norm=norm, images_per_s=ratio(sum(counts), seconds), unreadable=report_problems(run, waited),
         split_s=split, text_tokens=run.text_tokens, memory_gb=memory,
-        **{run.trained.loss_by: [ratio(*sums) for sums in zip(losses, counts)]})
+        **{run.task.loss_by: [ratio(*sums) for sums in zip(losses, counts)]})
 
 
 def log(run, held_out):
@@ -1209,14 +1232,14 @@ def train(s, given, rank, ranks):
             run.problems.append(batch["trouble"])
             run.network.require_backward_grad_sync = micro == run.micro_steps         # DDP's: once a step
             with hdm.SHARED_CPU.work(run.device):
-                inputs = run.trained.inputs(run, batch)
+                inputs = run.task.inputs(run, batch)
                 with run.autocast:
-                    losses, bins, tokens = run.trained.losses(run, inputs)            # (B,), (B,), a number
+                    losses, bins, tokens = run.task.losses(run, inputs)            # (B,), (B,), a number
                 run.watch("forward")
                 run.optimizer.backward(losses.mean() / run.micro_steps)
                 run.watch("backward")
             run.text_tokens += tokens / run.micro_steps
-            one_hot = torch.nn.functional.one_hot(bins, run.trained.bins).float()     # (B, bins)
+            one_hot = torch.nn.functional.one_hot(bins, run.task.bins).float()     # (B, bins)
             stats += torch.stack([losses.detach() @ one_hot, one_hot.sum(0)])
         if stopped:                                          # the step begins again when the run goes on
             break
@@ -1239,7 +1262,7 @@ def finish(run, stopped):
         raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved: make room, --resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
     if not stopped:
-        print(f"done: {run.trained.next_command(run)}")
+        print(f"done: {run.task.next_command(run)}")
         return
     program = ["torchrun", f"--nproc_per_node={run.ranks}", "--"] if run.ranks > 1 else ["python"]
     print(f"stopped at step {run.step}; to go on: {shlex.join([*program, *sys.argv, '--resume'])}")
