@@ -125,6 +125,7 @@ class JudgeSettings:
     seeds: hdm.Count = 8            # images of each caption, from seeds 0, 1, ...
     data: str = ""                  # its training's: judge by the images held out there; "": the demo
     group: str = ""                 # ... regex: a caption's part that has it, such as "3d style", is a group
+    grid: str = ""                  # ... a PNG of the first 48 captions' samples beside the true images
     camera: bool = False            # measure instead how far shifts and zooms move the shape
     shape: str = ""                 # star: of the unseen captions of prepare.py demo --shape=star
     filling: str = ""               # hatched: likewise of --filling=hatched
@@ -1604,7 +1605,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("image_size", hdm.without("latents", "dry_run"), "without --latents or --dry_run"),
     ("sidecar_place", hdm.without("sidecar"), "without --sidecar")]
 JUDGE_IDLE = [
-    ("group", hdm.without("data"), "without --data"),
+    ("group grid", hdm.without("data"), "without --data"),
     ("camera shape filling", lambda s: s.data, "with --data: it is the demo's")]
 
 

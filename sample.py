@@ -1782,6 +1782,17 @@ def read_square(index, i, side):
     return np.array(fitted(image, side, side, Image.BICUBIC))
 
 
+def save_pairs(path, images, index, held):
+    """A PNG of samples, each beside the true image, by the numbers `held`."""
+    side = images.shape[1]
+    tiles = []
+    for image, number in zip(images, held):
+        tiles += [image, read_square(index, number, side)]
+    sheet = hdm.image_grid(tiles, 12, max(1, 96 // side), gap=4, column_labels=["sample", "true"] * 6)
+    with hdm.naming(f"--grid={path}", "cannot be written"):
+        sheet.save(path)
+
+
 def judge_by_data(options):
     """Samples the held-out captions of options.data, prepare.JudgeSettings, and prints how often the true
     image is the nearest real one of its group; beside it the same with another held-out image for the truth
@@ -1807,7 +1818,10 @@ def judge_by_data(options):
     te = load_text_encoder(settings, device)
     shown = []
     for seed in tqdm(range(options.seeds), disable=not sys.stderr.isatty()):
-        shown.append(thumbnails(generate(model, vae, te, captions[:n], [seed] * n, settings)))
+        images = generate(model, vae, te, captions[:n], [seed] * n, settings)
+        if seed == 0 and options.grid:
+            save_pairs(options.grid, images[:48], index, held)
+        shown.append(thumbnails(images))
     shown = np.stack(shown, axis=1)                          # (n, seeds, 192)
     remove_means(shown, real, groups)
     print(f"{options.ckpt}: {n} captions x {options.seeds} seeds; groups: {len(set(groups))}. Is the true "

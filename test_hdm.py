@@ -3184,7 +3184,10 @@ def test_the_judge_for_any_data_is_right_on_true_images_and_at_chance_on_shuffle
     assert rows["held out chance"] == [10, 60, 10, 50, 5.5]
     assert rows["held out shuffled"][2] == 0 and 3 < rows["held out shuffled"][4] < 8
     assert rows["all real shuffled"][3] < 60
-    few = judged(tmp_path / "c", true, monkeypatch, capsys, "--group=style", holdout="thing 3,")
+    few = judged(tmp_path / "c", true, monkeypatch, capsys, "--group=style", f"--grid={tmp_path / 'x.png'}",
+                 holdout="thing 3,")
+    grid = np.asarray(Image.open(tmp_path / "x.png"))                        # each true image twice, enlarged
+    assert (grid[30:120, 2:98] == grid[30:120, 102:198]).all() and grid[30:120, 2:98].std() > 5
     assert few["all real samples"] == [12, 6, 100, 100, 1]                   # one caption a group
     whole = judged(tmp_path / "b", true, monkeypatch, capsys)                # without groups all are compared
     assert whole["held out samples"] == [30, 60, 100, 100, 1] and "held out another group's" not in whole
