@@ -6549,7 +6549,8 @@ def test_the_best_lr_of_an_adapter_is_that_of_another_width(kind):
 
 @pytest.mark.parametrize("kind, how", [
     ("lora", dict(checkpointing=True)), ("lokr", dict(checkpointing=True)),
-    pytest.param("lora", dict(compile=True), marks=SLOW), pytest.param("lokr", dict(compile=True), marks=SLOW)])
+    pytest.param("lora", dict(compile=True), marks=SLOW),
+    pytest.param("lokr", dict(compile=True), marks=SLOW)])
 def test_adapters_learn_the_same_compiled_and_checkpointed(
         kind, how, trained, place, tmp_path, fresh_compiler, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
