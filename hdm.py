@@ -700,6 +700,11 @@ def vae_chunk_at(side):
     return max(1, 2 ** 30 // (128 * side ** 2))
 
 
+def images_of(batch, device):
+    """A batch's pixels -> images (B, 3, X, X) in [-1, 1], float32, on the device."""
+    return to_device(batch["pixels"], device).float() / 127.5 - 1
+
+
 def clean_latents(batch, vae, s):
     """-> x0 (B, C, h, w): pixels; or, with a VAE, draws from its posterior, whose moments are in the batch or
     encoded here."""
@@ -708,7 +713,7 @@ def clean_latents(batch, vae, s):
         if not logvar:
             return vae.latents(mean)
         return vae.latents(mean, logvar[0], batch["vae_noise"])
-    images = batch["pixels"].float() / 127.5 - 1                                      # (B, 3, X, X)
+    images = images_of(batch, batch["pixels"].device)                                 # (B, 3, X, X)
     if vae is None:
         return images
     chunk = s.vae_chunk if s.vae_chunk > 0 else vae_chunk_at(s.image_size)
@@ -1439,7 +1444,7 @@ def vae_inputs(batch, factor, s, device):
 
     The view is by the first example's seed, as sizes must agree; the number of workers or GPUs moves nothing.
     """
-    images = to_device(batch["pixels"], device).float() / 127.5 - 1                   # (B, 3, X, X)
+    images = images_of(batch, device)                                                 # (B, 3, X, X)
     noise = to_device(batch["vae_noise"], device)                                     # (B, C, h, w)
     view, scale, turns = draw_view(batch["seed"][0].item(), s.equivariance)
     if view == 1:
@@ -1503,7 +1508,7 @@ def normalize_latents(vae, batches, device):
     """Sets the VAE's mean and std to those of draws of its posterior for batches of training examples."""
     first = second = count = 0
     for batch in batches:
-        mean, logvar = vae.moments(to_device(batch["pixels"], device).float() / 127.5 - 1)
+        mean, logvar = vae.moments(images_of(batch, device))
         first = first + mean.double().sum(dim=(0, 2, 3))                              # (C,)
         second = second + (mean.double().square() + logvar.double().exp()).sum(dim=(0, 2, 3))
         count += mean[:, 0].numel()

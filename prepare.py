@@ -1438,8 +1438,8 @@ class Examples(Dataset):
                 unreadable.append(str(error))
         raise hdm.UserError(f"100 images in a row cannot be read, from {unreadable[0]} on")
 
-    def number_and_key(self, i):
-        """-> the number of the item's record; the text that all its random choices are a function of."""
+    def place_of(self, i):
+        """-> an item's record and its number; the text that all its random choices are a function of."""
         if self.seed is None:
             number = self.places[i % len(self.places)]
         else:
@@ -1450,19 +1450,18 @@ class Examples(Dataset):
             key = f"{record.source}/{key}"       # two sources may have one name
         if self.seed is not None:
             key = f"{self.seed} {epoch} {copy} {key}"
-        return number, key
+        return record, number, key
 
     def caption_length(self, i):
         """In characters, about; 0 where training drops the caption."""
-        number, key = self.number_and_key(i)
+        record, _, key = self.place_of(i)
         *_, chance = hdm.choices_of(key)
-        return 0 if chance < self.s.caption_dropout else len(self.index[number].caption)
+        return 0 if chance < self.s.caption_dropout else len(record.caption)
 
     def example(self, i):
         """-> the training example; the image's name if its files are not as they were indexed, else ""."""
-        number, key = self.number_and_key(i)
+        record, number, key = self.place_of(i)
         training = self.seed is not None
-        record = self.index[number]
         size = self.s.image_size
         image = (self.latents or self.index).read(number, size)                       # the short side: size
         sides = image.shape[2], image.shape[1]

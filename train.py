@@ -695,7 +695,7 @@ class OpenRun:
     # The networks
     te: hdm.TextEncoder | None     # frozen; None: the VAE is trained
     vae: hdm.VAE | None            # frozen, or it is the model; None: XUT reads pixels
-    task: "XUTTask | VAETask"  # what the loop does with the model
+    task: "XUTTask | VAETask"      # what the loop does with the model
     latents: str                   # a hash of the frozen VAE: with another one a resumed run is refused
     config: hdm.XUTConfig          # by which training examples are made
     model: hdm.XUT | hdm.VAE       # float32
@@ -1028,7 +1028,7 @@ class VAETask:
         return losses, torch.full_like(losses, inputs["view"], dtype=torch.int64), 0
 
     def sums(self, run, batch):
-        return hdm.vae_sums(run.optimizer.average, batch["pixels"].to(run.device) / 127.5 - 1)
+        return hdm.vae_sums(run.optimizer.average, hdm.images_of(batch, run.device))
 
     def measures(self, sums, n):
         return hdm.vae_measures(sums, n)
@@ -1038,7 +1038,8 @@ class VAETask:
         vae = run.optimizer.average
         dataset = run.held_batches.dataset if run.held_out else run.training
         examples = [dataset[i] for i in range(min(8, len(run.held_out) or 8))]
-        images = torch.stack([example["pixels"] for example in examples]).to(run.device) / 127.5 - 1
+        pixels = torch.stack([example["pixels"] for example in examples])
+        images = hdm.images_of(dict(pixels=pixels), run.device)
         z, _ = vae.moments(images)
         rows = images, vae.reconstruct(z), vae.reconstruct(hdm.change_view(z, 0.5, 1))
         return [image for row in rows for image in sample.to_uint8(row)], len(examples)
