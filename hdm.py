@@ -265,7 +265,7 @@ def grid_positions(rows, cols, convention="long_side"):
 
 
 class Rotate(torch.autograd.Function):
-    """Turns the feature pairs (j, j + K/2) of x (B, H, S, K) by angle (B, H, S, K/2); cos, sin: of it.
+    """Turns the feature pairs (j, j + K/2) of x (B, S, H, K) by angle (B, S, H, K/2); cos, sin: of it.
 
     Autograd by itself would keep x; the gradients need the result alone, which attention keeps anyway.
     """
@@ -285,7 +285,7 @@ class Rotate(torch.autograd.Function):
         a, b = out.float().chunk(2, dim=-1)
         da, db = grad.float().chunk(2, dim=-1)
         dx = torch.cat([da * cos + db * sin, db * cos - da * sin], dim=-1).to(grad.dtype)
-        return dx, (db * a - da * b).sum_to_size(cos.shape), None, None               # (B or 1, H, S, K/2)
+        return dx, (db * a - da * b).sum_to_size(cos.shape), None, None               # (B or 1, S, H, K/2)
 
 
 class RoPE(nn.Module):
@@ -299,9 +299,9 @@ class RoPE(nn.Module):
         self.freqs = nn.Parameter(torch.empty(heads, head_dim // 4, 2))               # log space
 
     def forward(self, pos, *inputs):
-        """pos (B or 1, S, 2); each of inputs (B, H, S, K) turned; angles are float32 whatever its type."""
+        """pos (B or 1, S, 2); each of inputs (B, S, H, K) turned; angles are float32 whatever its type."""
         freqs = self.freqs.float().exp()                                              # (H, K/4, 2)
-        angle = pos.float()[:, None, :, None, :] * freqs[None, :, None]               # (B, H, S, K/4, 2)
+        angle = pos.float()[:, :, None, None] * freqs                                 # (B, S, H, K/4, 2)
         angle = angle.flatten(-2)                                                     # y and x alternate
         cos, sin = angle.detach().cos(), angle.detach().sin()
         return [Rotate.apply(x, angle, cos, sin) for x in inputs]
@@ -338,8 +338,9 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, pos, mask):
         """q, k, v (B, S, D), pos (B or 1, S, 2) of both, mask (B, 1, 1, S) of keys or None -> (B, S, D)"""
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))   # (B, H, S, K)
-        q, k = self.rope(pos, q, k)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))           # (B, S, H, K)
+        q, k = self.rope(pos, q, k)              # in the projections' layout: RoPE reads and writes in order
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                              # (B, H, S, K)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(x.transpose(1, 2).flatten(2))
 

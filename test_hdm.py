@@ -159,8 +159,8 @@ def test_time_embedding_and_rope_are_the_published_ones():
         assert close(model.time_emb(torch.tensor([0.0, 0.25, 1.0])), GOLDEN["parts.time_emb"])
         rope = model.prev_tread_trns.blocks[0].attn.rope
         rope.freqs.copy_(GOLDEN["parts.rope_freqs"])
-        def halves(x):                                       # of each head: (2j, 2j + 1) to (j, j + K/2)
-            return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        def halves(x):                     # (B, H, S, K) -> (B, S, H, K), (2j, 2j + 1) to (j, j + K/2)
+            return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).transpose(1, 2)
         turned, = rope(GOLDEN["parts.rope_pos"], halves(GOLDEN["parts.rope_q"]))
         assert close(turned, halves(GOLDEN["parts.rope_out"]))
 
