@@ -695,10 +695,10 @@ def padded_lengths(s):
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
 
 
-def vae_chunk_at(side):
-    """How many images of side x side pixels the VAE takes at a time: its first level, of 128 channels, then
-    has at most 2 ** 30 numbers, 2 GB in 16 bits. CUDA's kernels count to 2 ** 31."""
-    return max(1, 2 ** 30 // (128 * side ** 2))
+def vae_chunk(s):
+    """How many images the VAE takes at a time, unless told: its first level, of 128 channels, then has at
+    most 2 ** 30 numbers, 2 GB in 16 bits. CUDA's kernels count to 2 ** 31."""
+    return s.vae_chunk or max(1, 2 ** 30 // (128 * s.image_size ** 2))
 
 
 def images_of(batch, device):
@@ -717,7 +717,7 @@ def clean_latents(batch, vae, s):
     images = images_of(batch, batch["pixels"].device)                                 # (B, 3, X, X)
     if vae is None:
         return images
-    chunk = s.vae_chunk if s.vae_chunk > 0 else vae_chunk_at(s.image_size)
+    chunk = vae_chunk(s)
     chunks = zip(images.split(chunk), batch["vae_noise"].split(chunk))
     return torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in chunks])
 

@@ -6662,6 +6662,82 @@ def test_a_shape_that_was_forgotten_is_an_error(place, tmp_path, fresh_compiler,
         losses(place, tmp_path / "forgotten", compile=True, text_lengths=1, tread_rate=0)
 
 
+def open_encoders(te_folder):
+    """An open run as far as its frozen encoders, a small XUT and compilation go; a function of captions, of 0
+    to 9 words, that gives a batch of training examples."""
+    run = train.OpenRun()
+    run.s = train.Settings(batch_size=5, vae_chunk=3, image_size=16, text_length=8, text_lengths=2,
+                           tread_rate=0.0, mask_padding=True)
+    run.device, run.kind, run.watch, run.autocast = "cpu", "cuda", None, contextlib.nullcontext()
+    run.te, run.vae = hdm.TextEncoder(te_folder, 8), tiny_vae().to(memory_format=torch.channels_last)
+    run.model = tiny_xut(in_channels=4, depth=1, dec_blocks=1, pre_blocks=0, post_blocks=0)
+    def batch(*words):
+        n = len(words)
+        return dict(pixels=torch.randint(0, 256, (n, 3, 16, 16)).byte(), vae_noise=torch.randn(n, 4, 8, 8),
+                    caption=[phrase(number) for number in words])
+    return run, batch
+
+
+def test_the_encoders_are_compiled_for_the_batches_of_training(te_folder, fresh_compiler, monkeypatch):
+    """Each length with pads and without, and a last chunk of another size; then nothing is compiled. What has
+    another size runs eagerly, and so does all of evaluation."""
+    graphs, ran = [], []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *arguments: (ran.append(len(arguments)), graph.forward(*arguments))[1]
+
+    run, batch = open_encoders(te_folder)
+    task, layers = train.TASKS["xut"], len(run.te.model.layers)
+    words = [9] * 5, [9, 0, 2, 8, 1], [4] * 5, [0] * 5, [9, 9, 9, 9, 3], [9], range(7)
+    batches = [batch(*each) for each in words]
+    eager = [task.inputs(run, one) for one in batches]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    train.compile_networks(run)
+    # Two lengths, with pads and without; three images, two; XUT's blocks, without a skip and with one.
+    assert len(graphs) == 2 * 2 + 2 + 2 * 2
+    for one, expected in zip(batches, eager):
+        ran.clear()
+        found = task.inputs(run, one)
+        assert len(ran) == {5: layers + 2, 7: 2, 1: 0}[len(one["caption"])]           # of seven images six
+        assert close(found["x0"], expected["x0"]) and close(found["ctx"], expected["ctx"])
+    ran.clear()
+    with train.without_gradients(run):
+        found = hdm.loss_inputs(batches[0], run.vae, run.te, run.s, "cpu")
+    assert close(found["ctx"], eager[0]["ctx"]) and len(graphs) == 10 and not ran
+
+
+@slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler here")
+def test_compiled_encoders_are_the_encoders(te_folder, fresh_compiler):
+    run, batch = open_encoders(te_folder)
+    one = batch(9, 0, 2, 8, 1)
+    expected = hdm.loss_inputs(one, run.vae, run.te, run.s, "cpu")
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        train.compile_text_encoder(run.te, run.s)
+        train.compile_vae(run.vae, run.s, run.device)
+        assert "forward" in vars(run.vae.encoder) and "forward" in vars(run.te.model.layers[0])
+        found = train.TASKS["xut"].inputs(run, one)
+    assert close(found["x0"], expected["x0"]) and close(found["ctx"], expected["ctx"])
+
+
+def test_an_encoder_that_fails_to_compile_runs_eagerly_and_is_reported(
+        te_folder, fresh_compiler, monkeypatch, capsys):
+    """The other is compiled nonetheless."""
+    def broken(graph, inputs):
+        if any("conv" in str(node.target) for node in graph.graph.nodes):
+            raise RuntimeError("no convolution here")
+        return graph.forward
+
+    run, batch = open_encoders(te_folder)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    train.compile_text_encoder(run.te, run.s)
+    train.compile_vae(run.vae, run.s, run.device)
+    out = capsys.readouterr().out
+    assert "compile: the VAE's encoder failed, running eagerly (no convolution here" in out
+    assert "forward" not in vars(run.vae.encoder) and "forward" in vars(run.te.model.layers[0])
+    assert train.TASKS["xut"].inputs(run, batch(9, 0, 2, 8, 1))["x0"].isfinite().all()
+
+
 @pytest.mark.parametrize("found", [True, False])
 def test_what_fails_to_compile_runs_eagerly_and_is_reported(
         found, place, tmp_path, fresh_compiler, monkeypatch, capsys):
@@ -6678,7 +6754,7 @@ def test_what_fails_to_compile_runs_eagerly_and_is_reported(
         assert losses(place, tmp_path / "broken", compile=True, **how) == eager
     out = capsys.readouterr().out
     said = "the compiler has no headers" if found else "No working C++ compiler found"
-    assert "compile: failed, running eagerly (" in out and said in out
+    assert "compile: XUT's blocks failed, running eagerly (" in out and said in out
 
 
 # ---- What it costs ---------------------------------------------------------------------------------------
@@ -6832,7 +6908,8 @@ def test_torchrun_gives_each_process_a_gpu_of_its_own(monkeypatch):
 
 def test_the_vae_takes_few_enough_images_for_cuda_kernels(vae_folder):
     """2 ** 30 numbers in its first level at most; the chunk changes no latent."""
-    assert [hdm.vae_chunk_at(side) for side in (256, 512, 1024, 4096)] == [128, 32, 8, 1]
+    sides = 256, 512, 1024, 4096
+    assert [hdm.vae_chunk(train.Settings(image_size=side)) for side in sides] == [128, 32, 8, 1]
     vae, batch = hdm.load_vae(vae_folder), dict(pixels=torch.randint(0, 256, (5, 3, 16, 16)))
     batch["vae_noise"] = torch.randn(vae.encode(torch.zeros(5, 3, 16, 16)).shape)
     both = [hdm.clean_latents(batch, vae, train.Settings(image_size=16, vae_chunk=n)) for n in (0, 2)]

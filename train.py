@@ -65,7 +65,8 @@ class RunSettings:
     device: str = "auto"               # auto, cpu, cuda, cuda:N, mps
     dtype: str = "auto"                # float32 (on CUDA products by TF32), or autocast to bfloat16 or
                                        # float16; auto: 16 bit on CUDA
-    compile: bool = True               # torch.compile of XUT's blocks, where a compiler is found
+    compile: bool = True               # torch.compile of XUT's blocks, and on CUDA of the frozen encoders,
+                                       # where a compiler is found
     memory_budget: hdm.PositiveFraction = 1.0  # compiled: share of activations kept, others are made again
     workers: hdm.Whole = 4             # loader processes; 0: the main process loads
     max_steps: hdm.Whole = 0           # stop early at this step, the schedule unchanged; 0: at the end
@@ -603,6 +604,52 @@ def order_of_rank(examples, first, last, rank, ranks):
             yield from items[start:start + s.batch_size]
 
 
+def report_eager(what, error):
+    why = getattr(error, "inner_exception", error)           # the backend's own
+    print(f"compile: {what} failed, running eagerly ({hdm.first_line(why)})")
+
+
+def compile_encoder(what, modules, encode, shapes):
+    """Compiles the forward passes of a frozen encoder's modules, by a call of encode for each of the shapes,
+    its arguments. Where one fails, all run eagerly; so does what comes in other shapes (XUTTask.inputs)."""
+    torch.compiler.set_stance("default")
+    torch._dynamo.config.recompile_limit = 100               # a text has up to eight shapes
+    print(f"compile: {what}", flush=True)
+    try:
+        for module in modules:                               # fullgraph: in one piece, or not at all
+            module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True)
+        for shape in shapes:
+            encode(*shape)
+    except Exception as error:
+        report_eager(what, error)
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+def compile_vae(vae, s, device):
+    """Compiles the VAE's encoder for training's micro-batches.
+
+    CUDA's GroupNorm knows no channels_last: it copies each activation to planes, and the convolution after it
+    copies it back. A compiled norm reads and writes any layout, together with the SiLU. Not for an image
+    alone: where that is large it is computed in strips, for little memory.
+    """
+    chunk = min(hdm.vae_chunk(s), s.batch_size)
+    images = torch.zeros(chunk, 3, s.image_size, s.image_size, device=device)
+    sizes = {chunk, s.batch_size % chunk} - {0, 1}           # the last chunk may be smaller
+    compile_encoder("the VAE's encoder", [vae.encoder], vae.moments, [[images[:n]] for n in sizes])
+
+
+def compile_text_encoder(te, s):
+    """Compiles the text encoder's layers, all alike, for the lengths of training's texts, with pads, which
+    are masked, and without."""
+    lists = [module for module in te.model.modules() if isinstance(module, torch.nn.ModuleList)]
+    shapes = []
+    for T in hdm.padded_lengths(s):
+        for tokens in {1, T}:
+            shapes.append(([[te.pad_id] * tokens] * s.batch_size, T))
+    compile_encoder("the text encoder's layers", max(lists, key=len, default=[]), te.encode, shapes)
+
+
 def compile_blocks(model, s, autocast, device, side):
     """Compiles XUT's blocks for every shape that training will meet, before the first step.
 
@@ -633,8 +680,7 @@ def compile_blocks(model, s, autocast, device, side):
     except Exception as error:
         if "out of memory" in str(error):
             raise
-        why = getattr(error, "inner_exception", error)       # the backend's own
-        print(f"compile: failed, running eagerly ({hdm.first_line(why)})")
+        report_eager("XUT's blocks", error)
         for block in blocks:
             del block.compute
     model.zero_grad(set_to_none=True)
@@ -871,6 +917,17 @@ def print_plan(run):
         hdm.warn(f"--warmup={s.warmup}, {run.warmup:,} images: the run ends before its peak, at {run.end:,}")
 
 
+def compile_networks(run):
+    """Before the first step: compile_blocks comes last, as it allows no shape after it."""
+    s = run.s
+    if run.kind == "cuda":                                   # a CPU's encoders gain little
+        compile_text_encoder(run.te, s)
+        if run.vae and not s.latents:
+            compile_vae(run.vae, s, run.device)
+    side = s.image_size // (run.vae.factor if run.vae else 1)
+    compile_blocks(run.model, s, run.autocast, run.device, side)
+
+
 def open_run(s, given, rank, ranks):
     """-> the OpenRun, ready for its next step. given: {name: value} of the settings that were named."""
     run = OpenRun()
@@ -914,8 +971,7 @@ def open_run(s, given, rank, ranks):
         run.network = torch.nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     run.autocast = torch.autocast(run.kind, run.dtype, enabled=run.dtype != torch.float32)
     if s.compile:
-        side = s.image_size // (run.vae.factor if run.vae else 1)
-        compile_blocks(run.model, s, run.autocast, run.device, side)
+        compile_networks(run)
 
     # For the next line of metrics: a resumed run goes on with the sums of its checkpoint
     run.window = state.get("window", torch.zeros(2, run.task.bins)).to(run.device)
@@ -931,6 +987,11 @@ def open_run(s, given, rank, ranks):
 
 
 # ---- What is trained: all that the loop does in another way for XUT than for a VAE -----------------------
+
+def stance(s, name):
+    """torch.compiler.set_stance as a context, where anything is compiled."""
+    return torch.compiler.set_stance(name) if s.compile else contextlib.nullcontext()
+
 
 class XUTTask:
     """With --train=xut."""
@@ -950,7 +1011,8 @@ class XUTTask:
 
     def inputs(self, run, batch):
         """A batch of training examples -> what losses takes."""
-        return hdm.loss_inputs(batch, run.vae, run.te, run.s, run.device, run.watch)
+        with stance(run.s, "eager_on_recompile"):            # a shape that was forgotten costs time alone
+            return hdm.loss_inputs(batch, run.vae, run.te, run.s, run.device, run.watch)
 
     def losses(self, run, inputs):
         """-> the losses (B,), their bins (B,), and how many tokens the texts are padded to."""
@@ -1090,8 +1152,7 @@ def tasks_due(run):
 def without_gradients(run):
     """In the block the model is as in sampling: no gradients, and eager, as the shapes are of any kind."""
     run.model.eval()
-    eager = torch.compiler.set_stance("force_eager") if run.s.compile else contextlib.nullcontext()
-    with torch.no_grad(), run.autocast, eager:
+    with torch.no_grad(), run.autocast, stance(run.s, "force_eager"):
         yield
     run.model.train()
 
@@ -1278,7 +1339,7 @@ def explain(error, s):
                             f"({trace.strip().splitlines()[-1]}); --workers=0 needs none, in a container "
                             f"--shm-size=8g gives more") from error
     if hdm.is_out_of_memory(error) and "in clean_latents" in trace:
-        chunk = s.vae_chunk or hdm.vae_chunk_at(s.image_size)
+        chunk = hdm.vae_chunk(s)
         raise hdm.UserError(f"out of memory in the VAE: --vae_chunk={max(1, chunk // 2)} for {chunk}, "
                             f"or a cache of latents (prepare.py --latents)") from error
     if hdm.is_out_of_memory(error):
