@@ -2565,10 +2565,11 @@ class SharedCPU:
     OpenMP's threads spin while they wait for each other. Where one of them shares its core, all spin through
     the time that it does not get: beside two busy programs on two cores README's demo falls from 120 images/s
     to 3 to 30; one thread keeps 60. The sign is that this process gets fewer cores than it has threads.
-    OMP_NUM_THREADS fixes their number.
+    OMP_NUM_THREADS fixes their number, and so does compiled code, which is made for one.
     """
 
     def __init__(self):
+        self.fixed = "OMP_NUM_THREADS" in os.environ
         self.most = None                         # threads at the first choice
         self.before = 0.0                        # seconds that one piece of work took with all of them
         self.pause, self.next_try = 20.0, 0.0    # seconds until all are tried again; when (time.monotonic)
@@ -2583,7 +2584,7 @@ class SharedCPU:
         self.wall += time.perf_counter() - wall
         self.cpu += time.process_time() - cpu
         self.count += 1
-        if str(device) == "cpu" and self.wall > 2 and "OMP_NUM_THREADS" not in os.environ:
+        if str(device) == "cpu" and self.wall > 2 and not self.fixed:
             self.choose(self.wall / self.count, self.cpu / self.wall, time.monotonic())
             self.count, self.wall, self.cpu = 0, 0.0, 0.0
 

@@ -6738,6 +6738,24 @@ def test_an_encoder_that_fails_to_compile_runs_eagerly_and_is_reported(
     assert train.TASKS["xut"].inputs(run, batch(9, 0, 2, 8, 1))["x0"].isfinite().all()
 
 
+def test_compiled_code_keeps_its_number_of_threads(te_folder, fresh_compiler, monkeypatch):
+    """Of another it would have to be compiled anew, which is an error."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(hdm, "SHARED_CPU", hdm.SharedCPU())
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    choices = []
+    monkeypatch.setattr(hdm.SHARED_CPU, "choose", lambda *measured: choices.append(measured))
+    run, _ = open_encoders(te_folder)
+    run.kind = "cpu"
+    for compiled in (False, True):
+        if compiled:
+            train.compile_networks(run)
+        hdm.SHARED_CPU.wall = 3.0                            # seconds of work
+        with hdm.SHARED_CPU.work("cpu"):
+            pass
+    assert len(choices) == 1
+
+
 @pytest.mark.parametrize("found", [True, False])
 def test_what_fails_to_compile_runs_eagerly_and_is_reported(
         found, place, tmp_path, fresh_compiler, monkeypatch, capsys):

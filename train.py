@@ -677,6 +677,7 @@ def compile_blocks(model, s, autocast, device, side):
             with autocast:
                 hdm.flow_loss(model, **inputs).backward()
         torch.compiler.set_stance("fail_on_recompile")       # a shape that was forgotten is an error
+        hdm.SHARED_CPU.fixed = True
     except Exception as error:
         if "out of memory" in str(error):
             raise
