@@ -1637,19 +1637,20 @@ class TextEncoder:
             tokens[i, :len(row)] = torch.tensor(row)
             mask[i, :len(row)] = True
         tokens, mask = to_device(tokens, self.model.device), to_device(mask, self.model.device)
-        if min(map(len, ids)) == T:
-            attention_mask = None
-        elif causal and T <= self.window:
-            attention_mask = self.causal_mask(mask)
-        else:
+        padded = min(map(len, ids)) < T
+        if causal and T <= self.window and (padded or mask.is_cuda):
+            attention_mask = self.causal_mask(mask)          # without one CUDA's host would wait
+        elif padded:
             attention_mask = mask.long()
+        else:
+            attention_mask = None
         with torch.autocast(self.model.device.type, enabled=False):                   # it has its own type
             states = self.model(input_ids=tokens, attention_mask=attention_mask)
         return states.last_hidden_state, mask
 
     def causal_mask(self, mask):
         """(B, T) bool -> (B, 1, T, T), added to the scores. Of a (B, T) mask transformers would ask on the
-        host whether it pads, and wait for the answer."""
+        host whether it pads, without a mask whether positions begin anew, and wait for the answer."""
         B, T = mask.shape
         causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
         scores = torch.zeros(B, 1, T, T, dtype=self.model.dtype, device=mask.device)

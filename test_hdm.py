@@ -7029,12 +7029,16 @@ def test_the_programs_run_on_cuda(dtype, pixels, place, vae_folder, tmp_path, ca
 
 
 @cuda
-def test_a_step_on_cuda_waits_for_nothing():
+def test_a_step_on_cuda_waits_for_nothing(te_folder):
+    """Nor do the encoders, whether texts are padded or not."""
     config = dataclasses.replace(hdm.PRESETS["base"], depth=1)
     model, inputs = hdm.XUT(config).cuda(), hdm.blank_inputs(config, 2, 32, 64, 0.5, device="cuda")
+    run, batch = open_encoders(te_folder, "cuda")
     for mode in ("default", "error"):                        # the first step may set up
         torch.cuda.set_sync_debug_mode(mode)
         try:
+            for words in ([9] * 5, [9, 0, 2, 8, 1]):
+                train.TASKS["xut"].inputs(run, batch(*words))
             with torch.autocast("cuda", torch.bfloat16):
                 hdm.flow_loss(model, **inputs).backward()
         finally:
