@@ -6944,6 +6944,43 @@ def test_captions_keep_their_own_pads_in_any_batch(te):
     assert lengths == [12, 4, 8, 12]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_captions_that_were_encoded_once_give_the_states_they_gave(masked, te_folder):
+    """--cache_text, without the model; another caption is encoded then, and there."""
+    s = SimpleNamespace(text_length=12, text_lengths=3, mask_padding=masked)
+    te = hdm.TextEncoder(te_folder, 12)
+    known = ["", phrase(3), phrase(5), phrase(30)]
+    batches = [known, known[:2], known[2:], ["", ""]]
+    live = [hdm.text_states(batch, te, s) for batch in batches]
+    prompts = te(known[:3])
+    te.remember(known, s)
+    run_model, te.run_model = te.run_model, None
+    for batch, (ctx, mask) in zip(batches, live):
+        cached, cached_mask = hdm.text_states(batch, te, s)
+        assert cached.shape == ctx.shape
+        visible = torch.ones(ctx.shape[:2], dtype=torch.bool) if mask is None else mask
+        assert close(cached[visible], ctx[visible])
+        assert (cached_mask is None) == (mask is None) and (mask is None or torch.equal(cached_mask, mask))
+    cached, cached_mask = te(known[:3])
+    assert torch.equal(cached_mask, prompts[1]) and close(cached[cached_mask], prompts[0][cached_mask])
+    te.run_model = run_model
+    assert not close(hdm.text_states([phrase(4)], te, s)[0], live[1][0][:1])
+
+
+def test_with_cached_texts_an_image_has_one_caption_and_no_encoder_runs(place, data, tmp_path, monkeypatch):
+    for file in data.rglob("*.txt"):
+        file.write_text("red circle ||| big $$ round %% photo $$ small ||| blue")
+    settings = dict(cache_text=True, caption_dropout=0.3)
+    calls = []
+    encode = hdm.TextEncoder.run_model
+    monkeypatch.setattr(hdm.TextEncoder, "run_model", lambda *a, **k: calls.append(a) or encode(*a, **k))
+    out = train_tiny(place, tmp_path / "run", data=data, **settings, max_steps=2, sample_every=0)
+    assert len(metrics(out)) == 2 and len(calls) == 5        # three at load, two lengths of captions
+    examples = stream(str(data), **settings)
+    captions = {examples[i]["caption"] for i in range(40)}
+    assert captions == {"", "red circle, big, round, photo, small, blue"}
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_micro_step_has_captions_of_one_length(ranks, tmp_path):
     """Dropped ones, which are empty, are among the shortest."""
