@@ -2961,6 +2961,17 @@ def test_judge_forgives_ragged_edges_and_noise():
     assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
 
 
+@pytest.mark.parametrize("filling", ["", "hatched"])
+def test_the_difference_from_a_true_image_is_none_for_true_ones_and_counts_every_pixel(filling):
+    words = ("large", "red", "square", "teal")
+    image = prepare.render(*words, 32, 32, 15.5, 16.5, filling=filling)
+    assert sample.difference(image, words, filling=filling) < 0.5
+    image[:4, :4] += 100
+    assert sample.difference(image, words, filling=filling) == pytest.approx(100 * 16 / 1024, abs=0.5)
+    for other in ("small", "red", "square", "teal"), ("large", "blue", "square", "teal"):
+        assert sample.difference(image, other, filling=filling) > 10
+
+
 @pytest.mark.parametrize("height, width", prepare.CANVASES)
 def test_shapes_are_whole_and_of_the_palette(height, width):
     rng = np.random.default_rng(0)
@@ -3127,11 +3138,13 @@ def test_judge_scores_what_was_drawn(monkeypatch, capsys):
 
     monkeypatch.setattr(sample, "generate", generate)
     settings = prepare.JudgeSettings(ckpt="x", seeds=2)
-    tables = []
+    tables, differences = [], []
     for change in (lambda shape: shape, lambda shape: "circle"):
         sample.judge_checkpoint(settings)
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-5:]})
+        tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-6:-1]})
+        differences.append(float(re.search(r"caption: ([\d.]+) of 255", " ".join(lines[-1]))[1]))
+    assert differences[0] < 2 < 10 < differences[1]
     assert all(row[:3] == ["64", "64", "100.0"] for row in tables[0].values())
     circles = 2 * sum(words[2] == "circle" for words in prepare.UNSEEN)
     assert tables[1]["shape"][0] == tables[1]["all four"][0] == str(circles) and tables[1]["size"][0] == "64"
