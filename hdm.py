@@ -923,6 +923,76 @@ class AdamW(OptimizerStep):
         return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
+def orthogonal(matrices, steps=5):
+    """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T: the singular values are
+    0.7 to 1.2, by Newton-Schulz steps with the polynomial of Muon."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:                                              # the products below are then smaller
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class MuonAndAdamW(torch.optim.AdamW):
+    """AdamW; but Muon for the groups that have a momentum, whose tensors are matrices."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        super().step(closure)
+        self.param_groups = groups
+        for group in groups:
+            if "momentum" in group:
+                self.step_matrices(group)
+
+    def step_matrices(self, group):
+        alike = {}                                           # {shape: matrices}: made orthogonal at once
+        for weight in group["params"]:
+            if weight.grad is not None:
+                alike.setdefault(weight.shape, []).append(weight)
+        for shape, weights in alike.items():
+            directions = []
+            for weight in weights:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                    state["step"] = torch.tensor(0.0)        # not read, but AdamW loads no state without
+                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                directions.append(weight.grad.lerp(state["momentum"], group["momentum"]))     # Nesterov's
+            size = 0.2 * math.sqrt(max(shape))
+            for weight, direction in zip(weights, orthogonal(torch.stack(directions))):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(direction, alpha=-group["lr"] * size)
+
+
+class Muon(OptimizerStep):
+    """Muon (Jordan et al., 2024) for the matrices of XUT's blocks, AdamW for all else.
+
+    A matrix's step is its momentum made orthogonal, 0.2 in root mean square over its numbers: about AdamW's
+    (arXiv 2502.16982). So lr means the same, and is divided by fan-in alike.
+    """
+    state_bytes = 8                # at most: matrices have one moment
+    skips_steps = False
+
+    def make(self, groups):
+        s = self.s
+        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
+        matrices = {weight for block in blocks for weight in block.parameters() if weight.dim() == 2}
+        parts = []
+        for group in groups:
+            by_muon = [weight for weight in group["params"] if weight in matrices]
+            by_adamw = [weight for weight in group["params"] if weight not in matrices]
+            if by_muon:
+                parts.append(dict(group, params=by_muon, momentum=0.95))
+            if by_adamw:
+                parts.append(dict(group, params=by_adamw))
+        return MuonAndAdamW(parts, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
+
+
 class AdamW8bit(AdamW):
     """AdamW with its moments in 8 bit (arXiv 2110.02861), by bitsandbytes."""
     state_bytes = 2

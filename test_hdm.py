@@ -5180,6 +5180,43 @@ def test_another_optimizer_is_one_class(trained, place, tmp_path):
     assert adamw.checkpoint_gb() - momentum.checkpoint_gb() == pytest.approx(4e-9 * parameters)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 24, 6), (1, 7, 7)])
+def test_a_matrix_is_made_orthogonal(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = hdm.orthogonal(matrices)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    sizes = torch.linalg.svdvals(made)
+    assert made.shape == shape and 0.6 < sizes.min() and sizes.max() < 1.3
+    assert torch.cosine_similarity(made.flatten(1), (u @ v).flatten(1)).min() > 0.95
+
+
+def test_muon_steps_matrices_as_far_as_adamw_and_all_else_as_adamw_does(place, tmp_path):
+    s = train.Settings(ema=0, clip=0, weight_decay=0.0)
+    steps = {}
+    for kind in (hdm.AdamW, hdm.Muon):
+        model = tiny_xut()
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        optimizer = kind(model, s, "cpu", torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step(0.5, 0, torch.tensor(True))
+        steps[kind] = {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
+    matrices = [name for name in before if "blocks" in name and before[name].dim() == 2]
+    assert len(matrices) == 4 * 8 + 3 * 2                    # qkv, out, w12, w3; crossings: q, kv, out
+    for name, weight in before.items():
+        ours, adamws = steps[hdm.Muon][name], steps[hdm.AdamW][name]
+        if name in matrices:
+            rms = ours.square().mean().sqrt() * weight.shape[1]
+            assert rms == pytest.approx(0.2 * 0.5, rel=0.2)
+        else:
+            assert torch.equal(ours, adamws)
+    run, settings = tmp_path / "run", dict(optimizer="muon", save_every=2)
+    train_tiny(place, run, **settings, max_steps=4)
+    train_tiny(place, tmp_path / "again", **settings, resume=run / "ckpt_00000002", max_steps=4)
+    assert same(*(checkpoint(folder / "ckpt_00000004") for folder in (run, tmp_path / "again")))
+
+
 def test_loss_falls_on_a_few_images(place, tmp_path):
     train_tiny(place, tmp_path, images=400, batch_size=8, patch_size=2, warmup=10, tread_rate=0,
                caption_dropout=0, validation=0.8, eval_every=0, sample_every=0, log_every=10)
