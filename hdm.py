@@ -618,6 +618,8 @@ class ExampleSettings:
     text_length: Count = 256       # tokens that captions are cut to
     text_lengths: Annotated[int, 1, 4] = 4     # and padded to the next of so many equal steps
     mask_padding: bool = False     # False: pads are ordinary tokens, as published; True: nothing sees them
+    cache_text: bool = False       # encode each caption once, before the first step, then free the device of
+                                   # the text encoder: an image has one caption then, the first, all its tags
     caption_dropout: Fraction = 0.1   # share of captions replaced by an empty one, for guidance
     tag_dropout: Fraction = 0.25      # share of a caption's shuffled tags (after |||) that are left out
     group_dropout: Fraction = 0.3     # share of its groups of tags that are left out
@@ -656,7 +658,7 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     if training and chance < s.caption_dropout:
         text = ""
     else:
-        text = draw_caption(caption, rng if training else None, s)
+        text = draw_caption(caption, rng if training and not s.cache_text else None, s)
 
     # Shifted square crop: it starts at any pixel, or at any cell of a latent, along the long side.
     cell = 1 if factor is None else factor                   # pixels
@@ -695,6 +697,12 @@ def padded_lengths(s):
     return sorted({math.ceil(s.text_length * step / s.text_lengths) for step in steps})
 
 
+def padded_length(tokens, s):
+    """The least of padded_lengths that holds so many tokens."""
+    lengths = padded_lengths(s)
+    return lengths[bisect.bisect_left(lengths, tokens)]
+
+
 def vae_chunk(s):
     """How many images the VAE takes at a time, unless told: its first level, of 128 channels, then has at
     most 2 ** 30 numbers, 2 GB in 16 bits. CUDA's kernels count to 2 ** 31."""
@@ -730,9 +738,8 @@ def text_states(captions, te, s):
     batch. The pads that shorter captions get beyond their own length are always masked, so that it makes no
     difference to a caption which others are in its batch.
     """
-    lengths = padded_lengths(s)
     ids = te.tokenize(captions, s.text_length)
-    own = [lengths[bisect.bisect_left(lengths, len(row))] for row in ids]
+    own = [padded_length(len(row), s) for row in ids]
     T = max(own)
     ctx, is_token = te.encode(ids, T)
     if s.mask_padding:
@@ -915,6 +922,76 @@ class AdamW(OptimizerStep):
     def make(self, groups):
         s = self.s
         return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
+
+
+def orthogonal(matrices, steps=5):
+    """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T: the singular values are
+    0.7 to 1.2, by Newton-Schulz steps with the polynomial of Muon."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:                                              # the products below are then smaller
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class MuonAndAdamW(torch.optim.AdamW):
+    """AdamW; but Muon for the groups that have a momentum, whose tensors are matrices."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        super().step(closure)
+        self.param_groups = groups
+        for group in groups:
+            if "momentum" in group:
+                self.step_matrices(group)
+
+    def step_matrices(self, group):
+        alike = {}                                           # {shape: matrices}: made orthogonal at once
+        for weight in group["params"]:
+            if weight.grad is not None:
+                alike.setdefault(weight.shape, []).append(weight)
+        for shape, weights in alike.items():
+            directions = []
+            for weight in weights:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                    state["step"] = torch.tensor(0.0)        # not read, but AdamW loads no state without
+                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                directions.append(weight.grad.lerp(state["momentum"], group["momentum"]))     # Nesterov's
+            size = 0.2 * math.sqrt(max(shape))
+            for weight, direction in zip(weights, orthogonal(torch.stack(directions))):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(direction, alpha=-group["lr"] * size)
+
+
+class Muon(OptimizerStep):
+    """Muon (Jordan et al., 2024) for the matrices of XUT's blocks, AdamW for all else.
+
+    A matrix's step is its momentum made orthogonal, 0.2 in root mean square over its numbers: about AdamW's
+    (arXiv 2502.16982). So lr means the same, and is divided by fan-in alike.
+    """
+    state_bytes = 8                # at most: matrices have one moment
+    skips_steps = False
+
+    def make(self, groups):
+        s = self.s
+        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
+        matrices = {weight for block in blocks for weight in block.parameters() if weight.dim() == 2}
+        parts = []
+        for group in groups:
+            by_muon = [weight for weight in group["params"] if weight in matrices]
+            by_adamw = [weight for weight in group["params"] if weight not in matrices]
+            if by_muon:
+                parts.append(dict(group, params=by_muon, momentum=0.95))
+            if by_adamw:
+                parts.append(dict(group, params=by_adamw))
+        return MuonAndAdamW(parts, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
 class AdamW8bit(AdamW):
@@ -1594,6 +1671,8 @@ class TextEncoder:
         if 0 < longest < max_length:
             raise UserError(f"text_length={max_length}: {path_or_hub_id} reads at most {longest} tokens")
         config.use_cache = False
+        self.device = self.model.device                      # the states'
+        self.known = {}                                      # by remember, {tokens: their states on the CPU}
         self.max_length, self.dim, self.window = max_length, config.hidden_size, attention_window(config)
         with naming(path_or_hub_id, "cannot be run as a text encoder"):
             self.pad_id = self.find_pad()
@@ -1626,7 +1705,36 @@ class TextEncoder:
 
     def encode(self, ids, T):
         """What tokenize gives -> states and mask of T tokens each, as above."""
-        return self.run_model(ids, T, self.causal)
+        known = [self.known.get(tuple(row)) for row in ids]
+        if any(states is None for states in known):
+            states, mask = self.run_model(ids, T, self.causal)
+            return to_device(states, self.device), to_device(mask, self.device)
+        ctx = torch.zeros(len(ids), T, self.dim, dtype=self.model.dtype)
+        mask = torch.zeros(len(ids), T, dtype=torch.bool)
+        for i, (row, states) in enumerate(zip(ids, known)):
+            n = min(T, len(states))                          # beyond its own length nothing sees a caption
+            ctx[i, :n] = states[:n]
+            mask[i, :len(row)] = True
+        return to_device(ctx, self.device), to_device(mask, self.device)
+
+    def remember(self, captions, s):
+        """Encodes captions now, each padded to its own length (as text_states has it; s: ExampleSettings),
+        and keeps the states in the CPU's memory. The model moves there, too, and encodes others slowly."""
+        rows = {tuple(row) for row in self.tokenize(captions, s.text_length)}
+        rows = sorted(rows, key=lambda row: (padded_length(len(row), s), row))
+        numbers = self.dim * sum(padded_length(len(row), s) for row in rows)
+        gb = 1e-9 * numbers * self.model.dtype.itemsize
+        print(f"captions: {len(rows):,} are encoded once, {gb:.3f} GB of states", flush=True)
+        if gb > 0.5 * memory_gb():
+            raise UserError(f"--cache_text: {gb:.0f} GB of text states are more than half of this machine's "
+                            f"memory; leave it out, or lower --text_length")
+        for T, of_length in itertools.groupby(rows, lambda row: padded_length(len(row), s)):
+            of_length = list(of_length)
+            for start in range(0, len(of_length), 32):
+                batch = of_length[start:start + 32]
+                states, _ = self.run_model(batch, T, self.causal)
+                self.known |= zip(batch, states.cpu())
+        self.model.to("cpu")
 
     @torch.no_grad()
     def run_model(self, ids, T, causal):
@@ -2558,6 +2666,14 @@ def pick_dtype(name, device):
     if "cuda" not in str(device):
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def memory_gb():
+    """This machine's memory; where its system does not say, infinite."""
+    try:
+        return 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):            # Windows
+        return math.inf
 
 
 class SharedCPU:

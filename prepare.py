@@ -1600,7 +1600,8 @@ IDLE = [  # settings, when they have no effect, and why
     ("vae batch_size workers device dtype", writes_no_latents, "without --latents"),
     ("text_encoder text_length tag_separator spaces caption_dropout tag_dropout group_dropout",
      hdm.without("dry_run"), "without --dry_run"),
-    ("text_lengths mask_padding tread_rate t_shift vae_chunk", hdm.without(), "here: it is train.py's"),
+    ("text_lengths mask_padding cache_text tread_rate t_shift vae_chunk", hdm.without(),
+     "here: it is train.py's"),
     ("image_size", hdm.without("latents", "dry_run"), "without --latents or --dry_run"),
     ("sidecar_place", hdm.without("sidecar"), "without --sidecar")]
 JUDGE_IDLE = [

@@ -1649,10 +1649,26 @@ def judge(image, shapes=tuple(prepare.SHAPES), filling=""):
         more = filling if is_filled(coverage, filling) else "",
         if more[0]:
             coverage = np.minimum(coverage / prepare.stripes(filling, *coverage.shape), 1)
-    candidates, masks, lengths = templates(*coverage.shape, shapes)
-    fits = lengths - 2 * (masks @ coverage.ravel())          # |mask - coverage|^2 less a constant
+    candidates, fits = fits_of(coverage, shapes)
     size, shape, _, _ = candidates[np.argmin(fits)]
     return size, nearest(color, prepare.COLORS), shape, nearest(background, prepare.BACKGROUNDS), *more
+
+
+def fits_of(coverage, shapes):
+    """A coverage, as from find_shape -> the candidates of templates, and for each |mask - coverage|^2 less a
+    constant: the least is the best."""
+    candidates, masks, lengths = templates(*coverage.shape, shapes)
+    return candidates, lengths - 2 * (masks @ coverage.ravel())
+
+
+def difference(image, words, shapes=tuple(prepare.SHAPES), filling=""):
+    """The mean absolute difference, of 255 levels, of an image (height, width, 3) uint8 from a true one of
+    (size, color, shape, background), which lies where it fits best, to half a pixel."""
+    candidates, fits = fits_of(find_shape(image)[2], shapes)
+    asked = [candidate[:2] == (words[0], words[2]) for candidate in candidates]
+    *_, cy, cx = candidates[np.where(asked, fits, np.inf).argmin()]
+    true = prepare.render(*words, *image.shape[:2], cy, cx, filling=filling)
+    return np.abs(true.astype(float) - image).mean()
 
 
 def centers_and_sizes(images):
@@ -1696,13 +1712,16 @@ def judge_checkpoint(options):
     if filling:
         asked = [(*words, filling) for words in asked]
         rows["filling"] = ("", filling)
-    right = np.array([judge(image, shapes, filling) for image in render()]) == asked  # (n, 4 or 5)
+    images = list(render())
+    right = np.array([judge(image, shapes, filling) for image in images]) == asked   # (n, 4 or 5)
+    differences = [difference(image, words[:4], shapes, filling) for image, words in zip(images, asked)]
     right = np.column_stack([right, right.all(1)]).sum(0)
     rows["all five" if filling else "all four"] = range(math.prod(map(len, rows.values())))
     print(f"{options.ckpt}: {len(unseen)} captions x {options.seeds} seeds")
     print(f"{'':<12}{'right':>6}{'of':>6}{'%':>7}{'chance %':>10}")
     for (name, choices), n in zip(rows.items(), right):
         print(f"{name:<12}{n:>6}{len(seeds):>6}{100 * n / len(seeds):>7.1f}{100 / len(choices):>10.1f}")
+    print(f"mean difference from a true image of the caption: {np.mean(differences):.2f} of 255 levels")
 
 
 # ---- a judge for any data: the nearest real image ----------------------------------------------------------

@@ -2961,6 +2961,17 @@ def test_judge_forgives_ragged_edges_and_noise():
     assert (share_right(verdicts, prepare.COMBINATIONS) >= 0.99).all()
 
 
+@pytest.mark.parametrize("filling", ["", "hatched"])
+def test_the_difference_from_a_true_image_is_none_for_true_ones_and_counts_every_pixel(filling):
+    words = ("large", "red", "square", "teal")
+    image = prepare.render(*words, 32, 32, 15.5, 16.5, filling=filling)
+    assert sample.difference(image, words, filling=filling) < 0.5
+    image[:4, :4] += 100
+    assert sample.difference(image, words, filling=filling) == pytest.approx(100 * 16 / 1024, abs=0.5)
+    for other in ("small", "red", "square", "teal"), ("large", "blue", "square", "teal"):
+        assert sample.difference(image, other, filling=filling) > 10
+
+
 @pytest.mark.parametrize("height, width", prepare.CANVASES)
 def test_shapes_are_whole_and_of_the_palette(height, width):
     rng = np.random.default_rng(0)
@@ -3127,11 +3138,13 @@ def test_judge_scores_what_was_drawn(monkeypatch, capsys):
 
     monkeypatch.setattr(sample, "generate", generate)
     settings = prepare.JudgeSettings(ckpt="x", seeds=2)
-    tables = []
+    tables, differences = [], []
     for change in (lambda shape: shape, lambda shape: "circle"):
         sample.judge_checkpoint(settings)
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-5:]})
+        tables.append({" ".join(line[:-4]): line[-4:] for line in lines[-6:-1]})
+        differences.append(float(re.search(r"caption: ([\d.]+) of 255", " ".join(lines[-1]))[1]))
+    assert differences[0] < 2 < 10 < differences[1]
     assert all(row[:3] == ["64", "64", "100.0"] for row in tables[0].values())
     circles = 2 * sum(words[2] == "circle" for words in prepare.UNSEEN)
     assert tables[1]["shape"][0] == tables[1]["all four"][0] == str(circles) and tables[1]["size"][0] == "64"
@@ -5167,6 +5180,43 @@ def test_another_optimizer_is_one_class(trained, place, tmp_path):
     assert adamw.checkpoint_gb() - momentum.checkpoint_gb() == pytest.approx(4e-9 * parameters)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 24, 6), (1, 7, 7)])
+def test_a_matrix_is_made_orthogonal(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = hdm.orthogonal(matrices)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    sizes = torch.linalg.svdvals(made)
+    assert made.shape == shape and 0.6 < sizes.min() and sizes.max() < 1.3
+    assert torch.cosine_similarity(made.flatten(1), (u @ v).flatten(1)).min() > 0.95
+
+
+def test_muon_steps_matrices_as_far_as_adamw_and_all_else_as_adamw_does(place, tmp_path):
+    s = train.Settings(ema=0, clip=0, weight_decay=0.0)
+    steps = {}
+    for kind in (hdm.AdamW, hdm.Muon):
+        model = tiny_xut()
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        optimizer = kind(model, s, "cpu", torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step(0.5, 0, torch.tensor(True))
+        steps[kind] = {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
+    matrices = [name for name in before if "blocks" in name and before[name].dim() == 2]
+    assert len(matrices) == 4 * 8 + 3 * 2                    # qkv, out, w12, w3; crossings: q, kv, out
+    for name, weight in before.items():
+        ours, adamws = steps[hdm.Muon][name], steps[hdm.AdamW][name]
+        if name in matrices:
+            rms = ours.square().mean().sqrt() * weight.shape[1]
+            assert rms == pytest.approx(0.2 * 0.5, rel=0.2)
+        else:
+            assert torch.equal(ours, adamws)
+    run, settings = tmp_path / "run", dict(optimizer="muon", save_every=2)
+    train_tiny(place, run, **settings, max_steps=4)
+    train_tiny(place, tmp_path / "again", **settings, resume=run / "ckpt_00000002", max_steps=4)
+    assert same(*(checkpoint(folder / "ckpt_00000004") for folder in (run, tmp_path / "again")))
+
+
 def test_loss_falls_on_a_few_images(place, tmp_path):
     train_tiny(place, tmp_path, images=400, batch_size=8, patch_size=2, warmup=10, tread_rate=0,
                caption_dropout=0, validation=0.8, eval_every=0, sample_every=0, log_every=10)
@@ -7065,6 +7115,43 @@ def test_captions_keep_their_own_pads_in_any_batch(te):
     alone = torch.cat([velocity(short), velocity(middle), velocity(long)])
     assert close(together, alone) and not close(alone[0], alone[1], 1e-3)
     assert lengths == [12, 4, 8, 12]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_captions_that_were_encoded_once_give_the_states_they_gave(masked, te_folder):
+    """--cache_text, without the model; another caption is encoded then, and there."""
+    s = SimpleNamespace(text_length=12, text_lengths=3, mask_padding=masked)
+    te = hdm.TextEncoder(te_folder, 12)
+    known = ["", phrase(3), phrase(5), phrase(30)]
+    batches = [known, known[:2], known[2:], ["", ""]]
+    live = [hdm.text_states(batch, te, s) for batch in batches]
+    prompts = te(known[:3])
+    te.remember(known, s)
+    run_model, te.run_model = te.run_model, None
+    for batch, (ctx, mask) in zip(batches, live):
+        cached, cached_mask = hdm.text_states(batch, te, s)
+        assert cached.shape == ctx.shape
+        visible = torch.ones(ctx.shape[:2], dtype=torch.bool) if mask is None else mask
+        assert close(cached[visible], ctx[visible])
+        assert (cached_mask is None) == (mask is None) and (mask is None or torch.equal(cached_mask, mask))
+    cached, cached_mask = te(known[:3])
+    assert torch.equal(cached_mask, prompts[1]) and close(cached[cached_mask], prompts[0][cached_mask])
+    te.run_model = run_model
+    assert not close(hdm.text_states([phrase(4)], te, s)[0], live[1][0][:1])
+
+
+def test_with_cached_texts_an_image_has_one_caption_and_no_encoder_runs(place, data, tmp_path, monkeypatch):
+    for file in data.rglob("*.txt"):
+        file.write_text("red circle ||| big $$ round %% photo $$ small ||| blue")
+    settings = dict(cache_text=True, caption_dropout=0.3)
+    calls = []
+    encode = hdm.TextEncoder.run_model
+    monkeypatch.setattr(hdm.TextEncoder, "run_model", lambda *a, **k: calls.append(a) or encode(*a, **k))
+    out = train_tiny(place, tmp_path / "run", data=data, **settings, max_steps=2, sample_every=0)
+    assert len(metrics(out)) == 2 and len(calls) == 5        # three at load, two lengths of captions
+    examples = stream(str(data), **settings)
+    captions = {examples[i]["caption"] for i in range(40)}
+    assert captions == {"", "red circle, big, round, photo, small, blue"}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

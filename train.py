@@ -150,6 +150,7 @@ IDLE = [  # settings, when they have no effect, and why
     ("rank", lambda s: s.adapter != "lora", "without --adapter=lora"),
     ("factor", lambda s: s.adapter != "lokr", "without --adapter=lokr"),
     ("train_norms", hdm.without("adapter"), "without --adapter"),
+    ("tag_dropout group_dropout", lambda s: s.cache_text, "with --cache_text"),
     ("vae_chunk", lambda s: s.latents or not s.vae, "with --latents or without a --vae"),
     ("preview_prompts", hdm.without("sample_every"), "with --sample_every=0"),
     ("eval_every", never_evaluates, "with --validation=0"),
@@ -159,8 +160,8 @@ IDLE = [  # settings, when they have no effect, and why
     ("vae", lambda s: s.train == "vae" and s.vae_widths, "with --vae_widths"),
     (" ".join(hdm.setting_types([hdm.XUTConfig])), lambda s: s.train == "vae", "with --train=vae"),
     ("preset compile memory_budget checkpointing text_encoder text_length text_lengths mask_padding "
-     "caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk preview_prompts sample_steps "
-     "sample_cfg sample_cfg_low", lambda s: s.train == "vae", "with --train=vae")]
+     "cache_text caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk preview_prompts "
+     "sample_steps sample_cfg sample_cfg_low", lambda s: s.train == "vae", "with --train=vae")]
 
 
 def settings_of(values):
@@ -922,7 +923,8 @@ def compile_networks(run):
     """Before the first step: compile_blocks comes last, as it allows no shape after it."""
     s = run.s
     if run.kind == "cuda":                                   # a CPU's encoders gain little
-        compile_text_encoder(run.te, s)
+        if not s.cache_text:
+            compile_text_encoder(run.te, s)
         if run.vae and not s.latents:
             compile_vae(run.vae, s, run.device)
     side = s.image_size // (run.vae.factor if run.vae else 1)
@@ -1004,6 +1006,9 @@ class XUTTask:
         """Sets the networks of the OpenRun, and config, by which its training examples are made."""
         s = run.s
         run.te = hdm.TextEncoder(s.text_encoder, s.text_length, run.device, run.dtype)
+        if s.cache_text:                                     # first: then the model has the memory
+            captions = (run.index[i].caption for i in range(len(run.index)))
+            run.te.remember({"", *(hdm.draw_caption(caption, None, s) for caption in captions)}, s)
         run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
         run.model = build_model(s, given, run.vae, run.te.dim, run.device, run.dtype)
         run.config = run.model.config
@@ -1541,13 +1546,14 @@ def costs_of(s, given, T, dtype=torch.bfloat16, with_flops=True):
     vae, text = shape_of_vae(s), shape_of_text_encoder(s)
     with torch.device("meta"):
         model = build_model(s, given, vae, text.config.hidden_size, "meta", dtype)
-    everything = sum(hdm.count_parameters(module) for module in (model, vae, text) if module)
+    loaded = [model, vae, None if s.cache_text else text]
+    everything = sum(hdm.count_parameters(module) for module in loaded if module)
     learned = hdm.count_learned(model)
     side = s.image_size // (vae.factor if vae else 1)
     encoder = None if s.latents else vae                     # cached latents need none
     costs = image_bytes(model.config, side, T, s.tread_rate, dtype, adapter=s)
     if with_flops:
-        costs |= image_flops(model.config, side, T, s.tread_rate, encoder, text)
+        costs |= image_flops(model.config, side, T, s.tread_rate, encoder, None if s.cache_text else text)
     return costs, learned, everything - learned
 
 
