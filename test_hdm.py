@@ -7067,8 +7067,7 @@ def test_compiled_encoders_on_cuda_are_the_cpus(te_folder, fresh_compiler):
 def test_the_programs_run_on_cuda(dtype, pixels, place, vae_folder, tmp_path, capsys):
     """Compiled and checkpointed; stop, resume, previews, held-out loss, sample.py."""
     run = dict(device="cuda", dtype=dtype, compile=True, checkpointing=True, text_lengths=1)
-    if not pixels:
-        run |= dict(vae=vae_folder, patch_size=2)
+    run |= dict(cache_text=True) if pixels else dict(vae=vae_folder, patch_size=2)
     train_tiny(place, tmp_path / "run", max_steps=3, **run)
     train_tiny(place, tmp_path / "run", resume=True, **run)
     assert all(math.isfinite(line["val_loss"]) for line in metrics(tmp_path / "run"))
