@@ -1,5 +1,5 @@
-# Emoji of foods and animals in nine styles, pixels at 32 px: do things and styles compose? An hour on a core.
-# data/te_minilm is a folder of all-MiniLM-L6-v2.
+# Emoji of foods and animals in nine styles, pixels at 32 px: do things and styles compose? Half an hour on a
+# core. data/te_minilm is a folder of all-MiniLM-L6-v2.
 # First: python prepare.py data/emoji64.tar --out=data/emoji --require_tag="animal|bird|insect|food|fruit|\
 #            vegetable|sweet|dessert|drink|restaurant|plant|flower"
 out_dir = "out/emoji"
@@ -9,6 +9,7 @@ text_encoder = "data/te_minilm"
 image_size = 32
 text_length = 12               # tokens: thing and style always fit, of the tags what is left over
 mask_padding = True            # the empty caption is one pad token in training as in sampling
+cache_text = True              # each caption is encoded once, with its tags in order
 
 # Pairs of a thing and a style that are never trained on: for each style those things whose code point, the
 # file's name, ends in a digit of its own. fluent-3d and fluent-emoji-flat are one drawing, so they share one.
@@ -25,10 +26,12 @@ dec_blocks = 1
 pre_blocks = 1
 post_blocks = 1
 patch_size = 4
+residual = "raw"
 
-images = 144_000
+images = 80_000
 batch_size = 16
 global_batch = 16
+optimizer = "muon"
 lr = 0.5
 warmup = 200
 tread_rate = 0.0
