@@ -730,6 +730,11 @@ def clean_latents(batch, vae, s):
     return torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in chunks])
 
 
+def first_tokens(lengths, T):
+    """-> (B, T) bool: True on the first lengths[i] tokens of text i."""
+    return torch.arange(T) < torch.tensor(lengths)[:, None]
+
+
 def text_states(captions, te, s):
     """-> ctx (B, T, ctx_dim), and ctx_mask (B, T) bool of the tokens that XUT may see, or None: all of them.
 
@@ -746,7 +751,7 @@ def text_states(captions, te, s):
         return ctx, is_token
     if min(own) == T:
         return ctx, None
-    return ctx, torch.arange(T) < torch.tensor(own)[:, None]
+    return ctx, first_tokens(own, T)
 
 
 def loss_inputs(batch, vae, te, s, device, mark=None):
@@ -1710,28 +1715,28 @@ class TextEncoder:
             states, mask = self.run_model(ids, T, self.causal)
             return to_device(states, self.device), to_device(mask, self.device)
         ctx = torch.zeros(len(ids), T, self.dim, dtype=self.model.dtype)
-        mask = torch.zeros(len(ids), T, dtype=torch.bool)
-        for i, (row, states) in enumerate(zip(ids, known)):
+        for i, states in enumerate(known):
             n = min(T, len(states))                          # beyond its own length nothing sees a caption
             ctx[i, :n] = states[:n]
-            mask[i, :len(row)] = True
+        mask = first_tokens(list(map(len, ids)), T)
         return to_device(ctx, self.device), to_device(mask, self.device)
 
     def remember(self, captions, s):
         """Encodes captions now, each padded to its own length (as text_states has it; s: ExampleSettings),
         and keeps the states in the CPU's memory. The model moves there, too, and encodes others slowly."""
-        rows = {tuple(row) for row in self.tokenize(captions, s.text_length)}
-        rows = sorted(rows, key=lambda row: (padded_length(len(row), s), row))
-        numbers = self.dim * sum(padded_length(len(row), s) for row in rows)
-        gb = 1e-9 * numbers * self.model.dtype.itemsize
+        rows = sorted({tuple(row) for row in self.tokenize(captions, s.text_length)})
+        of_length = {T: [] for T in padded_lengths(s)}
+        for row in rows:
+            of_length[padded_length(len(row), s)].append(row)
+        tokens = sum(T * len(alike) for T, alike in of_length.items())
+        gb = 1e-9 * tokens * self.dim * self.model.dtype.itemsize
         print(f"captions: {len(rows):,} are encoded once, {gb:.3f} GB of states", flush=True)
         if gb > 0.5 * memory_gb():
             raise UserError(f"--cache_text: {gb:.0f} GB of text states are more than half of this machine's "
                             f"memory; leave it out, or lower --text_length")
-        for T, of_length in itertools.groupby(rows, lambda row: padded_length(len(row), s)):
-            of_length = list(of_length)
-            for start in range(0, len(of_length), 32):
-                batch = of_length[start:start + 32]
+        for T, alike in of_length.items():
+            for start in range(0, len(alike), 32):
+                batch = alike[start:start + 32]
                 states, _ = self.run_model(batch, T, self.causal)
                 self.known |= zip(batch, states.cpu())
         self.model.to("cpu")
@@ -1740,10 +1745,9 @@ class TextEncoder:
     def run_model(self, ids, T, causal):
         """encode; causal: whether the model may be given a causal mask that is made here."""
         tokens = torch.full((len(ids), T), self.pad_id)
-        mask = torch.zeros(len(ids), T, dtype=torch.bool)
         for i, row in enumerate(ids):
             tokens[i, :len(row)] = torch.tensor(row)
-            mask[i, :len(row)] = True
+        mask = first_tokens(list(map(len, ids)), T)
         tokens, mask = to_device(tokens, self.model.device), to_device(mask, self.model.device)
         padded = min(map(len, ids)) < T
         if causal and T <= self.window and (padded or mask.is_cuda):

@@ -1546,14 +1546,14 @@ def costs_of(s, given, T, dtype=torch.bfloat16, with_flops=True):
     vae, text = shape_of_vae(s), shape_of_text_encoder(s)
     with torch.device("meta"):
         model = build_model(s, given, vae, text.config.hidden_size, "meta", dtype)
-    loaded = [model, vae, None if s.cache_text else text]
-    everything = sum(hdm.count_parameters(module) for module in loaded if module)
+    te = None if s.cache_text else text                      # cached states need none, nor its memory
+    everything = sum(hdm.count_parameters(module) for module in (model, vae, te) if module)
     learned = hdm.count_learned(model)
     side = s.image_size // (vae.factor if vae else 1)
     encoder = None if s.latents else vae                     # cached latents need none
     costs = image_bytes(model.config, side, T, s.tread_rate, dtype, adapter=s)
     if with_flops:
-        costs |= image_flops(model.config, side, T, s.tread_rate, encoder, None if s.cache_text else text)
+        costs |= image_flops(model.config, side, T, s.tread_rate, encoder, te)
     return costs, learned, everything - learned
 
 
