@@ -865,7 +865,7 @@ class OptimizerStep:
         """One step with the gradients that were summed up; step: how many were before it; finite: whether
         the losses were, a bool tensor. -> the gradient's global norm before clipping; whether it was done."""
         for group in self.inner.param_groups:
-            group["lr"] = lr / group["fan_in"]
+            group["lr"] = lr / group["fan_in"] if self.s.lr_by_fan_in else lr
         self.scaler.unscale_(self.inner)
         largest = self.s.clip if self.s.clip > 0 else math.inf
         norm = torch.nn.utils.clip_grad_norm_(learned(self.model), largest)

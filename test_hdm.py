@@ -3223,11 +3223,13 @@ def test_the_judge_for_any_data_looks_past_what_a_group_shares(tmp_path, monkeyp
 
 
 def test_the_demos_commands_follow_each_other(tmp_path, monkeypatch, capsys):
-    """README's first chain, with 40 images and three steps: paths, sizes and defaults fit together."""
+    """README's first chain, with 40 images and twice three steps: paths, sizes and defaults fit together."""
     monkeypatch.chdir(tmp_path)
     prepare.main(["demo", "--count=40"])
-    train.main([str(HERE / "configs" / "demo.py"), "--images=96", "--warmup=1", "--sample_steps=2",
-                "--validation=0.1"])
+    small = [str(HERE / "configs" / "demo.py"), "--images=48", "--warmup=1", "--sample_steps=2",
+             "--validation=0.1"]
+    train.main([*small, "--image_size=16", "--out_dir=out/demo16"])
+    train.main([*small, "--init_from=out/demo16"])
     sample.main(["--ckpt=out/demo", "--prompt", "a large red circle on a navy background"])
     assert Image.open("out/samples/00000-0.png").size == (32, 32)
     capsys.readouterr()
@@ -5280,17 +5282,19 @@ def test_every_weight_of_the_base_model_is_in_one_of_ten_groups():
         assert {fan_in(parameter) for parameter in group["params"]} == {group["fan_in"]}
 
 
-def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(trained, place, tmp_path):
+@pytest.mark.parametrize("lr, by_fan_in", [(0.4, True), (0.004, False)])
+def test_init_from_takes_weights_only_and_a_step_is_lr_over_fan_in(lr, by_fan_in, trained, place, tmp_path):
     """Adam's first step moves each weight by its lr, whatever the gradient: so the rule shows in the weights,
     and that neither the old run's optimizer nor its step came along. What is taken is what sample.py uses."""
-    train_tiny(place, tmp_path, init_from=trained, lr=0.4, weight_decay=0, max_steps=1)
+    train_tiny(place, tmp_path, init_from=trained, lr=lr, lr_by_fan_in=by_fan_in, weight_decay=0, max_steps=1)
     start = load_file(trained / "ckpt_00000006" / "ema.safetensors")
     after = load_file(tmp_path / "ckpt_00000001" / "model.safetensors")
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
     moved = 0
     for name, value in start.items():
         step = (after[name] - value).abs().max().item()
-        expected = 0.4 / 2 / fan_in(value)                   # the first of two steps of warm-up
+        # The first of two steps of warm-up.
+        expected = lr / 2 / (fan_in(value) if by_fan_in else 1)
         assert step <= expected * 1.001 + 1e-6, name
         moved += step > expected * 0.9
     assert moved > 0.9 * len(start) - 1                      # some gradients are near AdamW's eps

@@ -106,6 +106,7 @@ class OptimizerSettings:
     global_batch: hdm.Count = 2048     # images in one optimizer step, a multiple of batch_size x processes
     checkpointing: bool = False        # compute blocks again in backward: a third slower, less memory
     lr: hdm.Positive = 0.5             # peak, before each tensor's division by its fan-in
+    lr_by_fan_in: bool = True          # false: no division, one lr for all tensors (about lr / dim)
     warmup: hdm.Whole = 1000           # steps of linear warm-up to the peak
     schedule: str = "cosine"           # then: cosine, to 1 % of the peak at the stage's end; constant
     optimizer: str = "adamw"           # a class of hdm.py in lower case
@@ -159,9 +160,9 @@ IDLE = [  # settings, when they have no effect, and why
     ("vae_channels", hdm.without("vae_widths"), "without --vae_widths"),
     ("vae", lambda s: s.train == "vae" and s.vae_widths, "with --vae_widths"),
     (" ".join(hdm.setting_types([hdm.XUTConfig])), lambda s: s.train == "vae", "with --train=vae"),
-    ("preset compile memory_budget checkpointing text_encoder text_length text_lengths mask_padding "
-     "cache_text caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk preview_prompts "
-     "sample_steps sample_cfg sample_cfg_low", lambda s: s.train == "vae", "with --train=vae")]
+    ("preset compile memory_budget checkpointing lr_by_fan_in text_encoder text_length text_lengths "
+     "mask_padding cache_text caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk "
+     "preview_prompts sample_steps sample_cfg sample_cfg_low", lambda s: s.train == "vae", "with --train=vae")]
 
 
 def settings_of(values):
@@ -209,8 +210,8 @@ def check_settings(s, ranks):
     hdm.check_name(f"--train={s.train}", s.train, TASKS, "model to train")
     if s.train == "vae":
         s.compile = False                                    # that is for XUT's blocks
-        if s.lr > 0.01:
-            hdm.warn(f"--lr={s.lr}: each tensor of a VAE has all of it; 1e-4 fine-tunes one")
+    if s.lr > 0.01 and (s.train == "vae" or not s.lr_by_fan_in):
+        hdm.warn(f"--lr={s.lr}: each tensor takes all of it; 1e-4 fine-tunes a VAE, 1e-3 trains a small XUT")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--optimizer={s.optimizer}", s.optimizer, hdm.optimizers(), "optimizer")
     hdm.check_name(f"--adapter={s.adapter}", s.adapter, ("", "lora", "lokr"), "adapter")

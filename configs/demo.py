@@ -1,4 +1,6 @@
-# The demo: pixels at 32 px, a tiny XUT, minutes on two CPU cores. First: python prepare.py demo
+# The demo: pixels at 16 px, then 32 px, a tiny XUT, minutes on two CPU cores. First: python prepare.py demo
+#   python train.py configs/demo.py --image_size=16 --out_dir=out/demo16
+#   python train.py configs/demo.py --init_from=out/demo16
 out_dir = "out/demo"
 data = "data/demo"
 vae = ""                       # pixels
@@ -17,15 +19,18 @@ dec_blocks = 1
 pre_blocks = 1
 post_blocks = 1
 patch_size = 4
+skips = "mirror"               # these two, Muon and t_shift did best at this size: README, "Paper and weights"
+residual = "raw"
 
-images = 56_000
+images = 28_000
 batch_size = 16
 global_batch = 16
+optimizer = "muon"
 lr = 0.5
 warmup = 200
 tread_rate = 0.0
-t_shift = 4.0
-ema = 0.999
+t_shift = 2.0
+ema = 0.998
 sample_cfg_low = 0.3            # guidance below it would roughen edges
 
 compile = False                # noqa: A001
