@@ -22,15 +22,15 @@ patch_size = 4
 skips = "mirror"               # these two, Muon and t_shift did best at this size: README, "Paper and weights"
 residual = "raw"
 
-images = 28_000
-batch_size = 16
-global_batch = 16
+images = 32_000
+batch_size = 32
+global_batch = 32
 optimizer = "muon"
 lr = 0.5
-warmup = 200
+warmup = 100
 tread_rate = 0.0
 t_shift = 2.0
-ema = 0.998
+ema = 0.996
 sample_cfg_low = 0.3            # guidance below it would roughen edges
 
 compile = False                # noqa: A001
