@@ -289,7 +289,8 @@ class Rotate(torch.autograd.Function):
 
 
 class RoPE(nn.Module):
-    """Rotary positions with one learned frequency for each head, pair and axis (RoFormer, arXiv 2104.09864).
+    """Rotary positions with one learned frequency for each head and pair (RoFormer, arXiv 2104.09864); pairs
+    belong to y and x by turns.
 
     The paper says that half of each head is rotated; the published weights rotate all of it, and so do we.
     """
@@ -930,8 +931,8 @@ class AdamW(OptimizerStep):
 
 
 def orthogonal(matrices, steps=5):
-    """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T: the singular values are
-    0.7 to 1.2, by Newton-Schulz steps with the polynomial of Muon."""
+    """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T, by Newton-Schulz steps
+    with the polynomial of Muon: singular values become 0.7 to 1.2; those below 1/500 of the norm stay less."""
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:                                              # the products below are then smaller
@@ -978,8 +979,8 @@ class MuonAndAdamW(torch.optim.AdamW):
 class Muon(OptimizerStep):
     """Muon (Jordan et al., 2024) for the matrices of XUT's blocks, AdamW for all else.
 
-    A matrix's step is its momentum made orthogonal, 0.2 in root mean square over its numbers: about AdamW's
-    (arXiv 2502.16982). So lr means the same, and is divided by fan-in alike.
+    A matrix's step is its momentum made orthogonal, 0.2 in root mean square over its numbers (less where the
+    rank is low): about AdamW's (arXiv 2502.16982). So lr means the same, and is divided by fan-in alike.
     """
     state_bytes = 8                # at most: matrices have one moment
     skips_steps = False
@@ -1724,16 +1725,22 @@ class TextEncoder:
     def remember(self, captions, s):
         """Encodes captions now, each padded to its own length (as text_states has it; s: ExampleSettings),
         and keeps the states in the CPU's memory. The model moves there, too, and encodes others slowly."""
-        rows = sorted({tuple(row) for row in self.tokenize(captions, s.text_length)})
+        captions = list(captions)
+        rows = set()
+        for start in range(0, len(captions), 10_000):        # a tokenizer's own lists are large
+            some = captions[start:start + 10_000]
+            rows.update(map(tuple, self.tokenize(some, s.text_length)))
+        rows = sorted(rows)
         of_length = {T: [] for T in padded_lengths(s)}
         for row in rows:
             of_length[padded_length(len(row), s)].append(row)
         tokens = sum(T * len(alike) for T, alike in of_length.items())
         gb = 1e-9 * tokens * self.dim * self.model.dtype.itemsize
         print(f"captions: {len(rows):,} are encoded once, {gb:.3f} GB of states", flush=True)
-        if gb > 0.5 * memory_gb():
-            raise UserError(f"--cache_text: {gb:.0f} GB of text states are more than half of this machine's "
-                            f"memory; leave it out, or lower --text_length")
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # of this machine: each keeps its own
+        if gb * ranks > 0.5 * memory_gb():
+            raise UserError(f"--cache_text: {ranks} x {gb:.0f} GB of text states are more than half of this "
+                            f"machine's memory; leave it out, or lower --text_length")
         for T, alike in of_length.items():
             for start in range(0, len(alike), 32):
                 batch = alike[start:start + 32]

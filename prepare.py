@@ -1535,8 +1535,11 @@ def open_data(s):
 
 def report_cut_captions(index, te, s):
     """Prints the share of captions that text_length cuts, of a sample as training draws and reads them."""
-    some = range(0, len(index), 1 + len(index) // 2000)      # the index is in order of a hash
-    texts = [hdm.draw_caption(index[i].caption, random.Random(i), s) for i in some]
+    some = range(0, len(index), 1 + len(index) // 2000)      # those of a weight are in order of a hash
+    texts = []
+    for i in some:
+        rng = None if s.cache_text else random.Random(i)
+        texts.append(hdm.draw_caption(index[i].caption, rng, s))
     lengths = np.array([len(ids) for ids in te.tokenizer(texts)["input_ids"]])
     share = (lengths > te.max_length).mean()
     if share:
@@ -1598,9 +1601,9 @@ def writes_no_latents(s):
 
 IDLE = [  # settings, when they have no effect, and why
     ("vae batch_size workers device dtype", writes_no_latents, "without --latents"),
-    ("text_encoder text_length tag_separator spaces caption_dropout tag_dropout group_dropout",
+    ("text_encoder text_length tag_separator spaces cache_text caption_dropout tag_dropout group_dropout",
      hdm.without("dry_run"), "without --dry_run"),
-    ("text_lengths mask_padding cache_text tread_rate t_shift vae_chunk", hdm.without(),
+    ("text_lengths mask_padding tread_rate t_shift vae_chunk", hdm.without(),
      "here: it is train.py's"),
     ("image_size", hdm.without("latents", "dry_run"), "without --latents or --dry_run"),
     ("sidecar_place", hdm.without("sidecar"), "without --sidecar")]

@@ -1697,13 +1697,14 @@ def judge_checkpoint(options):
     options: prepare.JudgeSettings."""
     prepare.check_extras(options)
     device = hdm.pick_device(options.device)
-    model, vae, settings = load_model(options.ckpt, device, hdm.pick_dtype(options.dtype, device))
+    dtype = hdm.pick_dtype(options.dtype, device)
+    model, vae, settings = load_model(options.ckpt, device, dtype)
     _, unseen = prepare.combinations(options.shape)
     filling = options.filling
     asked = [words for words in unseen for _ in range(options.seeds)]
     prompts = [prepare.caption(words, filling) for words in asked]
     seeds = list(range(options.seeds)) * len(unseen)
-    te = load_text_encoder(settings, device)
+    te = load_text_encoder(settings, device, dtype)
     render = partial(generate, model, vae, te, prompts, seeds, settings)
     if options.camera:
         return judge_camera(render, settings["image_size"])
@@ -1801,6 +1802,17 @@ def read_square(index, i, side):
     return np.array(fitted(image, side, side, Image.BICUBIC))
 
 
+def read_thumbnails(index, numbers, side):
+    """-> {number: (192,)}, in their order; a warning of each real image that cannot be read."""
+    found = {}
+    for i in numbers:
+        try:
+            found[i] = thumbnails([read_square(index, i, side)])[0]
+        except hdm.UserError as error:
+            hdm.warn(f"left out: {error}")
+    return found
+
+
 def save_pairs(path, images, index, held):
     """A PNG of samples, each beside the true image, by the numbers `held`."""
     side = images.shape[1]
@@ -1818,23 +1830,27 @@ def judge_by_data(options):
     (shuffled), and with a real image of the same thing in another group in place of the sample."""
     pattern = prepare.read_regex("--group", options.group) if options.group else None
     device = hdm.pick_device(options.device)
-    model, vae, settings = load_model(options.ckpt, device, hdm.pick_dtype(options.dtype, device))
+    dtype = hdm.pick_dtype(options.dtype, device)
+    model, vae, settings = load_model(options.ckpt, device, dtype)
     if "validation" not in settings:
         raise hdm.UserError(f"--ckpt={options.ckpt}: does not say what its training held out")
     index = prepare.open_index(options.data)
     _, _, held = prepare.split_data(index, settings["validation"], settings["holdout"])
+    others = np.setdiff1d(np.arange(len(index)), held)
+    by_hash = np.argsort(index.records["place"][others])     # whatever the weights of their sources
+    numbers = [*held, *others[by_hash][:MOST_REAL].tolist()]
+    real = read_thumbnails(index, numbers, settings["image_size"])
+    held, numbers = [i for i in held if i in real], list(real)
+    real = np.array(list(real.values()))                     # (m, 192), those held out first
     if not held:
         raise hdm.UserError(f"--ckpt={options.ckpt}: its training held out none of --data={options.data}")
-    seen = np.setdiff1d(np.arange(len(index)), held)[:MOST_REAL]         # the index is in order of a hash
-    numbers = [*held, *seen.tolist()]
     s = hdm.ExampleSettings(tag_separator=settings["tag_separator"], spaces=settings["spaces"])
     captions = [hdm.draw_caption(index[i].caption, None, s) for i in numbers]
     things, groups = np.array([thing_and_group(caption, pattern) for caption in captions]).T
     if options.group and not groups.any():
         raise hdm.UserError(f"--group={options.group}: in no part of the captions, such as {captions[0]!r}")
-    real = thumbnails(read_square(index, i, settings["image_size"]) for i in numbers)
     n = len(held)
-    te = load_text_encoder(settings, device)
+    te = load_text_encoder(settings, device, dtype)
     shown = []
     for seed in tqdm(range(options.seeds), disable=not sys.stderr.isatty()):
         images = generate(model, vae, te, captions[:n], [seed] * n, settings)

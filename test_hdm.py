@@ -2638,8 +2638,10 @@ def test_cut_captions_and_enlarged_images_are_said(place, tmp_path, capsys):
     assert "captions: --text_length=6 cuts 100.00% of a sample of 24" in said(
         text_length=6, tag_dropout=0.0, group_dropout=0.0)
     assert "25 % of the images are smaller than image_size" in said(image_size=24)
-    for settings in (dict(text_length=40), dict(text_length=6, tag_dropout=0.999, group_dropout=0.0)):
+    dropped = dict(text_length=6, tag_dropout=0.999, group_dropout=0.0)
+    for settings in (dict(text_length=40), dropped):
         assert "captions:" not in said(**settings)
+    assert "cuts 100.00%" in said(**dropped, cache_text=True)                # which leaves no tag out
 
 
 @pytest.fixture(scope="session")
@@ -3129,7 +3131,7 @@ def test_judge_scores_what_was_drawn(monkeypatch, capsys):
     """A model that draws every caption truly gets 100 %; one that draws only circles, their share."""
     meaning = {prepare.CAPTION.format(*words): words for words in prepare.COMBINATIONS}
     monkeypatch.setattr(sample, "load_model", lambda ckpt, device, dtype: (None, None, {}))
-    monkeypatch.setattr(sample, "load_text_encoder", lambda settings, device: None)
+    monkeypatch.setattr(sample, "load_text_encoder", lambda settings, device, dtype: None)
 
     def generate(model, vae, te, prompts, seeds, settings):
         picture = [(words[0], words[1], change(words[2]), words[3]) for words in map(meaning.get, prompts)]
@@ -3153,10 +3155,10 @@ def test_judge_scores_what_was_drawn(monkeypatch, capsys):
 THINGS, STYLES = [f"thing {i}" for i in range(12)], ("flat style", "3d style", "ink style")
 
 
-def judged(folder, draw, monkeypatch, capsys, *flags, holdout=r"thing \d,"):
+def judged(folder, draw, monkeypatch, capsys, *flags, holdout=r"thing \d,", spoiled=()):
     """The judge's table, {row: its numbers}, of a model that draws draw(real, thing, style) of each held-out
-    caption. real(thing, style) is the true image: the thing's random 8 x 8 blocks, lighter from thing to
-    thing, in that style's light."""
+    caption; the files named in spoiled cannot be read. real(thing, style) is the true image: the thing's
+    random 8 x 8 blocks, lighter from thing to thing, in that style's light."""
     rng = np.random.default_rng(0)
     blocks = {thing: 4 * i + rng.integers(0, 40, (8, 8, 3)) for i, thing in enumerate(THINGS)}
     own = {(thing, style): rng.integers(0, 8, (8, 8, 3)) for thing in THINGS for style in STYLES}
@@ -3171,9 +3173,12 @@ def judged(folder, draw, monkeypatch, capsys, *flags, holdout=r"thing \d,"):
         path = folder / f"{style[:2]}{i}"
         Image.fromarray(real(thing, style)).save(path.with_suffix(".png"))
         path.with_suffix(".txt").write_text(f"{thing}, {style} ||| a $$ b")
+    for name in spoiled:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:41] + bytes(len(whole) - 57) + whole[-16:])       # its pixels
     settings = sample.PUBLISHED | dict(image_size=16, validation=0.0, holdout=holdout)
     monkeypatch.setattr(sample, "load_model", lambda ckpt, device, dtype: (None, None, settings))
-    monkeypatch.setattr(sample, "load_text_encoder", lambda settings, device: None)
+    monkeypatch.setattr(sample, "load_text_encoder", lambda settings, device, dtype: None)
 
     def generate(model, vae, te, prompts, seeds, settings):
         assert all(prompt.endswith("style, a, b") for prompt in prompts) and set(seeds) < {0, 1}
@@ -3181,8 +3186,10 @@ def judged(folder, draw, monkeypatch, capsys, *flags, holdout=r"thing \d,"):
 
     monkeypatch.setattr(sample, "generate", generate)
     prepare.main(["judge", f"--data={folder}", "--ckpt=x", "--seeds=2", *flags])
+    before, table = capsys.readouterr().out.split("median rank\n")
+    assert before.count("warning: left out: ") == len(spoiled) and all(name in before for name in spoiled)
     rows = {}
-    for line in capsys.readouterr().out.split("median rank\n")[1].splitlines():
+    for line in table.splitlines():
         words = line.split()
         rows[" ".join(words[:2] + words[3:-4])] = [float(words[2]), *map(float, words[-4:])]
     return rows
@@ -3207,6 +3214,13 @@ def test_the_judge_for_any_data_is_right_on_true_images_and_at_chance_on_shuffle
     assert few["all real samples"] == [12, 6, 100, 100, 1]                   # one caption a group
     whole = judged(tmp_path / "b", true, monkeypatch, capsys)                # without groups all are compared
     assert whole["held out samples"] == [30, 60, 100, 100, 1] and "held out another group's" not in whole
+
+
+def test_the_judge_for_any_data_leaves_out_what_cannot_be_read(tmp_path, monkeypatch, capsys):
+    rows = judged(tmp_path / "a", lambda real, *what: real(*what), monkeypatch, capsys, "--group=style",
+                  f"--grid={tmp_path / 'x.png'}", spoiled=("fl3.png", "3d11.png"))
+    assert rows["held out samples"] == [pytest.approx(29 / 3, abs=0.1), 58, 100, 100, 1]
+    assert rows["all real samples"] == [pytest.approx(34 / 3, abs=0.1), 58, 100, 100, 1]
 
 
 def test_the_judge_for_any_data_looks_past_what_a_group_shares(tmp_path, monkeypatch, capsys):
@@ -5129,6 +5143,7 @@ def test_latents_of_the_vae_before_are_never_mixed_with_those_after(trained_vae,
     ("--plan", "--plan"), ("--bench=2", "--bench"), ("--train=vea", "--train=vea Known: xut, vae"),
     ("--vae_widths=8,x", "--vae_widths=8,x: 32,64,64"), ("--vae=", "--vae_widths"),
     ("--vae_widths=8,16 --image_size=15", "--image_size=15 2"), ("--equivariance=1.5", "at most 1"),
+    ("--optimizer=muon", "--optimizer=muon adamw"),
     ("--resume", "no checkpoint")])
 def test_what_no_vae_can_be_trained_by_is_refused(flags, words, place, tmp_path):
     argv = [str(place / "tiny.py"), f"--out_dir={tmp_path}/run", "--train=vae", *flags.split()]

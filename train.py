@@ -106,13 +106,13 @@ class OptimizerSettings:
     global_batch: hdm.Count = 2048     # images in one optimizer step, a multiple of batch_size x processes
     checkpointing: bool = False        # compute blocks again in backward: a third slower, less memory
     lr: hdm.Positive = 0.5             # peak, before each tensor's division by its fan-in
-    lr_by_fan_in: bool = True          # false: no division, one lr for all tensors (about lr / dim)
+    lr_by_fan_in: bool = True          # false: each tensor takes lr itself, which is then about 1/dim of it
     warmup: hdm.Whole = 1000           # steps of linear warm-up to the peak
     schedule: str = "cosine"           # then: cosine, to 1 % of the peak at the stage's end; constant
-    optimizer: str = "adamw"           # a class of hdm.py in lower case
+    optimizer: str = "adamw"           # adamw, muon, adamw8bit: a class of hdm.py in lower case
     beta1: hdm.Fraction = 0.9             # AdamW
     beta2: hdm.Fraction = 0.98            # AdamW
-    weight_decay: hdm.NotNegative = 0.02  # AdamW's, times the tensor's own lr
+    weight_decay: hdm.NotNegative = 0.02  # times the tensor's own lr
     clip: hdm.NotNegative = 3.0        # largest global gradient norm; 0: any
     ema: hdm.Fraction = 0.9999            # decay of the averaged weights, a step; 0: no average
 
@@ -162,7 +162,8 @@ IDLE = [  # settings, when they have no effect, and why
     (" ".join(hdm.setting_types([hdm.XUTConfig])), lambda s: s.train == "vae", "with --train=vae"),
     ("preset compile memory_budget checkpointing lr_by_fan_in text_encoder text_length text_lengths "
      "mask_padding cache_text caption_dropout tag_dropout group_dropout tread_rate t_shift vae_chunk "
-     "preview_prompts sample_steps sample_cfg sample_cfg_low", lambda s: s.train == "vae", "with --train=vae")]
+     "preview_prompts sample_steps sample_cfg sample_cfg_low",
+     lambda s: s.train == "vae", "with --train=vae")]
 
 
 def settings_of(values):
@@ -210,8 +211,10 @@ def check_settings(s, ranks):
     hdm.check_name(f"--train={s.train}", s.train, TASKS, "model to train")
     if s.train == "vae":
         s.compile = False                                    # that is for XUT's blocks
+        if s.optimizer == "muon":
+            raise hdm.UserError("--optimizer=muon: is for XUT's blocks; a VAE has none, and takes adamw")
     if s.lr > 0.01 and (s.train == "vae" or not s.lr_by_fan_in):
-        hdm.warn(f"--lr={s.lr}: each tensor takes all of it; 1e-4 fine-tunes a VAE, 1e-3 trains a small XUT")
+        print(f"warning: --lr={s.lr}: each tensor takes all of it here; 1e-4 fine-tunes a VAE")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--optimizer={s.optimizer}", s.optimizer, hdm.optimizers(), "optimizer")
     hdm.check_name(f"--adapter={s.adapter}", s.adapter, ("", "lora", "lokr"), "adapter")
@@ -1007,10 +1010,10 @@ class XUTTask:
         """Sets the networks of the OpenRun, and config, by which its training examples are made."""
         s = run.s
         run.te = hdm.TextEncoder(s.text_encoder, s.text_length, run.device, run.dtype)
-        if s.cache_text:                                     # first: then the model has the memory
+        run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
+        if s.cache_text:                                     # before XUT, which then gets the memory
             captions = (run.index[i].caption for i in range(len(run.index)))
             run.te.remember({"", *(hdm.draw_caption(caption, None, s) for caption in captions)}, s)
-        run.vae = hdm.load_vae(s.vae, run.device, run.dtype) if s.vae else None
         run.model = build_model(s, given, run.vae, run.te.dim, run.device, run.dtype)
         run.config = run.model.config
         run.latents = prepare.hash_of_vae(run.vae).hexdigest() if run.vae else ""
@@ -1436,8 +1439,8 @@ def image_flops(config, side, T, tread_rate, vae, text):
 
 
 class CUDANorm(torch.autograd.Function):
-    """RMSNorm in bytes alone. CUDA's kernel keeps its input and one number for each token; a CPU's keeps two
-    copies in float32, which would be a fifth more in all."""
+    """A stand-in that keeps RMSNorm's bytes and computes nothing. CUDA's kernel keeps its input and one number
+    for each token; a CPU's keeps two copies in float32, which would be a fifth more in all."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -1447,7 +1450,7 @@ class CUDANorm(torch.autograd.Function):
 
 class CUDAKernels(torch.overrides.TorchFunctionMode):
     """In the block tensors of a CPU keep for backward what those of CUDA would. Of all that XUT is made of
-    the norms alone differ: under CUDA's autocast other types have only exp, of float32, and the time's norm.
+    the norms alone differ: of the others, CUDA's autocast changes exp and the time's norm alone, to float32.
     """
 
     def __torch_function__(self, f, types, args=(), kwargs=None):

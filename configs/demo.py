@@ -19,7 +19,7 @@ dec_blocks = 1
 pre_blocks = 1
 post_blocks = 1
 patch_size = 4
-skips = "mirror"               # these two, Muon and t_shift did best at this size: README, "Paper and weights"
+skips = "mirror"               # these two and Muon learn faster at this size: README, "Paper and weights"
 residual = "raw"
 
 images = 32_000

@@ -7,8 +7,8 @@ data = "data/emoji"
 vae = ""                       # pixels
 text_encoder = "data/te_minilm"
 image_size = 32
-text_length = 12               # tokens: thing and style always fit, of the tags what is left over
-mask_padding = True            # the empty caption is one pad token in training as in sampling
+text_length = 12               # tokens: thing and style nearly always fit, of the tags what is left over
+mask_padding = True            # the empty caption is as long in training as in sampling
 cache_text = True              # each caption is encoded once, with its tags in order
 
 # Pairs of a thing and a style that are never trained on: for each style those things whose code point, the
