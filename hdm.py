@@ -932,7 +932,7 @@ class AdamW(OptimizerStep):
 
 def orthogonal(matrices, steps=5):
     """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T, by Newton-Schulz steps
-    with the polynomial of Muon: singular values become 0.7 to 1.2; those below 1/500 of the norm stay less."""
+    with the polynomial of Muon: singular values become 0.7 to 1.2; those below 1/500 of its norm less."""
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:                                              # the products below are then smaller

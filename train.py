@@ -1439,8 +1439,8 @@ def image_flops(config, side, T, tread_rate, vae, text):
 
 
 class CUDANorm(torch.autograd.Function):
-    """A stand-in that keeps RMSNorm's bytes and computes nothing. CUDA's kernel keeps its input and one number
-    for each token; a CPU's keeps two copies in float32, which would be a fifth more in all."""
+    """A stand-in that keeps RMSNorm's bytes and computes nothing. CUDA's kernel keeps its input and one
+    number for each token; a CPU's keeps two copies in float32, which would be a fifth more in all."""
 
     @staticmethod
     def forward(ctx, x, weight):
