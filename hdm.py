@@ -659,7 +659,7 @@ def training_example(image, caption, sides, key, s, config, factor=None, latent=
     if training and chance < s.caption_dropout:
         text = ""
     else:
-        text = draw_caption(caption, rng if training and not s.cache_text else None, s)
+        text = draw_caption(caption, rng if training else None, s)
 
     # Shifted square crop: it starts at any pixel, or at any cell of a latent, along the long side.
     cell = 1 if factor is None else factor                   # pixels
@@ -932,7 +932,7 @@ class AdamW(OptimizerStep):
 
 def orthogonal(matrices, steps=5):
     """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T, by Newton-Schulz steps
-    with the polynomial of Muon: singular values become 0.7 to 1.2; those below 1/500 of its norm less."""
+    with the polynomial of Muon: singular values become 0.7 to 1.2, or less if below 1/500 of the norm."""
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:                                              # the products below are then smaller
@@ -1805,8 +1805,10 @@ OR, BESIDE = "\x1e", "\x1d"    # between alternative captions; around them, wher
 
 
 def draw_caption(text, rng, s):
-    """One of a record's captions by the grammar (parse_caption), with the run's settings s; rng None: the
-    first one, with all its tags."""
+    """One of a record's captions by the grammar (parse_caption), with the run's settings s; rng None, or
+    s.cache_text: the first one, with all its tags."""
+    if s.cache_text:
+        rng = None
     before, captions, after = text.split(BESIDE) if BESIDE in text else ("", text, "")
     captions = captions.split(OR)
     caption = captions[0] if rng is None else rng.choice(captions)

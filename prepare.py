@@ -1536,10 +1536,7 @@ def open_data(s):
 def report_cut_captions(index, te, s):
     """Prints the share of captions that text_length cuts, of a sample as training draws and reads them."""
     some = range(0, len(index), 1 + len(index) // 2000)      # those of a weight are in order of a hash
-    texts = []
-    for i in some:
-        rng = None if s.cache_text else random.Random(i)
-        texts.append(hdm.draw_caption(index[i].caption, rng, s))
+    texts = [hdm.draw_caption(index[i].caption, random.Random(i), s) for i in some]
     lengths = np.array([len(ids) for ids in te.tokenizer(texts)["input_ids"]])
     share = (lengths > te.max_length).mean()
     if share:

@@ -1803,14 +1803,15 @@ def read_square(index, i, side):
 
 
 def read_thumbnails(index, numbers, side):
-    """-> {number: (192,)}, in their order; a warning of each real image that cannot be read."""
-    found = {}
-    for i in numbers:
+    """-> the places in `numbers` of the m real images that can be read (a warning of others); (m, 192)."""
+    places, images = [], []
+    for place, i in enumerate(numbers):
         try:
-            found[i] = thumbnails([read_square(index, i, side)])[0]
+            images.append(thumbnails([read_square(index, i, side)])[0])
+            places.append(place)
         except hdm.UserError as error:
             hdm.warn(f"left out: {error}")
-    return found
+    return places, np.array(images)
 
 
 def save_pairs(path, images, index, held):
@@ -1836,24 +1837,27 @@ def judge_by_data(options):
         raise hdm.UserError(f"--ckpt={options.ckpt}: does not say what its training held out")
     index = prepare.open_index(options.data)
     _, _, held = prepare.split_data(index, settings["validation"], settings["holdout"])
+    if not held:
+        raise hdm.UserError(f"--ckpt={options.ckpt}: its training held out none of --data={options.data}")
     others = np.setdiff1d(np.arange(len(index)), held)
     by_hash = np.argsort(index.records["place"][others])     # whatever the weights of their sources
     numbers = [*held, *others[by_hash][:MOST_REAL].tolist()]
-    real = read_thumbnails(index, numbers, settings["image_size"])
-    held, numbers = [i for i in held if i in real], list(real)
-    real = np.array(list(real.values()))                     # (m, 192), those held out first
-    if not held:
-        raise hdm.UserError(f"--ckpt={options.ckpt}: its training held out none of --data={options.data}")
     s = hdm.ExampleSettings(tag_separator=settings["tag_separator"], spaces=settings["spaces"])
     captions = [hdm.draw_caption(index[i].caption, None, s) for i in numbers]
     things, groups = np.array([thing_and_group(caption, pattern) for caption in captions]).T
     if options.group and not groups.any():
         raise hdm.UserError(f"--group={options.group}: in no part of the captions, such as {captions[0]!r}")
+    readable, real = read_thumbnails(index, numbers, settings["image_size"])
+    things, groups = things[readable], groups[readable]
+    held = [numbers[place] for place in readable if place < len(held)]
+    prompts = [captions[place] for place in readable[:len(held)]]
+    if not held:
+        raise hdm.UserError(f"--data={options.data}: none of its held-out images can be read")
     n = len(held)
     te = load_text_encoder(settings, device, dtype)
     shown = []
     for seed in tqdm(range(options.seeds), disable=not sys.stderr.isatty()):
-        images = generate(model, vae, te, captions[:n], [seed] * n, settings)
+        images = generate(model, vae, te, prompts, [seed] * n, settings)
         if seed == 0 and options.grid:
             save_pairs(options.grid, images[:48], index, held)
         shown.append(thumbnails(images))

@@ -214,7 +214,8 @@ def check_settings(s, ranks):
         if s.optimizer == "muon":
             raise hdm.UserError("--optimizer=muon: is for XUT's blocks; a VAE has none, and takes adamw")
     if s.lr > 0.01 and (s.train == "vae" or not s.lr_by_fan_in):
-        print(f"warning: --lr={s.lr}: each tensor takes all of it here; 1e-4 fine-tunes a VAE")
+        print(f"warning: --lr={s.lr}: each tensor takes all of it here; 1e-4 fine-tunes a VAE, 0.004 trains "
+              f"the demo")
     hdm.check_name(f"--preset={s.preset}", s.preset, hdm.PRESETS, "preset")
     hdm.check_name(f"--optimizer={s.optimizer}", s.optimizer, hdm.optimizers(), "optimizer")
     hdm.check_name(f"--adapter={s.adapter}", s.adapter, ("", "lora", "lokr"), "adapter")
