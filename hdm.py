@@ -110,7 +110,8 @@ class XUTConfig:
     in_channels: Count = 4     # C, channels of the latent (3 for pixels)
     aspect_cond: bool = True   # feed ln(width / height); the published runs have it from the 768 stage on
     skips: str = "last"        # "last": every decoder level reads the deepest encoder level (the weights);
-                               # "mirror": level i reads encoder level depth-1-i (paper's figure)
+                               # "mirror": level i reads encoder level depth-1-i (paper's figure);
+                               # "none": the decoder reads none, a plain transformer
     residual: str = "normed"   # "normed": x = m + (1+gate) f(m), m the modulated norm of x (the weights);
                                # "raw": x = x + (1+gate) f(m), the textbook's pre-norm
     pos: str = "long_side"     # "long_side": the longer side spans [-1, 1] (the weights);
@@ -122,7 +123,8 @@ class XUTConfig:
             raise UserError(f"dim={self.dim} is not heads={self.heads} times head_dim={self.head_dim}")
         if self.head_dim % 4:
             raise UserError(f"head_dim={self.head_dim}: a multiple of 4 (RoPE turns pairs, for two axes)")
-        choices = dict(skips=("last", "mirror"), residual=("normed", "raw"), pos=("long_side", "unit_area"))
+        choices = dict(skips=("last", "mirror", "none"), residual=("normed", "raw"),
+                       pos=("long_side", "unit_area"))
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
@@ -389,6 +391,7 @@ class Block(nn.Module):
     def __init__(self, config, cross=False):
         super().__init__()
         self.residual = config.residual
+        self.cross = cross
         self.checkpointing = False                           # True: computed again in backward: less memory
         self.attn = SelfAttention(config)
         self.attn_pre_norm = PreNorm(config.dim)
@@ -416,7 +419,7 @@ class Block(nn.Module):
     def compute(self, x, pos, mods, mask, skip):
         attn_mod, xattn_mod, mlp_mod = mods
         x = self.sublayer(x, self.attn_pre_norm, attn_mod, self.attn, pos, mask)
-        if skip is not None:
+        if self.cross:
             x = self.sublayer(x, self.xattn_pre_norm, xattn_mod, self.xattn, skip, pos, mask)
         return self.sublayer(x, self.mlp_pre_norm, mlp_mod, self.mlp)
 
@@ -468,7 +471,7 @@ class Backbone(nn.Module):
             self.enc_blocks.append(nn.ModuleList(Block(config) for _ in range(config.enc_blocks)))
         self.dec_blocks = nn.ModuleList()
         for _ in range(config.depth):
-            level = nn.ModuleList([Block(config, cross=True)])
+            level = nn.ModuleList([Block(config, cross=self.skips != "none")])
             level.extend(Block(config) for _ in range(config.dec_blocks - 1))
             self.dec_blocks.append(level)
 
@@ -480,8 +483,8 @@ class Backbone(nn.Module):
             outputs.append(x)
         for first, *others in self.dec_blocks:
             # The paper's figure takes an output off the list ("mirror"). The published code never did, and
-            # the published weights were trained that way.
-            skip = outputs[-1] if self.skips == "last" else outputs.pop()
+            # the published weights were trained that way. With skips="none" no block reads it.
+            skip = outputs.pop() if self.skips == "mirror" else outputs[-1]
             x = first(x, pos, mods, mask, skip)
             for block in others:
                 x = block(x, pos, mods, mask)
@@ -512,7 +515,8 @@ class XUT(nn.Module):
         if config.aspect_cond:
             self.addon_info_embs_proj = nn.Sequential(nn.Linear(1, D), nn.Mish(), nn.Linear(D, D))
         self.shared_adaln_attn = SharedAdaLN(D)
-        self.shared_adaln_xattn = SharedAdaLN(D)
+        if config.skips != "none":
+            self.shared_adaln_xattn = SharedAdaLN(D)
         self.shared_adaln_ffw = SharedAdaLN(D)
         self.prev_tread_trns = Stack(config, config.pre_blocks)
         self.backbone = Backbone(config)
@@ -557,7 +561,8 @@ class XUT(nn.Module):
         cond = self.time_emb(t)                                                   # (B, 1, D)
         if self.config.aspect_cond:
             cond = cond + self.addon_info_embs_proj(aspect.to(dtype)[:, None])[:, None]
-        mods = self.shared_adaln_attn(cond), self.shared_adaln_xattn(cond), self.shared_adaln_ffw(cond)
+        xattn_mod = self.shared_adaln_xattn(cond) if self.config.skips != "none" else None
+        mods = self.shared_adaln_attn(cond), xattn_mod, self.shared_adaln_ffw(cond)
 
         image = self.in_patch(x.to(dtype))                                        # (B, N, D)
         text = self.ctx_proj(ctx.to(dtype))                                       # (B, T, D)
@@ -932,14 +937,26 @@ class AdamW(OptimizerStep):
 
 def orthogonal(matrices, steps=5):
     """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T, by Newton-Schulz steps
-    with the polynomial of Muon: singular values become 0.7 to 1.2, or less if below 1/500 of the norm."""
+    with the polynomial of Muon: singular values become 0.7 to 1.2, or less if below 1/500 of the norm.
+
+    A step is x = factor @ x, with a polynomial of x @ x.mT as the factor. All factors commute, so they and
+    x @ x.mT are computed without x: square products of the shorter side, and one last product with x.
+    """
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     is_tall = x.shape[-2] > x.shape[-1]
-    if is_tall:                                              # the products below are then smaller
+    if is_tall:
         x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    gram = x @ x.mT
+    one = torch.eye(gram.shape[-1], device=x.device)
+
+    def factor_of(gram):
+        return 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+    product = factor = factor_of(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = factor_of(gram)
+        product = factor @ product
+    x = product @ x
     return x.mT if is_tall else x
 
 

@@ -282,6 +282,22 @@ def tiny_xut(**changes):
     return fill(hdm.XUT(hdm.XUTConfig(**widths | changes)))
 
 
+def test_without_skips_the_u_is_a_row_of_blocks_and_all_of_it_is_trained():
+    model = tiny_xut(skips="none")
+    x, t, ctx = torch.randn(2, 3, 8, 12), torch.rand(2), torch.randn(2, 5, 32)
+    hdm.flow_loss(model, x, ctx, t=t).backward()
+    untrained = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not untrained and not any("xattn" in name for name in model.state_dict())
+    z, pos = torch.randn(2, 29, 32), torch.rand(1, 29, 2)
+    mods = [torch.randn(2, 1, 32) for _ in range(3)], None, [torch.randn(2, 1, 32) for _ in range(3)]
+    with torch.no_grad():
+        got = model.backbone(z, pos, mods, None)
+        for level in [*model.backbone.enc_blocks, *model.backbone.dec_blocks]:
+            for block in level:
+                z = block(z, pos, mods)
+    assert torch.equal(got, z)
+
+
 @torch.no_grad()
 def test_keeping_all_tokens_is_no_tread():
     model = tiny_xut()
@@ -5963,7 +5979,7 @@ def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, m
     assert same(first, last)                                 # of steps 10 to 12, all as after step 3
 
 
-@pytest.mark.parametrize("changes", [{}, dict(residual="raw", skips="mirror")])
+@pytest.mark.parametrize("changes", [{}, dict(residual="raw", skips="mirror"), dict(skips="none")])
 def test_gradient_checkpointing_changes_no_gradient(changes, monkeypatch):
     model = tiny_xut(**changes)
     keep, mask = hdm.pick_tokens(2, 16, 0.5), torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
@@ -7299,7 +7315,7 @@ BAD_INPUT = {  # how a command begins: how it goes on | words of its error, wher
         "--vae=KBlueLeaf/EQ-SDXL-VAE | KBlueLeaf/EQ-SDXL-VAE", "--text_encoder=nowhere | nowhere",
         "--text_encoder=@empty | @empty", "--text_encoder=Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B", "--preset=huge",
         "--heads=3 | heads=3 dim=32", "--head_dim=6 --dim=12 | head_dim=6", "--depth=0 | depth=0",
-        "--skips=first | skips first last mirror", "--in_channels=4 | in_channels 4 3",
+        "--skips=first | skips first last mirror none", "--in_channels=4 | in_channels 4 3",
         "--ctx_dim=64 | ctx_dim 64 32", "--tread_rate=1", "--caption_dropout=-0.1", "--ema=1",
         "--validation=1", "--validation=0.999999", "--batch_size=0", "--images=0", "--text_length=0",
         "--log_every=0", "--seed=-1", "--workers=-1", "--max_steps=-1", "--max_hours=-1",
