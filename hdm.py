@@ -935,6 +935,18 @@ class AdamW(OptimizerStep):
         return torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
+@contextlib.contextmanager
+def full_float32():
+    """Matrix products of float32 inside are not TF32's, of 10 bits, whatever the program has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@full_float32()                    # the steps amplify small eigenvalues of x @ x.mT: in TF32 those are noise
 def orthogonal(matrices, steps=5):
     """(..., m, n) -> about U V^T of each one's singular value decomposition U S V^T, by Newton-Schulz steps
     with the polynomial of Muon: singular values become 0.7 to 1.2, or less if below 1/500 of the norm.

@@ -5223,6 +5223,38 @@ def test_a_matrix_is_made_orthogonal(shape):
     assert torch.cosine_similarity(made.flatten(1), (u @ v).flatten(1)).min() > 0.95
 
 
+def newton_schulz(x, steps=5):
+    """Muon's steps as published, in float64."""
+    x = x.double() / x.double().norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.float()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_a_matrix_of_low_rank_is_made_orthogonal_as_by_the_published_steps(rank):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(64, rank, generator=generator), torch.randn(rank, 384, generator=generator)
+    matrix = left / torch.arange(1, rank + 1) ** 2 @ right                    # singular values fall fast
+    assert close(hdm.orthogonal(matrix[None])[0], newton_schulz(matrix), 0.003)   # in TF32 off by 0.7
+
+
+def test_products_that_make_orthogonal_are_never_tf32s(monkeypatch):
+    before, seen, eye = torch.get_float32_matmul_precision(), [], torch.eye
+
+    def watched(*arguments, **more):
+        seen.append(torch.get_float32_matmul_precision())
+        return eye(*arguments, **more)
+    monkeypatch.setattr(torch, "eye", watched)
+    try:
+        torch.set_float32_matmul_precision("high")           # as train.py has it on CUDA
+        hdm.orthogonal(torch.ones(1, 2, 3))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_muon_steps_matrices_as_far_as_adamw_and_all_else_as_adamw_does(place, tmp_path):
     s = train.Settings(ema=0, clip=0, weight_decay=0.0)
     steps = {}
@@ -7064,6 +7096,13 @@ def test_cuda_gradients_are_the_cpus(dtype, compiled, checkpointing, tolerance, 
     found = loss_gradients(model, inputs, "cuda", dtype, compiled)
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@cuda
+def test_cuda_makes_a_matrix_orthogonal_as_a_cpu_does():
+    train.open_device(train.Settings(device="cuda"))         # TF32 elsewhere
+    matrix = torch.randn(64, 8) @ torch.randn(8, 384)
+    assert close(hdm.orthogonal(matrix.cuda()).cpu(), hdm.orthogonal(matrix), 0.003)
 
 
 @cuda
