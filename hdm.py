@@ -1533,7 +1533,8 @@ def change_view(x, scale, turns, cell=1):
     the left by turns x 90 degrees: both as training scales images, bicubic and antialiased."""
     size = [cell * max(1, round(scale * side / cell)) for side in x.shape[2:]]
     if size != list(x.shape[2:]):
-        x = F.interpolate(x.float(), size, mode="bicubic", antialias=True)
+        where = "cpu" if x.device.type == "mps" else x.device          # MPS has no backward pass of it
+        x = F.interpolate(x.float().to(where), size, mode="bicubic", antialias=True).to(x.device)
     return torch.rot90(x, turns, (2, 3))
 
 
@@ -1600,7 +1601,7 @@ def vae_sums(vae, images):
     upper = energy * (torch.maximum(y[:, None], x) >= 0.25)
     sums = dict(val_loss=(decoded - images).abs(), psnr=10 * torch.log10(4 / error)[:, None, None, None],
                 scale_error=half.square(), turn_error=turned.square(), energy=energy, upper_half=upper)
-    return {name: values.double().mean(dim=(1, 2, 3)).sum().item() for name, values in sums.items()}
+    return {name: values.cpu().double().mean(dim=(1, 2, 3)).sum().item() for name, values in sums.items()}
 
 
 def vae_measures(sums, n):
@@ -1621,9 +1622,9 @@ def normalize_latents(vae, batches, device):
     """Sets the VAE's mean and std to those of draws of its posterior for batches of training examples."""
     first = second = count = 0
     for batch in batches:
-        mean, logvar = vae.moments(images_of(batch, device))
-        first = first + mean.double().sum(dim=(0, 2, 3))                              # (C,)
-        second = second + (mean.double().square() + logvar.double().exp()).sum(dim=(0, 2, 3))
+        mean, logvar = (part.cpu().double() for part in vae.moments(images_of(batch, device)))
+        first = first + mean.sum(dim=(0, 2, 3))                                       # (C,)
+        second = second + (mean.square() + logvar.exp()).sum(dim=(0, 2, 3))
         count += mean[:, 0].numel()
     mean = first / count
     vae.set_statistics(mean.tolist(), (second / count - mean.square()).sqrt().tolist())
@@ -2361,15 +2362,17 @@ def naming(path, what):
 
 
 def run_main(main):
-    """main(sys.argv[1:]); a UserError becomes one line and exit code 2, other errors keep their traceback."""
+    """Ends the process with the code that main(sys.argv[1:]) returns (None: 0). A UserError becomes one line
+    and exit code 2, other errors keep their traceback."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        main(sys.argv[1:])
+        code = main(sys.argv[1:])
         if is_distributed():
             torch.distributed.destroy_process_group()
             atexit._run_exitfuncs()                          # such as wandb's
             sys.stdout.flush()
-            os._exit(0)                                      # gloo's threads abort a usual exit now and then
+            os._exit(code or 0)                              # gloo's threads abort a usual exit now and then
+        sys.exit(code)
     except (Exception, KeyboardInterrupt) as error:
         exit_after(error)
 
@@ -2695,6 +2698,8 @@ def pick_device(name):
         raise UserError(f"--device={name}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
     if name == "cuda" and processes > torch.cuda.device_count():
         raise UserError(f"--nproc_per_node={processes}: this machine has {torch.cuda.device_count()} GPUs")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)                          # memory, events and dtypes are then this one's
     return name
 
 

@@ -1436,6 +1436,8 @@ class Examples(Dataset):
                 return dict(example, trouble=("\n".join(unreadable), changed))
             except hdm.UserError as error:
                 unreadable.append(str(error))
+                if len(unreadable) > 10:         # not bad files, but a disk that is away: two minutes in all
+                    time.sleep(0.025 * len(unreadable))
         raise hdm.UserError(f"100 images in a row cannot be read, from {unreadable[0]} on")
 
     def place_of(self, i):

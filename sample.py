@@ -364,6 +364,11 @@ def load_source(init_image, mask):
     if mask:
         with hdm.naming(f"--mask={mask}", "not an image that can be read"):
             mask_image = hdm.load_image(mask).convert("L")
+            with Image.open(mask) as file:
+                lowest_alpha = file.convert("RGBA").getextrema()[3][0]
+        if lowest_alpha < 255:
+            raise hdm.UserError(f"--mask={mask}: it has transparent pixels, which are neither white (sampled "
+                                f"again) nor black (kept): flatten it")
         if mask_image.size != image.size:
             raise hdm.UserError(f"--mask={mask}: {mask_image.width}x{mask_image.height} pixels, but "
                                 f"--init_image has {image.width}x{image.height}; they must be the same")

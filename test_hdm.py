@@ -2473,7 +2473,21 @@ def test_a_file_that_vanishes_while_indexing_stops_nothing(data, tmp_path, monke
     assert json.loads((tmp_path / "index" / "report.json").read_text())["unreadable"]["count"] == 1
 
 
-def test_a_disk_that_is_gone_ends_the_run_with_one_line(place, data, tmp_path):
+def test_a_disk_that_is_away_for_a_minute_stops_nothing(data, tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(prepare.time, "sleep", slept.append)
+    real = prepare.Examples.example
+    def away(self, i):
+        if sum(slept) < 60:
+            raise hdm.UserError("the disk is away")
+        return real(self, i)
+    monkeypatch.setattr(prepare.Examples, "example", away)
+    example = stream(data)[0]
+    assert "away" in example["trouble"][0] and 60 <= sum(slept) < 65
+
+
+def test_a_disk_that_is_gone_ends_the_run_with_one_line(place, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     indexed(tmp_path / "index", data)
     shutil.rmtree(data)
     done = forked(train.main, place / "tiny.py", f"--data={tmp_path / 'index'}", "--out_dir=run",
@@ -5868,6 +5882,8 @@ def test_a_broken_image_is_named_and_the_next_takes_its_place(place, data, tmp_p
         spoil(data / f"picture{i}.png")
     message = one_line(train_tiny, place, tmp_path / "many", data=data, images=800)
     assert "images cannot be read, more than --max_unreadable=0.05" in message
+    last = train.read_metrics(tmp_path / "many")[-1]["step"]              # what was trained is saved
+    assert hdm.list_checkpoints(tmp_path / "many")[-1].name > f"ckpt_{last:08d}"
     train_tiny(place, tmp_path / "allowed", data=data, max_unreadable=0.2)
 
 
@@ -5891,7 +5907,8 @@ def test_a_stopped_run_saves_and_goes_on_as_if_never_stopped(number, trained, pl
     run = started(place / "tiny.py", "--out_dir=run", "--workers=2", cwd=tmp_path, after=1)
     os.kill(run.processes[0].pid, number)
     done = run.wait()
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("--resume")
+    assert done.returncode == train.STOPPED != 0     # a shell's && must not go on with half a run
+    assert done.stdout.splitlines()[-1].endswith("--resume") and done.stderr.count("stopping") == 1
     saved, = hdm.list_checkpoints(tmp_path / "run")
     assert saved.name < "ckpt_00000006"
     monkeypatch.undo()
@@ -5942,6 +5959,33 @@ def test_milestones_and_the_newest_checkpoints_stay(place, tmp_path):
     for run in "ab":                                         # of 24 and 40 images, and the last; where it
         steps = [int(path.name[5:]) for path in hdm.list_checkpoints(tmp_path / run)]  # stopped is none
         assert steps == [3, 5, 6]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_warned_of(place, tmp_path, monkeypatch, capsys):
+    """As on Windows, where another program has its weights open."""
+    rename = Path.rename
+    def refusing(path, to):
+        if path.name == "ckpt_00000001":
+            raise PermissionError("in use")
+        return rename(path, to)
+    monkeypatch.setattr(Path, "rename", refusing)
+    train_tiny(place, tmp_path / "run", save_every=1, keep_ckpts=1)
+    steps = [int(path.name[5:]) for path in hdm.list_checkpoints(tmp_path / "run")]
+    assert steps == [1, 6] and not list((tmp_path / "run").glob("partial_*"))
+    out = capsys.readouterr().out
+    assert out.count("ckpt_00000001 is not deleted (in use)") == 5 and "not written" not in out
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_cannot_flush_gets_its_checkpoints(number, place, tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(number, "fsync")
+    monkeypatch.setattr(train.os, "fsync", fsync)
+    if number == errno.EIO:
+        refused("is not saved", train_tiny, place, tmp_path / "run", max_steps=1)
+    else:
+        train_tiny(place, tmp_path / "run", max_steps=1)
+    assert len(hdm.list_checkpoints(tmp_path / "run")) == (number == errno.EINVAL)
 
 
 def test_times_begin_at_one_and_fall_to_zero_at_any_shift():
@@ -6224,7 +6268,7 @@ def test_tensorboard_goes_on_where_a_run_does(trained, place, tmp_path):
 def test_wandb_goes_on_in_the_same_run(place, tmp_path, monkeypatch):
     """The real one, offline: two folders of one run id, with previews."""
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setitem(ONE_THREAD, "WANDB_MODE", "offline")
     for argv in (["--max_steps=3"], ["--resume", "--images=96"]):
         done = command("train.py", place / "tiny.py", "--out_dir=run", "--log=wandb", *argv, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -6232,6 +6276,10 @@ def test_wandb_goes_on_in_the_same_run(place, tmp_path, monkeypatch):
     ids = {torch.load(path / "train.pt", weights_only=True)["wandb"]
            for path in hdm.list_checkpoints(tmp_path / "run")}
     assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == ids
+    branch = [place / "tiny.py", "--resume=run/ckpt_00000003", "--out_dir=branch", "--log=wandb"]
+    assert command("train.py", *branch, cwd=tmp_path).returncode == 0
+    kept = torch.load(hdm.list_checkpoints(tmp_path / "branch")[-1] / "train.pt", weights_only=True)
+    assert kept["wandb"] not in ids | {None}                 # a run of its own
     assert all(list(folder.rglob("previews_*.png")) for folder in folders)
 
 
@@ -7039,7 +7087,9 @@ def test_a_step_asks_the_host_for_nothing(te):
 def test_torchrun_gives_each_process_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert hdm.pick_device("cuda:1") == "cuda:1"
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert hdm.pick_device("cuda:1") == "cuda:1" and chosen == ["cuda:1"]
     for processes, name, words in [(2, "cuda:1", "--device=cuda:1"), (3, "auto", "nproc_per_node=3.* 2 GPUs"),
                                    (3, "cuda", "nproc_per_node=3.* 2 GPUs")]:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
@@ -7330,6 +7380,7 @@ def shelf(place, trained, published, te_folder, tmp_path_factory):
     (shelf / "lines.txt").write_text("red circle\nblue square --stpes=3\n")
     Image.new("RGB", (20, 24)).save(shelf / "photo.png")
     Image.new("RGB", (8, 9)).save(shelf / "other.png")
+    Image.new("RGBA", (8, 9), (255, 255, 255, 0)).save(shelf / "clear.png")
     exif = Image.Exif()
     exif[0x010E] = "OLYMPUS DIGITAL CAMERA"
     Image.new("RGB", (8, 9)).save(shelf / "camera.jpg", exif=exif)
@@ -7382,6 +7433,7 @@ BAD_INPUT = {  # how a command begins: how it goes on | words of its error, wher
         "--plot nowhere | nowhere"],
     "sample.py --prompt=a --ckpt=@run --init_image=@photo.png": [
         "--mask=@file | @file", "--mask=@other.png | @other.png 8x9 20x24", "--strength=0",
+        "--mask=@clear.png | @clear.png transparent",
         "--strength=0.01 | --strength=0.01 2 steps"],
     "sample.py --prompt=a --ckpt=@run": [
         "--text_encoder=nowhere | nowhere", "--vae=nowhere | nowhere", "--vae=@good_vae | @run 3 4 --vae=",

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import gc
 import inspect
 import json
@@ -229,11 +230,11 @@ def check_settings(s, ranks):
 
 @contextlib.contextmanager
 def if_the_disk_allows(what):
-    """For rank 0. A full disk ends no run: a warning says what was not written, and training goes on."""
+    """For rank 0. A full disk ends no run: a warning says what was not done, and training goes on."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        hdm.warn(f"not written: {what} ({hdm.first_line(error)})")
+        hdm.warn(f"{what} ({hdm.first_line(error)})")
 
 
 def copy_small_encoders(header, folder):
@@ -255,17 +256,25 @@ def flush_to_disk(folder):
     if os.name == "nt":                                      # Windows flushes no folders
         return
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:                             # some network shares refuse to flush
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
 
 
 def delete_old_checkpoints(out_dir, keep):
-    """All but milestones and the newest `keep` others; keep 0: none."""
+    """All but milestones and the newest `keep` others; keep 0: none. One that cannot be deleted, as another
+    program reads it, is warned of."""
     others = [path for path in hdm.list_checkpoints(out_dir) if not (path / "milestone").exists()]
     if keep > 0:
         for path in others[:-keep]:
-            shutil.rmtree(path)
+            with if_the_disk_allows(f"{path} is not deleted"):
+                shutil.rmtree(path.rename(path.with_name(f"partial_{path.name}")))
 
 
 def save_checkpoint(run, state):
@@ -276,8 +285,8 @@ def save_checkpoint(run, state):
     final = run.out_dir / f"ckpt_{run.step:08d}"
     temporary = run.out_dir / "partial_ckpt"
     free = shutil.disk_usage(run.out_dir).free / 1e9
-    with if_the_disk_allows(f"{final}, which takes {optimizer.checkpoint_gb():.2f} GB where {free:.2f} are "
-                            f"free; older ones stay"):
+    with if_the_disk_allows(f"not written: {final}, which takes {optimizer.checkpoint_gb():.2f} GB where "
+                            f"{free:.2f} are free; older ones stay"):
         temporary.mkdir()
         run.task.save(run, temporary, header)
         torch.save(state, temporary / "train.pt")
@@ -286,8 +295,9 @@ def save_checkpoint(run, state):
         hdm.open_modes(temporary)                            # of copies, too
         flush_to_disk(temporary)
         temporary.rename(final)
-        delete_old_checkpoints(run.out_dir, s.keep_ckpts)
     shutil.rmtree(temporary, ignore_errors=True)             # there is none, unless the disk was full
+    if final.is_dir():
+        delete_old_checkpoints(run.out_dir, s.keep_ckpts)
     return final.is_dir()
 
 
@@ -360,13 +370,14 @@ class Wandb(Tracker):
         self.image = wandb.Image
         with hdm.naming("--log=wandb", "no run can be begun there"):
             self.run = wandb.init(project="hdm", name=str(folder), config=vars(s), id=run_id, resume="allow")
+        self.run.define_metric("*", step_metric="step")      # its own count refuses steps that are done again
         self.run_id = self.run.id
 
     def report(self, step, record, sheet=None):
         values = floats_of(record)
         if sheet is not None:
             values["previews"] = self.image(sheet)
-        self.run.log(values, step=step)
+        self.run.log(values | dict(step=step))
 
 
 class TensorBoard(Tracker):
@@ -420,7 +431,8 @@ def trim_metrics(out_dir, s, start):
 def open_log(out_dir, s, config, start, run_id):
     """Makes the folder this run's: lock, run.json, metrics.jsonl. -> the lock, the Tracker."""
     lock = lock_folder(out_dir)
-    shutil.rmtree(out_dir / "partial_ckpt", ignore_errors=True)     # of a run that was killed while saving
+    for partial in out_dir.glob("partial_*"):                # of a run that was killed while saving
+        shutil.rmtree(partial, ignore_errors=True)
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     about = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
                  versions=dict(python=sys.version, torch=torch.__version__, numpy=np.__version__))
@@ -505,8 +517,9 @@ def report_problems(run, waited):
                   f"(now {s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
     count, images = len(run.unreadable), run.stream.images
     if count > math.ceil(s.max_unreadable * images):
-        raise hdm.UserError(f"{count} of {images:,} images cannot be read, more than "
-                            f"--max_unreadable={s.max_unreadable}, such as {min(run.unreadable)}")
+        save(run)                                            # an outage of a disk looks like this, too
+        raise hdm.UserError(f"{count} of {images:,} images cannot be read, more than --max_unreadable="
+                            f"{s.max_unreadable}, such as {min(run.unreadable)}; mend them and --resume")
     return count
 
 
@@ -701,6 +714,8 @@ def catch_signals(worker=None):
     noted = []
     def note(number, frame):
         noted.append(time.monotonic())
+        if len(noted) == 1 and worker is None and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping: saves at the next micro-step; a second signal leaves at once\n")
         if noted[-1] - noted[0] > 1:                         # torchrun repeats what the terminal sent to all
             os._exit(128 + number)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -810,8 +825,6 @@ def open_device(s):
     """-> device, its kind for autocast and the scaler, the dtype of autocast."""
     device = hdm.pick_device(s.device)
     kind = device.split(":")[0]
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)                        # events and memory are then this one's
     if kind == "cpu":
         torch.set_flush_denormal(True)                       # numbers below 1e-38 can cost tenfold
         keep_freed_memory()
@@ -963,7 +976,9 @@ def open_run(s, given, rank, ranks):
     run.lock = None
     run.tracker = Tracker(s, run.out_dir, run.start, None)
     if rank == 0:
-        run.lock, run.tracker = open_log(run.out_dir, s, run.config, run.start, state.get("wandb"))
+        is_branch = s.resume and Path(s.resume).resolve().parent != run.out_dir.resolve()
+        run_id = None if is_branch else state.get("wandb")
+        run.lock, run.tracker = open_log(run.out_dir, s, run.config, run.start, run_id)
     print_plan(run)
 
     # Batches, other ranks, compilation
@@ -1190,7 +1205,7 @@ def save_previews(run):
     with without_gradients(run):
         images, columns = run.task.previews(run)
     if run.rank == 0:
-        with if_the_disk_allows("a sheet of previews"):
+        with if_the_disk_allows("not written: a sheet of previews"):
             sheet = hdm.image_grid(images, columns, scale=max(1, 128 // run.s.image_size))
             sheet.save(run.out_dir / "samples" / f"{run.step:08d}.png")
             run.tracker.report(run.step, {}, sheet)
@@ -1243,7 +1258,7 @@ def log(run, held_out):
     tqdm.write(" | ".join(words))
     sys.stdout.flush()
     if run.rank == 0:
-        with if_the_disk_allows("a line of metrics"):
+        with if_the_disk_allows("not written: a line of metrics"):
             with open(run.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             run.tracker.report(run.step, record)
@@ -1325,20 +1340,23 @@ def train(s, given, rank, ranks):
         run.seen += s.global_batch
         run.position += s.global_batch
         run.watch("optimizer")
-    if not s.bench:
-        finish(run, stopped)
+    return 0 if s.bench else finish(run, stopped)
+
+
+STOPPED = 3                    # exit code of a run that stopped before its end: a shell's && does not go on
 
 
 def finish(run, stopped):
-    """The last checkpoint, and the command that comes next."""
+    """The last checkpoint, and the command that comes next. -> the exit code."""
     if not (run.out_dir / f"ckpt_{run.step:08d}").is_dir() and not save(run):
         raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved: make room, --resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
     if not stopped:
         print(f"done: {run.task.next_command(run)}")
-        return
+        return 0
     program = ["torchrun", f"--nproc_per_node={run.ranks}", "--"] if run.ranks > 1 else ["python"]
     print(f"stopped at step {run.step}; to go on: {shlex.join([*program, *sys.argv, '--resume'])}")
+    return STOPPED
 
 
 def explain(error, s):
@@ -1367,9 +1385,8 @@ def main(argv):
         return plan(s, given)
     try:
         if s.bench:
-            bench(s, given, rank, ranks)
-        else:
-            train(s, given, rank, ranks)
+            return bench(s, given, rank, ranks)
+        return train(s, given, rank, ranks)
     except (RuntimeError, OSError) as error:
         explain(error, s)
         raise
