@@ -116,6 +116,8 @@ class XUTConfig:
                                # "raw": x = x + (1+gate) f(m), the textbook's pre-norm
     pos: str = "long_side"     # "long_side": the longer side spans [-1, 1] (the weights);
                                # "unit_area": the two half-ranges multiply to 1 (paper's text)
+    prediction: str = "velocity"   # what the last layer gives: "velocity" (the weights); "data", of which the
+                               # velocity is made (arXiv 2511.13720): a narrow model need not carry the noise
 
     def __post_init__(self):
         check_bounds(self, prefix="")
@@ -124,7 +126,7 @@ class XUTConfig:
         if self.head_dim % 4:
             raise UserError(f"head_dim={self.head_dim}: a multiple of 4 (RoPE turns pairs, for two axes)")
         choices = dict(skips=("last", "mirror", "none"), residual=("normed", "raw"),
-                       pos=("long_side", "unit_area"))
+                       pos=("long_side", "unit_area"), prediction=("velocity", "data"))
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)}: one of {', '.join(known)}")
@@ -580,7 +582,10 @@ class XUT(nn.Module):
             part, text = self.backbone(part, part_pos, mods, part_mask).split([R, T], dim=1)
             z = torch.cat([put_back_tokens(image, keep, part), text], dim=1)      # (B, S, D)
         z = self.post_tread_trns(z, all_pos, mods, all_mask)
-        return self.out_patch(z[:, :N], h, w).to(x.dtype)                         # (B, C, h, w)
+        out = self.out_patch(z[:, :N], h, w).to(x.dtype)                          # (B, C, h, w)
+        if self.config.prediction == "data":                 # x = t noise + (1 - t) data: v = (x - data) / t
+            out = (x - out) / t.clamp(min=0.05).to(x.dtype)[:, None, None, None]
+        return out
 
 
 # ---- Flow matching (arXiv 2210.02747): x_t = t noise + (1 - t) x0, velocity v = noise - x0 ---------------

@@ -664,7 +664,7 @@ def count_blocks(tensors, prefix):
 
 
 def config_from_tensors(tensors, path):
-    """The XUTConfig of a file without one, by names and shapes; skips, residual and pos as published."""
+    """The XUTConfig of a file without one, by names and shapes; the rest as published."""
     with hdm.naming(path, "not an XUT checkpoint"):
         dim, in_channels, patch_size, _ = tensors["in_patch.proj.weight"].shape             # (D, C, p, p)
         _, ctx_dim = tensors["ctx_proj.weight"].shape                                       # (D, ctx_dim)
@@ -1068,7 +1068,7 @@ def report_readers(path, config, vae, settings):
 def unknown_to_others(model, vae):
     """What of a model other programs cannot read, or would make noise with."""
     unknown = []
-    for name in ("aspect_cond", "skips", "residual", "pos"):
+    for name in ("aspect_cond", "skips", "residual", "pos", "prediction"):
         value = getattr(model.config, name)
         if value != getattr(hdm.XUTConfig, name):
             unknown.append(f"{name}={value}")

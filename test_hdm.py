@@ -282,6 +282,15 @@ def tiny_xut(**changes):
     return fill(hdm.XUT(hdm.XUTConfig(**widths | changes)))
 
 
+def test_a_model_that_gives_the_data_has_the_velocity_that_leads_to_it():
+    """x - t v is the data, above t = 0.05; below, 1 / t would make every error large."""
+    x, ctx, t = torch.randn(3, 3, 8, 12), torch.randn(3, 5, 32), torch.tensor([1, 0.3, 0.02])
+    with torch.no_grad():
+        data, v = (tiny_xut(prediction=kind)(x, t, ctx) for kind in ("velocity", "data"))
+    at = torch.tensor([1, 0.3, 0.05])[:, None, None, None]
+    torch.testing.assert_close(x - at * v, data)
+
+
 def test_without_skips_the_u_is_a_row_of_blocks_and_all_of_it_is_trained():
     model = tiny_xut(skips="none")
     x, t, ctx = torch.randn(2, 3, 8, 12), torch.rand(2), torch.randn(2, 5, 32)
@@ -4762,11 +4771,12 @@ def test_an_export_says_who_reads_it(change, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["a.safetensors", "folder"])
 def test_what_others_would_misread_is_exported_by_force_alone(name, tmp_path):
-    model = tiny_xut(skips="mirror", residual="raw", pos="unit_area", aspect_cond=False)
+    model = tiny_xut(skips="mirror", residual="raw", pos="unit_area", aspect_cond=False, prediction="data")
     settings = dict(config=model.config, text_encoder="a/b", text_length=7, vae="", image_size=48, step=3,
                     images=96, steps=5, cfg=2.0, cfg_low=0.2, t_shift=4.0, tag_separator=",", spaces=True)
     message = one_line(sample.export, tmp_path / name, model, None, settings)
-    for words in ("skips=mirror", "residual=raw", "pos=unit_area", "aspect_cond=False", "pixels"):
+    for words in ("skips=mirror", "residual=raw", "pos=unit_area", "aspect_cond=False", "prediction=data",
+                  "pixels"):
         assert words in message
     sample.export(tmp_path / name, model, None, settings, True)
     loaded, vae, its = sample.load_model(tmp_path / name)
@@ -7405,7 +7415,8 @@ BAD_INPUT = {  # how a command begins: how it goes on | words of its error, wher
         "--vae=KBlueLeaf/EQ-SDXL-VAE | KBlueLeaf/EQ-SDXL-VAE", "--text_encoder=nowhere | nowhere",
         "--text_encoder=@empty | @empty", "--text_encoder=Qwen/Qwen3-0.6B | Qwen/Qwen3-0.6B", "--preset=huge",
         "--heads=3 | heads=3 dim=32", "--head_dim=6 --dim=12 | head_dim=6", "--depth=0 | depth=0",
-        "--skips=first | skips first last mirror none", "--in_channels=4 | in_channels 4 3",
+        "--skips=first | skips first last mirror none", "--prediction=x0 | prediction x0 velocity data",
+        "--in_channels=4 | in_channels 4 3",
         "--ctx_dim=64 | ctx_dim 64 32", "--tread_rate=1", "--caption_dropout=-0.1", "--ema=1",
         "--validation=1", "--validation=0.999999", "--batch_size=0", "--images=0", "--text_length=0",
         "--log_every=0", "--seed=-1", "--workers=-1", "--max_steps=-1", "--max_hours=-1",
