@@ -1,5 +1,7 @@
-# Emoji of foods and animals in nine styles, pixels at 32 px: do things and styles compose? Half an hour on a
-# core. data/te_minilm is a folder of all-MiniLM-L6-v2.
+# Emoji of foods and animals in nine styles, pixels at 16 px, then 32 px: do things and styles compose? 17
+# minutes on a core. data/te_minilm is a folder of all-MiniLM-L6-v2.
+#   python train.py configs/emoji.py --image_size=16 --images=24000 --out_dir=out/emoji16
+#   python train.py configs/emoji.py --init_from=out/emoji16
 # First: python prepare.py data/emoji64.tar --out=data/emoji --require_tag="animal|bird|insect|food|fruit|\
 #            vegetable|sweet|dessert|drink|restaurant|plant|flower"
 out_dir = "out/emoji"
@@ -27,8 +29,9 @@ pre_blocks = 1
 post_blocks = 1
 patch_size = 4
 residual = "raw"
+prediction = "data"            # clean areas and edges: README, "Paper and weights"
 
-images = 80_000
+images = 40_000                # more is not better, of 1,704 images
 batch_size = 16
 global_batch = 16
 optimizer = "muon"
@@ -44,5 +47,5 @@ workers = 0
 log_every = 100
 eval_every = 1000
 sample_every = 1000
-save_every = 1000
-milestone_every = 16_000
+save_every = 500
+milestone_every = 8000
