@@ -1,5 +1,5 @@
 # The demo: pixels at 16 px, then 32 px, a tiny XUT, minutes on two CPU cores. First: python prepare.py demo
-#   python train.py configs/demo.py --image_size=16 --out_dir=out/demo16
+#   python train.py configs/demo.py --image_size=16 --t_shift=4 --out_dir=out/demo16
 #   python train.py configs/demo.py --init_from=out/demo16
 out_dir = "out/demo"
 data = "data/demo"
@@ -21,6 +21,7 @@ post_blocks = 1
 patch_size = 4
 skips = "mirror"               # these two and Muon learn faster at this size: README, "Paper and weights"
 residual = "raw"
+prediction = "data"            # clean areas and edges
 
 images = 32_000
 batch_size = 32
