@@ -431,7 +431,7 @@ def trim_metrics(out_dir, s, start):
 def open_log(out_dir, s, config, start, run_id):
     """Makes the folder this run's: lock, run.json, metrics.jsonl. -> the lock, the Tracker."""
     lock = lock_folder(out_dir)
-    for partial in out_dir.glob("partial_*"):                # of a run that was killed while saving
+    for partial in out_dir.glob("partial_ckpt*"):            # of a run that was killed meanwhile
         shutil.rmtree(partial, ignore_errors=True)
     commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')    # or why it is none
     about = dict(command=sys.argv, settings=vars(s), config=dataclasses.asdict(config), git_commit=commit,
@@ -518,6 +518,7 @@ def report_problems(run, waited):
     count, images = len(run.unreadable), run.stream.images
     if count > math.ceil(s.max_unreadable * images):
         save(run)                                            # an outage of a disk looks like this, too
+        hdm.gather(None)                                     # the others wait for rank 0's files
         raise hdm.UserError(f"{count} of {images:,} images cannot be read, more than --max_unreadable="
                             f"{s.max_unreadable}, such as {min(run.unreadable)}; mend them and --resume")
     return count
