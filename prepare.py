@@ -10,7 +10,7 @@
 
 What is read, and how:
   captions beside images   a/7.jpg with a/7.txt, .caption or .json, or a/7.jpg.txt, a/7.jpg.json (gallery-dl,
-                           Hydrus)
+                           Hydrus; files with a tag on each line: --caption_lines=tags)
   a .json for each image   its text, caption, prompt, tags or tag_string; a text; a list of tags; groups of
                            tags, {"tags": {"general": ["solo"]}}
   kohya's repeats          10_cat/7.png: ten times an epoch (1_ to 999_, at the top of PATH)
@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import posixpath
 import random
 import re
 import shutil
@@ -94,14 +95,15 @@ class DataSettings:
     out: str = "data/index"         # folder for the index; latents go beside it
     caption: str = ""               # by columns of tables and .json: '{characters} $$ {artist} ||| {tags}'
     name_column: str = ""           # of tables, with the images' names; default: as above
-    caption_lines: str = "join"     # a caption file's lines: join them, or choose one each time
+    caption_lines: str = "join"     # a caption file's lines: join them; choose one each time; each is one of
+                                    # the tags
     sidecar: str = ""               # such as .nl.txt: more text from STEM.nl.txt, kept in place ...
     sidecar_place: str = "after"    # ... before or after the caption
     min_size: hdm.Whole = 0               # pixels of the short side
     max_ratio: Annotated[float, 1, math.inf] = 10.0       # long side to short side
     require_tag: list[str] = field(default_factory=list)  # leave out images without it, or, as cat|dog,
                                                           # without any of these; may be given often
-    drop_tag: list[str] = field(default_factory=list)     # leave out images with it
+    drop_tag: list[str] = field(default_factory=list)     # leave out images with it, or, as cat|dog, any
     verify: bool = False            # decode each image, in place of looking at its header and its end
     dry_run: bool = False           # write no index, but OUT.png, a sheet of images, crops and captions
     text_encoder: str = hdm.TEXT_ENCODER   # its tokens are counted in a dry run
@@ -289,6 +291,11 @@ def check_end(image, stream, header, length):
 
 
 # ---- captions and names in a row ---------------------------------------------------------------------------
+def is_of_tags(column):
+    """Whether a column holds tags, by its name: tags, tag_string, general_tags."""
+    return re.search(r"(^|_)tags?(_|$)", column.lower()) is not None
+
+
 def texts_in(name, value):
     """-> the texts in the column `name`: one, those of a list, or the tags of groups {group: tags}. A string
     of tags is split at commas, else at spaces."""
@@ -298,8 +305,7 @@ def texts_in(name, value):
             if isinstance(group, (str, list, dict)):         # numbers are taggers' scores
                 found += texts_in(name, group)
         return found
-    of_tags = re.search(r"(^|_)tags?(_|$)", name.lower())
-    if of_tags and isinstance(value, str) and "$$" not in value:
+    if is_of_tags(name) and isinstance(value, str) and "$$" not in value:
         value = value.split("," if "," in value else None)
     if not isinstance(value, list):
         value = [value]
@@ -325,20 +331,23 @@ def as_row(thing):
 
 
 def row_caption(row, template):
-    """The caption of a row, as as_row takes it: the template filled in, " $$ " between tags; or without one
-    the alternatives in the first of TEXT_COLUMNS that holds texts."""
+    """The caption of a row, as as_row takes it: the template filled in, with " $$ " between the texts of a
+    list. Without one, as kohya's caption ||| tags, or else the first of TEXT_COLUMNS that holds texts. Of a
+    column alone a list is of tags, if it is named so, or of alternatives."""
     row = as_row(row)
     wanted = re.findall(COLUMN, template) or TEXT_COLUMNS
     if not row.keys() & set(wanted):
         raise hdm.UserError(f"json or row without a caption: keys {', '.join(list(row)[:3]) or '(none)'}")
-    if template:
+    if not template and "caption" in row and row.get("tags"):
+        template = "{caption} ||| {tags}"
+    if template and not re.fullmatch(COLUMN, template):
         # In one pass: braces in a caption name no column.
         return re.sub(COLUMN, lambda match: " $$ ".join(texts_in(match[1], row.get(match[1]))), template)
-    for name in TEXT_COLUMNS:
+    for name in wanted:
         texts = texts_in(name, row.get(name))
         if texts:
-            return (" $$ " if name.startswith("tag") else hdm.OR).join(texts)
-    for name in TEXT_COLUMNS:
+            return (" $$ " if is_of_tags(name) else hdm.OR).join(texts)
+    for name in wanted:
         if row.get(name) and not isinstance(row[name], (str, int, float)):
             raise hdm.UserError(f"json or row without a caption: no texts in {name}")
     return ""
@@ -353,7 +362,8 @@ def row_name(row, column):
         for name, value in row.items():
             text = str(value).rstrip("'\"]}").lower()        # the last of a list, too
             if name not in TEXT_COLUMNS and text.endswith(IMAGES) and "://" not in text:
-                raise hdm.UserError(f"row that names a file in another column: --name_column={name}, or =id")
+                other = ", or =id" if "id" in row else ""
+                raise hdm.UserError(f"row that names a file in another column: --name_column={name}{other}")
     for name in names:
         value = row.get(name)
         if isinstance(value, dict):              # Hugging Face's, beside "bytes"
@@ -386,8 +396,11 @@ def holds_other_rows(lines, cells, at, width):
     if len(cells) != width or "\n" in cells[at]:
         return True
     own = sum(cell.count("\n") for cell in cells[:at])       # the line with its name
-    # A caption may have commas, so a name is looked for from the left and from the right.
-    spots = {0: [0], width - 1: [-1]}.get(at, [at, at - width])
+    spots = [at, at - width]             # a caption may have commas: the name is counted from both ends
+    if at == 0:
+        spots = [0]
+    elif at == width - 1:
+        spots = [-1]
     kinds = ("file", kind_of_name(cells[at]))
     for line in lines[:own] + lines[own + 1:]:
         row = line.strip().split(",")
@@ -500,11 +513,12 @@ def open_parquet(path):
         of_bytes = leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
         if of_bytes and not leaf.max_repetition_level:       # no list
             blobs.append(leaf.path)
-    blobs.sort(key=lambda path: path.split(".")[0] != "image")     # False first: the column image
-    for column in blobs:
-        if holds_images(file, column):
-            return file, column
-    return file, None
+    images = [column for column in blobs if holds_images(file, column)]
+    if len(images) > 1:                          # such as an image before and after an edit
+        images = [column for column in images if column.split(".")[0] == "image"] or images
+    if len(images) > 1:
+        raise hdm.UserError(f"parquet with several columns of images, {', '.join(images)}: name one image")
+    return file, images[0] if images else None
 
 
 def holds_images(file, column):
@@ -569,10 +583,7 @@ def read_table(path, span, s, rows, report):
             else:
                 name = os.path.join(os.path.dirname(path), row_name(row, s.name_column))
             name = os.path.normpath(name)
-            template = s.caption
-            if not template and path.lower().endswith(".json") and {"caption", "tags"} <= row.keys():
-                template = "{caption} ||| {tags}"            # as kohya uses them
-            captions.append((name, row_caption(row, template)))
+            captions.append((name, row_caption(row, s.caption)))
             if offset:
                 images[name] = path, offset, 0
     missing = {*re.findall(COLUMN, s.caption), s.name_column} - {"", *columns}
@@ -679,6 +690,9 @@ class Rows(dict):
 
 
 # ---- text files --------------------------------------------------------------------------------------------
+CAPTION_LINES = {"join": " ", "choose": hdm.OR, "tags": " $$ "}        # what stands between a file's lines
+
+
 def read_texts(caption, spans, s):
     """Caption of an image's rows, or "", and {suffix: span} of its text files -> its caption, its lines."""
     sidecar = ""
@@ -691,7 +705,7 @@ def read_texts(caption, spans, s):
             caption = row_caption(json.loads(text), s.caption)
         else:
             lines = [line.strip() for line in text.split("\n") if line.strip()]
-            caption = (hdm.OR if s.caption_lines == "choose" else " ").join(lines)
+            caption = CAPTION_LINES[s.caption_lines].join(lines)
     alternatives = [text.strip() for text in caption.split(hdm.OR) if hdm.parse_caption(text)]
     caption = hdm.OR.join(alternatives)          # less those of separators alone
     if sidecar:
@@ -723,9 +737,10 @@ class FileSet:
             key = stem + suffix.lower()
             if span is None:
                 report.add("not a plain file", path)
-            elif key in self.files:              # a.TXT beside a.txt
+                continue
+            if key in self.files:                # a.TXT beside a.txt, or a tar's members of one name ...
                 report.add("duplicate name", path)
-            else:
+            if key not in self.files or self.files[key][0] == path:          # ... of which the last counts
                 self.files[key] = path, span
         self.read = set()                        # keys of captions and tables
         self.images = {path: span for key, (path, span) in self.files.items() if key.endswith(IMAGES)}
@@ -818,7 +833,7 @@ def tar_files(path, report):
         for member in tar:
             if member.offset_data + member.size > size:
                 break
-            name = os.path.normpath("/" + member.name)       # no ../ leads out of the tar
+            name = posixpath.normpath("/" + member.name)     # no ../ leads out of the tar
             if any(map(is_hidden, name.split("/"))):
                 report.add("hidden or system file", path + name)
             elif member.isreg() and not member.issparse():
@@ -1088,15 +1103,20 @@ def check_filters(record, s):
     if long > s.max_ratio * short:
         raise hdm.UserError("beyond --max_ratio")
     tags = plain_tags(re.split(rf",|\|\|\||%%|\$\$|{hdm.OR}|{hdm.BESIDE}", record.caption))
-    for wanted in s.require_tag:
-        if not plain_tags([wanted, *wanted.split("|")]) & tags - {""}:       # :| is a tag, too
-            raise hdm.UserError("without --require_tag")
-    if plain_tags(s.drop_tag) & tags:
+    if not all(plain_tags(any_of(wanted)) & tags for wanted in s.require_tag):
+        raise hdm.UserError("without --require_tag")
+    if any(plain_tags(any_of(unwanted)) & tags for unwanted in s.drop_tag):
         raise hdm.UserError("with --drop_tag")
 
 
+def any_of(tags):
+    """The tags of cat|dog; also :|, which is a tag itself."""
+    return [tags, *tags.split("|")]
+
+
 def plain_tags(tags):
-    return {tag.strip().replace("_", " ").lower() for tag in tags}
+    """Tags as they are compared: in lower case, with spaces for underscores."""
+    return {tag.strip().replace("_", " ").lower() for tag in tags} - {""}
 
 
 def earlier_records(old, options):
@@ -1146,7 +1166,8 @@ def build_index(sources, s, folder=None, old=None):
         print(printable(f"{entry['count']:>11,} {what}, as {entry['paths'][0]!r}"))
     several = (records["lines"] > 1).sum()
     if several:
-        print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines}")
+        print(f"{several:,} captions have several lines: --caption_lines={s.caption_lines} (of "
+              f"{', '.join(CAPTION_LINES)})")
     if not len(records):
         raise hdm.UserError(f"{' '.join(source for source, _ in sources)}: no image with a caption (.txt, "
                             f".caption, .json, a table of them) is left to train on")
@@ -1164,9 +1185,13 @@ def build_index(sources, s, folder=None, old=None):
     return Index.open(folder)
 
 
+def is_index(path):
+    return Path(path, "index.json").is_file()
+
+
 def open_index(data):
     """--data: what prepare.py wrote, or a source as scan takes it, which is indexed now and in memory."""
-    if Path(data, "index.json").is_file():
+    if is_index(data):
         return Index.open(str(data))
     if not os.path.exists(data):
         raise hdm.UserError(f"--data={data}: no such folder (python prepare.py demo makes data/demo)")
@@ -1179,7 +1204,7 @@ def complete_folder(out):
     never has that name. What stands there is replaced only if it is as we left it, never a stranger's."""
     out = Path(os.path.abspath(out))
     mark = out / ".prepare"                      # how many files we wrote
-    ours = mark.is_file() and mark.read_text() == str(len(os.listdir(out)) - 1)
+    ours = mark.is_file() and mark.read_text() == str(count_files(out))
     if out.exists() and not ours and not (out.is_dir() and not os.listdir(out)):
         raise hdm.UserError(f"--out: {out} is not as prepare.py wrote it: move it, or choose another --out")
     hdm.make_folder(out.parent, "--out")
@@ -1187,10 +1212,15 @@ def complete_folder(out):
         new = scratch / "new"
         new.mkdir()
         yield new
-        (new / ".prepare").write_text(str(len(os.listdir(new))))
+        (new / ".prepare").write_text(str(count_files(new)))
         if out.exists():
             out.rename(scratch / "old")
         new.rename(out)
+
+
+def count_files(folder):
+    """How many files a folder has, less those of the system: a Finder's .DS_Store is no one's work."""
+    return sum(not is_hidden(name) for name in os.listdir(folder))
 
 
 # ---- the order of training ---------------------------------------------------------------------------------
@@ -1556,19 +1586,22 @@ def read_sources(paths):
             head, _, weight = path.rpartition("=")
         if not os.path.exists(head) or hdm.setting_value(path, weight, float) <= 0:
             raise hdm.UserError(f"{path}: no such file or folder, or a weight that is not above 0")
+        if is_index(head) and len(paths) > 1:
+            raise hdm.UserError(f"{path}: an index, which is no source: name the folders that it is of")
         sources.append((head, float(weight)))
     return sources
 
 
 def prepare(s, *paths):
-    hdm.check_name("--caption_lines", s.caption_lines, ("join", "choose"), "way")
+    hdm.check_name("--caption_lines", s.caption_lines, CAPTION_LINES, "way")
     hdm.check_name("--sidecar_place", s.sidecar_place, ("before", "after"), "place")
-    if s.mean_only and not s.latents:
-        raise hdm.UserError("--mean_only: says how to write --latents, which is missing")
     if s.caption and not re.search(COLUMN, s.caption):
         raise hdm.UserError(f"--caption={s.caption}: names no column, as in {{artist}} ||| {{tags}}")
     sources = read_sources(paths)
-    ready = len(paths) == 1 and Path(paths[0], "index.json").is_file()  # an index, for --latents or a dry run
+    ready = is_index(paths[0])                   # for --latents or a dry run
+    if ready and not s.latents and not s.dry_run:
+        raise hdm.UserError(f"{paths[0]}: an index already. To make it again name its sources and --out; it "
+                            f"takes --latents or --dry_run")
     s.out = os.path.normpath(paths[0] if ready else s.out)
     old = None
     with contextlib.suppress(hdm.UserError):     # there is none, or a broken one, or of an older format
@@ -1598,8 +1631,10 @@ def writes_no_latents(s):
     return not s.latents or s.dry_run
 
 
+OF_A_SCAN = ("out caption name_column caption_lines sidecar sidecar_place min_size max_ratio require_tag "
+             "drop_tag verify")
 IDLE = [  # settings, when they have no effect, and why
-    ("vae batch_size workers device dtype", writes_no_latents, "without --latents"),
+    ("mean_only vae batch_size workers device dtype", writes_no_latents, "without --latents"),
     ("text_encoder text_length tag_separator spaces cache_text caption_dropout tag_dropout group_dropout",
      hdm.without("dry_run"), "without --dry_run"),
     ("text_lengths mask_padding tread_rate t_shift vae_chunk", hdm.without(),
@@ -1635,6 +1670,8 @@ def main(argv):
         command, kind, positionals = prepare, PrepareSettings, ["PATH ..."]
         classes, idle = [DataSettings, hdm.ExampleSettings], IDLE
     words, values = hdm.parse_args(argv, classes, positionals, doc=__doc__)
+    if command is prepare and is_index(words[0]):
+        idle = [*IDLE, (OF_A_SCAN, hdm.without(), f"on {words[0]}, an index already")]
     settings = kind(**values)
     hdm.check_bounds(settings)
     hdm.warn_idle(values, [settings], idle)

@@ -145,14 +145,16 @@ def never_guided(call):
     return call.cfg_low > call.cfg_high
 
 
+OF_EXPORT = "ckpt adapter ema text_encoder vae from_image export force".split()
+NOT_EXPORTED = [one.name for one in (*fields(ImageSettings), *fields(Sampling)) if one.name not in OF_EXPORT]
 IDLE = [  # settings, the condition on which they have no effect, its words
     ("strength", hdm.without("init_image"), "without --init_image"),
     ("negative_prompt", unguided_without_tipo, "with --cfg=1"),
     ("cfg_low cfg_high cfg_rescale tread_uncond", unguided, "with --cfg=1"),
-    ("cfg_low cfg_high", never_guided, "as cfg_low is above cfg_high: no guidance"),
+    ("cfg_low cfg_high cfg_rescale tread_uncond", never_guided, "as cfg_low is above cfg_high: no guidance"),
     ("format", hdm.without("slots"), "without --slots"),
     ("force", hdm.without("export"), "without --export"),
-    ("prompt prompts slots sheet tipo num_images ui device dtype", attrgetter("export"), "with --export")]
+    (" ".join(NOT_EXPORTED), attrgetter("export"), "with --export")]
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------
@@ -181,11 +183,11 @@ def read_slots(source):
 
 
 def fill_slots(template, slots):
-    """'<|name|>, ...' filled from {name: text}; an empty one takes the punctuation behind it along."""
-    pairs = re.findall(r"<\|(.+?)\|>([^<]*)", template)      # each slot and the punctuation behind it
+    """'<|name|>, ...' filled from {name: text}; an empty one takes the text behind it along."""
+    pairs = re.findall(r"<\|(.+?)\|>([^<]*)", template)      # each slot and the text behind it
     for name in slots:
         hdm.check_name(f"--slots: {name}", name, dict(pairs), "slot in --format")
-    prompt = ""
+    prompt = template.partition("<|")[0]                     # what stands before the first slot
     for name, punctuation in pairs:
         text = slots.get(name, "").strip().rstrip(",.")
         if name != "natural language":                       # in its words underscores would be meant
@@ -224,7 +226,8 @@ def read_jobs(options, defaults, load_tipo):
     lines = [Job(**vars(defaults), prompt=prompt) for prompt in options.prompt]
     if options.prompts:
         with hdm.naming(f"--prompts={options.prompts}", "no readable file of one prompt a line"):
-            text = sys.stdin.read() if options.prompts == "-" else hdm.read_text(options.prompts)
+            is_file = options.prompts != "-"
+            text = hdm.read_text(options.prompts) if is_file else sys.stdin.buffer.read().decode()
         lines += [prompt_line(line, defaults) for line in prompt_lines(text)]
     slots = {}
     if options.slots:
@@ -315,19 +318,15 @@ def read_record(path):
 def write_new(path, content):
     """Writes a new file, complete or not at all: path, or, where that is there, STEM-1, ... -> its path."""
     new = path
-    with hdm.naming("--out", f"{path} cannot be written"):
+    with (hdm.naming("--out", f"{path} cannot be written"),
+          hdm.scratch_folder(path.absolute().parent, ".new-") as scratch):
+        (scratch / "new").write_bytes(content)
         for i in itertools.count(1):
-            try:
-                file = open(new, "xb")
+            with contextlib.suppress(FileExistsError):
+                open(new, "xb").close()                      # its name; two processes may want the same
                 break
-            except FileExistsError:
-                new = path.with_stem(f"{path.stem}-{i}")
-        try:
-            with file:                                       # some disks say as it closes that they are full
-                file.write(content)
-        except BaseException:                                # Ctrl-C, too
-            new.unlink()
-            raise
+            new = path.with_stem(f"{path.stem}-{i}")
+        os.replace(scratch / "new", new)
     return new
 
 
@@ -1108,6 +1107,9 @@ def export(path, model, vae, settings, force=False):
                             f"writes it, with its settings in the header, for sample.py alone")
     if path.exists():
         raise hdm.UserError(f"--export={path}: is there already, and is not overwritten; choose another name")
+    if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
+        raise hdm.UserError(f"--export={path}: a FILE.safetensors or a folder is written")
+    hdm.make_folder(path.absolute().parent, "--export")
     tensors = published_tensors(model, vae)
     large = [name for name, value in tensors.items() if not hdm.is_finite(value)]
     if large:

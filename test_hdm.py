@@ -1328,6 +1328,13 @@ def test_settings_without_effect_in_a_training_call_are_said(argv, idle, tmp_pat
     assert sorted(re.findall(r"warning: --(\w+)=", capsys.readouterr().out)) == sorted(idle.split())
 
 
+def test_settings_without_effect_on_an_export_are_said(trained, tmp_path, capsys):
+    path = tmp_path / "new" / "a.safetensors"
+    sample.main([f"--ckpt={trained}", f"--export={path}", "--force", "--steps=8", "--out=zzz"])
+    assert sorted(re.findall(r"warning: --(\w+)=", capsys.readouterr().out)) == ["out", "steps"]
+    assert path.is_file()
+
+
 @pytest.mark.parametrize("argv, idle", [
     ("--negative_prompt=b --cfg=1 --cfg_high=0.5", "negative_prompt cfg_high"), ("--negative_prompt=b", ""),
     ("--strength=0.6", "strength"), ("--cfg_low=0.6 --cfg_high=0.2", "cfg_low cfg_high"), ("--cfg=1", ""),
@@ -1728,7 +1735,7 @@ SHAPES = [('"x, y"', "x, y"), ('["x y", "z"]', "x y $$ z"), ('{"tags": "x_y z"}'
           ('{"tag_string": "x y", "tag_string_general": "x", "tag_count": 2}', "x $$ y"),
           ('{"id": 5, "tag_string_general": "x y", "tag_string_artist": "z", "tag_count_general": 2}',
            "x $$ y $$ z"), ('{"tags_general": ["x", "y z"], "tags_artist": ["w"]}', "x $$ y z $$ w"),
-          ('{"id": 5, "caption": "x", "tags": ["y"]}', "x"), ('{"caption": ["x", "y"]}', f"x{hdm.OR}y")]
+          ('{"id": 5, "caption": "x", "tags": ["y"]}', "x ||| y"), ('{"caption": ["x", "y"]}', f"x{hdm.OR}y")]
 OTHER_SHAPES = [('{"id": 5, "score": 1, "url": "x", "z": 3}', "keys id, score, url"), ("{}", "none"),
                 ("5", "no text"), ("null", "no text"), ('[{"name": "x"}]', "no text"),
                 ('{"tag_count": 5}', "keys tag_count"), ('{"tags": {"solo": 0.9}}', "no texts in tags"),
@@ -1824,6 +1831,18 @@ def test_lines_of_a_caption_are_joined_or_alternatives(tmp_path):
     assert scanned(tmp_path)[0] == {"a.png": "one two three", "b.png": "one"}
     lines = f"one{hdm.OR}two three"
     assert scanned(tmp_path, caption_lines="choose") == ({"a.png": lines, "b.png": "one"}, {})
+    lines = "one $$ two three"
+    assert scanned(tmp_path, caption_lines="tags") == ({"a.png": lines, "b.png": "one"}, {})
+
+
+def test_captions_and_tags_of_a_row_or_a_json_follow_one_rule(tmp_path):
+    both = {"caption": "a cat", "tags": ["x", "y"]}
+    several = {"captions": ["a cat", "a tabby"]}
+    write_files(tmp_path, {"a.png": PNG, "a.json": json.dumps(both), "b.png": PNG, "c.png": PNG,
+                           "metadata.jsonl": json.dumps({"file_name": "b.png", **both})})
+    assert scanned(tmp_path)[0] == {"a.png": "a cat ||| x $$ y", "b.png": "a cat ||| x $$ y"}
+    write_files(tmp_path, {"c.json": json.dumps(several)})
+    assert scanned(tmp_path, caption="{captions}")[0] == {"c.png": f"a cat{hdm.OR}a tabby"}
 
 
 def png_chunks(*chunks):
@@ -2140,6 +2159,12 @@ def test_odd_tars_are_read_as_far_as_they_go(tmp_path):
                       "caption without an image": 4}
 
 
+def test_of_a_tars_members_of_one_name_the_last_counts(tmp_path):
+    """As tar itself has it: `tar -r` appends the new version behind the old one."""
+    write_files(tmp_path, {"x.tar": tar_bytes([("a.png", PNG), ("a.txt", "old"), ("a.txt", "new")])})
+    assert scanned(tmp_path) == ({"x.tar/a.png": "new"}, {"duplicate name": 1})
+
+
 def test_flipped_bytes_never_crash(tmp_path):
     rng = random.Random(0)
     formats = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
@@ -2429,6 +2454,9 @@ def test_each_kind_of_parquet(tmp_path, monkeypatch):
         "json or row without a caption: keys image": 1}
     scan(tmp_path / "struct" / "struct.parquet", report := prepare.Report())
     assert {kind: entry["count"] for kind, entry in report.items()} == {"zero bytes": 2, "empty caption": 1}
+    edits = {"before.parquet": parquet_bytes({"before": [PNG], "after": [PNG], "text": ["x"]})}
+    write_files(tmp_path / "edits", edits)
+    assert "columns of images, before, after" in one_line(scan, tmp_path / "edits" / "before.parquet")
     write_files(tmp_path / "bad", {"bad.parquet": "PAR1", "a.png": PNG, "a.txt": "x"})
     assert scanned(tmp_path / "bad") == ({"a.png": "x"}, {"unreadable": 1})
     assert "bad.parquet: not a table" in one_line(lambda: scan(tmp_path / "bad" / "bad.parquet"))
@@ -2611,6 +2639,8 @@ def test_filters_leave_out_and_count(tmp_path, capsys):
         "beyond --max_ratio": ["d.png"], "with --drop_tag": ["e.png"]}
     for tag, left in ((":|", "g.png"), ("blue fish|", "f.png")):
         assert names(indexed(tmp_path / "index", tmp_path / "in", f"--require_tag={tag}")) == [left]
+    index = indexed(tmp_path / "index", tmp_path / "in", "--drop_tag=red_fish|X", "--drop_tag=b")
+    assert names(index) == ["h.png"]
 
 
 @pytest.mark.parametrize("places, held", [
@@ -3111,6 +3141,21 @@ def test_scratch_folders_of_killed_runs_are_swept_and_others_are_not(tmp_path):
     assert set(os.listdir(tmp_path)) - before == {"alive", name, "other"}
 
 
+def test_a_systems_files_do_not_make_an_out_folder_a_strangers(tmp_path):
+    for files in (".DS_Store", "Thumbs.db"), ("mine.txt",):
+        with prepare.complete_folder(tmp_path / "out") as folder:
+            (folder / "x").write_text("x")
+        assert sorted(os.listdir(tmp_path / "out")) == [".prepare", "x"]
+        write_files(tmp_path / "out", {name: "" for name in files})
+    refused("out", prepare.complete_folder(tmp_path / "out").__enter__)
+
+
+def test_flags_of_a_scan_have_no_effect_on_an_index(place, tmp_path, vae_folder, capsys):
+    indexed(tmp_path / "index", place / "data")
+    prepare.main([f"{tmp_path}/index", "--latents", f"--vae={vae_folder}", "--image_size=16", "--drop_tag=x"])
+    assert f"--drop_tag=x has no effect on {tmp_path}/index, an index" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
 def test_an_index_is_mapped_by_nobody_when_it_is_replaced(place, tmp_path, monkeypatch):
     """Windows renames no folder of mapped files."""
@@ -3556,7 +3601,8 @@ a -- b --c
     assert [tuple(one[key] for key in keys) for one in found] == [
         ("red circle", 5, 3, 2, ""), ("red circle", 6, 3, 2, ""),
         ("blue square, #2", 1, 2, 4, "green, large"), ("a -- b --c", 1, 3, 2, "")]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("red circle\nblue square --seed=9\n"))
+    stdin = io.BytesIO("\ufeffred circle\nblue square --seed=9\n".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "cp1252"))       # Windows', but it is UTF-8
     assert list(draw(trained, tmp_path / "b", "--prompts=-")) == ["00000-0.png", "00001-9.png"]
 
 
@@ -3570,6 +3616,7 @@ def test_slots_fill_the_model_cards_template(trained, tmp_path, capfd):
             ({"meta": "x", "artist": " "}, "x"), ({"quality": "best, "}, "best"),
             ({"series": "a", "meta": ""}, "a")]:
         assert sample.fill_slots(sample.Sampling.format, slots) == prompt
+    assert sample.fill_slots("a photo of <|general|>, <|meta|>", {"general": "a cat"}) == "a photo of a cat"
     (tmp_path / "slots.json").write_text('{"artist": "red_one", "quality": "large"}')
     draw(trained, tmp_path / "a", f"--slots={tmp_path / 'slots.json'}", "--prompt=blue_square", "--steps=1")
     found = [about(path)["prompt"] for path in sorted((tmp_path / "a").glob("0*"))]
@@ -3713,7 +3760,7 @@ def test_prompts_are_shared_among_processes(trained, tmp_path):
     """Those of flags and of standard input, which one of them reads."""
     words = ["--prompt=red circle", "--prompt=blue square", "--prompts=-", "--seed=2", "--steps=2"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "stdin", io.StringIO("green\n"))
+        patched.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"green\n")))
         plain = draw(trained, tmp_path / "a", *words)
     done = forked(sample.main, f"--ckpt={trained}", *words, "--out=b", cwd=tmp_path, ranks=2, stdin="green\n")
     assert done.returncode == 0, done.stderr
@@ -4789,7 +4836,8 @@ def test_an_export_is_whole_or_not_there(published, tmp_path, monkeypatch):
         (tmp_path / name).write_text("mine")
         assert name in one_line(sample.export, tmp_path / name, model, vae, settings)
         assert (tmp_path / name).read_text() == "mine"
-        assert "No such" in one_line(sample.export, tmp_path / "nowhere" / name, model, vae, settings)
+        assert "--export" in one_line(sample.export, tmp_path / "a.safetensors" / name, model, vae, settings)
+    assert ".safetensors" in one_line(sample.export, tmp_path / "a.pt", model, vae, settings)
     model.ctx_proj.weight.data[0, 0] = 1e5
     assert "model.ctx_proj.weight" in one_line(sample.export, tmp_path / "b", model, vae, settings)
     model.ctx_proj.weight.data[0, 0] = 1
@@ -7484,13 +7532,14 @@ BAD_INPUT = {  # how a command begins: how it goes on | words of its error, wher
     "prepare.py @data": [
         "--caption_lines=all | --caption_lines 'all' join",
         "--sidecar_place=above | --sidecar_place 'above' before", "--caption=tags", "--workers=0",
-        "--mean_only | --mean_only --latents", "--max_ratio=0.5", "--min_size=1000 | @data",
+        "--max_ratio=0.5", "--min_size=1000 | @data",
         "--out=@run | @run", "--latents --vae=nowhere | nowhere",
         "--latents --vae=@good_vae --image_size=17 | --image_size=17 2",
         "--dry_run --text_encoder=nowhere | nowhere"],
     "prepare.py": [
         "| demo text_encoder judge", "juge | juge 'judge'", "demo --cuont=3 | --cuont=3 'count'",
         "demo --count=0 | --count=0", "demo --seed=-1 | --seed=-1", "demo here | here",
+        "@cut_index | @cut_index index sources --latents", "@cut_index @data | @cut_index index source",
         "demo --out=@run | @run", "demo --out=@file | @file", "text_encoder nowhere | nowhere",
         "text_encoder @empty | @empty", "text_encoder @captions --vocab=10 | --vocab=10",
         "judge --ckpt=nowhere | nowhere", "@empty nowhere | nowhere", "@empty | @empty .caption",
