@@ -603,17 +603,13 @@ def draw_time(n, s, generator=None):
     return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), s.t_shift)
 
 
-def flow_loss(model, x0, ctx, aspect=None, pos=None, keep=None, t=None, noise=None, ctx_mask=None, s=None,
+def flow_loss(model, x0, ctx, t, noise, aspect=None, pos=None, keep=None, ctx_mask=None, s=None,
               reduction="mean"):
     """Mean squared error of the velocity over everything; reduction="none": one loss for each image, (B,).
 
-    x0 (B, C, h, w) clean latents; t (B,) and noise like x0 are drawn where None; s: ExampleSettings, None:
-    their defaults; the rest as in XUT.forward.
+    x0 and noise (B, C, h, w), clean latents and N(0, 1); t (B,) in [0, 1]; s: the run's ExampleSettings, for
+    a fork's own terms: here nothing reads them; the rest as in XUT.forward.
     """
-    if t is None:
-        t = draw_time(len(x0), s or ExampleSettings()).to(x0.device)
-    if noise is None:
-        noise = torch.randn_like(x0)
     at = t[:, None, None, None].to(x0.dtype)
     v = model(at * noise + (1 - at) * x0, t, ctx, aspect=aspect, pos=pos, keep=keep, ctx_mask=ctx_mask)
     loss = (v - (noise - x0)).float().square().mean(dim=(1, 2, 3))                    # (B,)
@@ -738,7 +734,7 @@ def clean_latents(batch, vae, s):
         return images
     chunk = vae_chunk(s)
     chunks = zip(images.split(chunk), batch["vae_noise"].split(chunk))
-    return torch.cat([vae.encode(part, sample=True, noise=noise) for part, noise in chunks])
+    return torch.cat([vae.encode(part, noise) for part, noise in chunks])
 
 
 def first_tokens(lengths, T):
@@ -794,7 +790,7 @@ def blank_inputs(config, batch, side, T, tread_rate=0.0, masked=False, device="c
         if masked:
             mask = torch.ones(batch, T, dtype=torch.bool)
         return dict(x0=torch.zeros(shape), noise=torch.zeros(shape), t=torch.zeros(batch),
-                    ctx=torch.zeros(batch, T, config.ctx_dim), ctx_mask=mask,
+                    s=ExampleSettings(), ctx=torch.zeros(batch, T, config.ctx_dim), ctx_mask=mask,
                     aspect=torch.zeros(batch), pos=torch.zeros(batch, N, 2), keep=keep)
 
 
@@ -1407,20 +1403,13 @@ class VAE(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):                       # float16 overflows here
             return self.posterior(images.to(weight.dtype))
 
-    def encode(self, images, sample=False, generator=None, noise=None):
-        """-> normalized latents, float32: the mean, or with sample a draw mean + exp(logvar / 2) * noise.
-
-        noise (B, C, h, w), or drawn by the generator (a CPU one: the same latents on any device).
-        """
-        z, logvar = self.moments(images)
-        if not sample:
-            return self.latents(z)
-        if noise is None:
-            noise = torch.randn(z.shape, generator=generator)
-        return self.latents(z, logvar, noise)
+    def encode(self, images, noise=None):
+        """-> normalized latents, float32: the posterior's mean, or with noise (B, C, h, w) a draw from it."""
+        return self.latents(*self.moments(images), noise)
 
     def latents(self, z, logvar=None, noise=None):
-        """The moments, (B, C, h, w) each -> normalized latents: the mean z, or with noise a draw."""
+        """The moments, (B, C, h, w) each -> normalized latents: of the mean z, or with noise of the draw
+        z + exp(logvar / 2) * noise."""
         if noise is not None:
             z = z + torch.exp(logvar / 2) * to_device(noise, z.device)
         mean, std = self.statistics(z)
@@ -1727,14 +1716,12 @@ class TextEncoder:
                 return token
         return 0
 
-    def __call__(self, prompts, pad_to=None):
+    def __call__(self, prompts):
         """list of B strings -> states (B, T, ctx_dim), mask (B, T) bool, True on real tokens.
 
-        T is the longest of the batch, or pad_to. An empty prompt is one pad token that counts as real: XUT
-        never sees zero tokens. Padding is on the right, so real states do not depend on T.
+        T is the longest of the batch. An empty prompt is one pad token that counts as real: XUT never sees
+        zero tokens. Padding is on the right, so real states do not depend on T.
         """
-        if pad_to is not None:
-            return self.encode(self.tokenize(prompts, pad_to), pad_to)
         ids = self.tokenize(prompts, self.max_length)
         return self.encode(ids, max(map(len, ids)))
 
@@ -2357,11 +2344,12 @@ def first_line(error):
 
 @contextlib.contextmanager
 def naming(path, what):
-    """What the block raises becomes one line that names the path: what is broken can raise anything."""
+    """What the block raises becomes one line that names the path: what is broken can raise anything. Out of
+    memory says nothing about the path, and stays what it is."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) and str(path) in str(error):
+        if isinstance(error, UserError) and str(path) in str(error) or is_out_of_memory(error):
             raise
         raise UserError(f"{path}: {what} ({first_line(error)})") from error
 
@@ -2391,7 +2379,7 @@ def exit_after(error):
         code, text = 2, f"error: {missing_module(error)}"
     elif isinstance(error, UserError):                       # of a loader process: at the end of a traceback
         code, text = 2, f"error: {str(error).rpartition('UserError: ')[2].strip()}"
-    elif isinstance(error, RuntimeError) and is_out_of_memory(error):
+    elif is_out_of_memory(error):
         code, text = 2, "error: out of memory: a lower --batch_size, a smaller image or --dtype=bfloat16"
     if is_first_to_fail():
         print(text, file=sys.stderr, flush=True)
@@ -2406,7 +2394,8 @@ def exit_after(error):
 
 def is_out_of_memory(error):
     """Whether a device's or the CPU's allocator raised it, by their words."""
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+    words = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and words
 
 
 def is_first_to_fail():
@@ -2787,7 +2776,7 @@ def start_ranks():
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     backend = "gloo"                                         # for CPU tensors: objects, --device=cpu
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():           # Windows has none
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     # Ranks wait while one indexes, downloads or encodes: hours.

@@ -294,7 +294,7 @@ def test_a_model_that_gives_the_data_has_the_velocity_that_leads_to_it():
 def test_without_skips_the_u_is_a_row_of_blocks_and_all_of_it_is_trained():
     model = tiny_xut(skips="none")
     x, t, ctx = torch.randn(2, 3, 8, 12), torch.rand(2), torch.randn(2, 5, 32)
-    hdm.flow_loss(model, x, ctx, t=t).backward()
+    hdm.flow_loss(model, x, ctx, t, torch.randn_like(x)).backward()
     untrained = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not untrained and not any("xattn" in name for name in model.state_dict())
     z, pos = torch.randn(2, 29, 32), torch.rand(1, 29, 2)
@@ -398,10 +398,10 @@ class Velocity:
 def test_loss_is_zero_for_the_true_velocity_and_interpolates_between_data_and_noise():
     x0, noise = torch.randn(2, 3, 4, 6, 6).unbind()
     model = Velocity(lambda x, t, ctx: noise - x0)
-    assert hdm.flow_loss(model, x0, None, noise=noise) == 0
+    assert hdm.flow_loss(model, x0, None, hdm.draw_time(3, hdm.ExampleSettings()), noise) == 0
     (_, t, _), = model.calls
     assert t.shape == (3,) and ((t > 0) & (t < 1)).all()
-    hdm.flow_loss(model, x0, None, noise=noise, t=torch.tensor([0.0, 0.5, 1.0]))
+    hdm.flow_loss(model, x0, None, torch.tensor([0.0, 0.5, 1.0]), noise)
     x = model.calls[-1][0]
     torch.testing.assert_close(x, torch.stack([x0[0], (x0[1] + noise[1]) / 2, noise[2]]))
 
@@ -598,7 +598,7 @@ def test_padding_does_not_change_what_is_drawn(te, one_pass):
 def test_a_padded_negative_does_not_change_what_is_drawn(te):
     model = tiny_xut()
     ctx, mask = te([phrase(3), phrase(40)])
-    uncond, uncond_mask = te([phrase(5, 7)], pad_to=60)
+    uncond, uncond_mask = states_of(te, [phrase(5, 7)], 60)
     noise = torch.randn(2, 3, 8, 8)
     uncond, uncond_mask = uncond.expand(2, -1, -1), uncond_mask.expand(2, -1)
     cut = uncond[:, :5]                                      # its real tokens
@@ -664,11 +664,8 @@ def test_vae_sample_is_the_mean_plus_the_posteriors_own_noise():
     images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
     mean, logvar = vae.moments(images)
     std = torch.tensor(STATISTICS["latents_std"]).view(1, 4, 1, 1)
-    moved = vae.encode(images, sample=True, noise=noise) - vae.encode(images)
+    moved = vae.encode(images, noise) - vae.encode(images)
     assert close(moved * std, torch.exp(logvar / 2) * noise, 1e-4)
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    a, b, c = (vae.encode(images, sample=True, generator=generator) for generator in generators)
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_vae_clamps_logvar_and_nothing_else():
@@ -875,11 +872,16 @@ def test_a_vaes_measures_add_up_over_batches():
     assert measures["upper_half"] == pytest.approx(share, rel=1e-3)
 
 
+def latents_of(vae, images):
+    """A draw from the posterior."""
+    return vae.encode(images, torch.randn_like(vae.encode(images)))
+
+
 def test_normalized_latents_have_mean_0_and_std_1():
     vae = tiny_vae()
     batches = [vae_batch(vae, n) for n in (3, 5)]
     hdm.normalize_latents(vae, batches, "cpu")
-    drawn = [vae.encode(batch["pixels"] / 127.5 - 1, sample=True) for batch in batches for _ in range(8)]
+    drawn = [latents_of(vae, batch["pixels"] / 127.5 - 1) for batch in batches for _ in range(8)]
     z = torch.cat(drawn).transpose(0, 1).flatten(1)
     assert z.mean(1).abs().max() < 0.02 and (z.std(1) - 1).abs().max() < 0.02
     assert vae.diffusers_config()["scaling_factor"] == 1
@@ -915,11 +917,16 @@ def test_states_are_the_language_models_last_ones(te, te_folder):
     assert te.dim == states.shape[-1] == 32 and not states.requires_grad
 
 
+def states_of(te, prompts, length):
+    """What the text encoder makes of prompts that are cut and padded to this length."""
+    return te.encode(te.tokenize(prompts, length), length)
+
+
 @pytest.mark.parametrize("pad_to", [None, 40, 256])
 def test_padding_is_on_the_right_and_changes_no_real_state(te, pad_to):
     prompts = list(LENGTHS)[:2] + [""]
-    states, mask = te(prompts, pad_to=pad_to)
-    longest = 40 if pad_to is None else pad_to
+    states, mask = states_of(te, prompts, pad_to) if pad_to else te(prompts)
+    longest = pad_to or 40
     assert states.shape == (3, longest, 32)
     for i, prompt in enumerate(prompts):
         n = LENGTHS[prompt]
@@ -927,13 +934,13 @@ def test_padding_is_on_the_right_and_changes_no_real_state(te, pad_to):
         torch.testing.assert_close(states[i, :n], te([prompt])[0][0], atol=1e-5, rtol=0)
 
 
-def test_text_is_cut_at_max_length_and_at_pad_to(te, te_folder):
+def test_text_is_cut_at_max_length_and_at_a_limit(te, te_folder):
     short = hdm.TextEncoder(te_folder, max_length=10)
-    for states, mask in (short([phrase(30)]), te([phrase(30)], pad_to=10)):
+    for states, mask in (short([phrase(30)]), states_of(te, [phrase(30)], 10)):
         assert mask.shape == (1, 10) and mask.all()
         whole, _ = te([phrase(30)])                          # causal: the cut is not felt before it
         torch.testing.assert_close(states, whole[:, :10], atol=1e-5, rtol=0)
-    assert short([phrase(30)], pad_to=16)[1].sum() == 10
+    assert states_of(short, [phrase(30)], 16)[1].sum() == 10
 
 
 TINY_LM = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, pad_token_id=0)
@@ -986,7 +993,7 @@ def test_states_depend_on_no_padding_whatever_the_encoder(kind, te_folder, tmp_p
     prompts = [phrase(3), phrase(40, 1), "", phrase(17, 2), phrase(1)]
     alone = [te([prompt])[0][0] for prompt in prompts]
     for pad_to in (None, 48):
-        states, mask = te(prompts, pad_to)
+        states, mask = states_of(te, prompts, pad_to) if pad_to else te(prompts)
         for its, real, expected in zip(states, mask, alone):
             assert close(its[real], expected)
     assert not close(alone[0], te([phrase(3, 1)])[0][0])     # nor are they all one
@@ -3788,9 +3795,16 @@ def test_out_of_memory_is_one_line(trained, place, tmp_path, monkeypatch, capsys
     """An allocation that no machine grants, so the error is torch's own; training names half the batch."""
     def full(*arguments):
         torch.empty(2 ** 55)
+    with monkeypatch.context() as patched:                   # in a save it is not the disk's, ...
+        patched.setattr(train, "copy_small_encoders", full)
+        assert "out of memory" in one_line(train_tiny, place, tmp_path / "saved", max_steps=1)
+    with pytest.raises(RuntimeError, match="memory"), hdm.naming("x", "no VAE"):     # nor a file's at a load
+        full()
     monkeypatch.setattr(hdm, "loss_inputs", full)
     monkeypatch.setattr(sample, "sample_images", full)
     refused("--batch_size=2 in place of 4 --checkpointing", train_tiny, place, tmp_path / "run")
+    least = one_line(train_tiny, place, tmp_path / "run", batch_size=1, checkpointing=True)
+    assert "batch_size" not in least and "--checkpointing" not in least and "--image_size" in least
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={trained}", "--prompt=a", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as caught:
         hdm.run_main(sample.main)
@@ -5161,7 +5175,7 @@ def test_a_vaes_checkpoint_is_a_vae_everywhere(trained_vae, place, te_folder, tm
     index, order, _, _ = prepare.open_data(s)
     examples = prepare.Examples(index, order, None, s, hdm.XUTConfig(patch_size=8), vae.factor, s.seed)
     images = torch.stack([examples[i]["pixels"] for i in range(22)]) / 127.5 - 1      # all of training
-    z = torch.cat([vae.encode(images, sample=True) for _ in range(8)]).transpose(0, 1).flatten(1)
+    z = torch.cat([latents_of(vae, images) for _ in range(8)]).transpose(0, 1).flatten(1)
     assert z.mean(1).abs().max() < 0.05 and (z.std(1) - 1).abs().max() < 0.05
     out = train_tiny(place, tmp_path / "xut", vae=path, patch_size=2, images=8)
     _, loaded, settings = sample.load_model(out)
@@ -5626,9 +5640,9 @@ def test_a_step_reads_what_the_samples_drew(place, te):
     assert all(same(inputs[name], batch[name]) for name in ("pos", "t", "noise", "keep"))
     assert close(inputs["aspect"], batch["aspect"].float())
     images = batch["pixels"] / 127.5 - 1
-    assert torch.equal(inputs["x0"], vae.encode(images, sample=True, noise=batch["vae_noise"]))
+    assert torch.equal(inputs["x0"], vae.encode(images, batch["vae_noise"]))
     assert torch.equal(hdm.loss_inputs(batch, None, te, samples.s, "cpu")["x0"], images)
-    ctx, mask = te(batch["caption"], pad_to=8)
+    ctx, mask = states_of(te, batch["caption"], 8)
     own = 2 * ((mask.sum(1) + 1) // 2)                       # 8 tokens, four lengths: the next even number
     assert torch.equal(inputs["ctx"], ctx)
     assert torch.equal(inputs["ctx_mask"], torch.arange(8) < own[:, None])            # pads are tokens
@@ -5945,6 +5959,22 @@ def test_a_broken_image_is_named_and_the_next_takes_its_place(place, data, tmp_p
     train_tiny(place, tmp_path / "allowed", data=data, max_unreadable=0.2)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_stays_away_ends_the_run_with_a_checkpoint(workers, place, tmp_path, monkeypatch):
+    read = prepare.Examples.example
+    def away(examples, at):
+        if examples.seed is not None and at >= 20:           # of training; four images a step
+            raise hdm.UserError("x.png: not there")
+        return read(examples, at)
+    monkeypatch.setattr(prepare.Examples, "example", away)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    message = one_line(train_tiny, place, tmp_path, workers=workers)
+    assert re.fullmatch("100 images in a row cannot be read, from x.png: not there on; step \\d is saved: "
+                        "mend it and --resume", message)
+    step = int(re.search(r"step (\d)", message)[1])
+    assert step == train_state(tmp_path / f"ckpt_{step:08d}")["step"] > 0
+
+
 def started(*argv, cwd, after):
     """train.py in a process of its own, at the moment when run/metrics.jsonl has `after` lines."""
     run = Forked(train.main, *argv, cwd=cwd)
@@ -6099,6 +6129,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(dtype, place, tmp_path
     lines = metrics(tmp_path)[1:]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
     assert [line["loss"] is None for line in lines] == [False, True, False, False]
+    for line in train.read_metrics(tmp_path)[1:]:            # the speed is of all that was computed
+        assert line["images_per_s"] * sum(line["split_s"].values()) == pytest.approx(8)     # a global batch
 
 
 def test_a_run_of_bad_steps_stops_with_the_names_of_the_first(place, tmp_path, monkeypatch):
@@ -6145,12 +6177,13 @@ def test_a_file_without_the_aspect_input_starts_it_at_zero(place, te_folder, tmp
     assert not sample.load_model(tmp_path / "off")[0].config.aspect_cond
 
 
-def test_a_resume_with_grown_data_begins_an_epoch_and_with_others_is_refused_unless_asked_for(
+def test_a_resume_with_other_data_is_refused_or_as_asked_for_begins_an_epoch(
         place, data, tmp_path, capsys):
     run = tmp_path / "run"
     train_tiny(place, run, data=data, max_steps=2)
     write_picture(data / "one_more", (16, 16), 1)
-    train_tiny(place, run, data=data, max_steps=4, resume=True, log_every=1)
+    refused(f"{data} --new_data", train_tiny, place, run, data=data, resume=True)
+    train_tiny(place, run, data=data, max_steps=4, resume=True, new_data=True, log_every=1)
     assert "a new epoch begins" in capsys.readouterr().out
     state = train_state(run / "ckpt_00000004")
     n, before = state["pictures"], state["pictures"] - 1

@@ -233,7 +233,9 @@ def if_the_disk_allows(what):
     """For rank 0. A full disk ends no run: a warning says what was not done, and training goes on."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:      # RuntimeError: torch.save's
+        if hdm.is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
         hdm.warn(f"{what} ({hdm.first_line(error)})")
 
 
@@ -324,8 +326,7 @@ def load_state(s, identity, stream, ranks):
         holdout = f", --holdout={s.holdout}" if s.holdout or old["holdout"] else ""
         what = (f"--data={s.data}, --validation={s.validation:.3g}{holdout}: other training images or "
                 f"weights ({stream.images:,}) than {s.resume} saw ({state['pictures']:,})")
-        others = stream.images <= state["pictures"] or s.holdout != old["holdout"]
-        if others and not s.new_data:
+        if not s.new_data:
             raise hdm.UserError(f"{what}: put those back, or go on with these by --new_data")
         print(f"{what}: a new epoch begins")
         state["position"] = stream.start(state["next_epoch"])
@@ -789,6 +790,7 @@ class OpenRun:
 
     # For the next line of metrics
     window: torch.Tensor           # (2, bins): sums of losses, and their number, by tenths of t or views
+    window_start: int              # the step at which it began, a multiple of log_every
     watch: Stopwatch               # seconds in this window
     lr: float                      # of the last step, before the division by fan-in
     norm: torch.Tensor | None      # (), gradient norm of the last step before clipping; None: no step yet
@@ -953,6 +955,7 @@ def compile_networks(run):
 def open_run(s, given, rank, ranks):
     """-> the OpenRun, ready for its next step. given: {name: value} of the settings that were named."""
     run = OpenRun()
+    run.deadline = time.monotonic() + 3600 * s.max_hours if s.max_hours > 0 else math.inf
     run.s, run.rank, run.ranks = s, rank, ranks
     run.task = TASKS[s.train]
     run.out_dir = Path(s.out_dir)
@@ -984,7 +987,6 @@ def open_run(s, given, rank, ranks):
 
     # Batches, other ranks, compilation
     run.signals = catch_signals()
-    run.deadline = time.monotonic() + 3600 * s.max_hours if s.max_hours > 0 else math.inf
     stop = run.position + (run.last - run.start) * s.global_batch
     order = order_of_rank(run.training, run.position, stop, rank, ranks)
     run.held_batches = DataLoader(held_out, s.batch_size, sampler=range(rank, len(run.held_out), ranks))
@@ -999,6 +1001,7 @@ def open_run(s, given, rank, ranks):
 
     # For the next line of metrics: a resumed run goes on with the sums of its checkpoint
     run.window = state.get("window", torch.zeros(2, run.task.bins)).to(run.device)
+    run.window_start = run.start - run.start % s.log_every
     run.watch = Stopwatch(run.kind, state.get("seconds", ()))
     run.lr = hdm.lr_at(run.seen, s, run.warmup, run.end)
     run.norm = None
@@ -1232,13 +1235,14 @@ def metrics_of(run, held_out):
     losses, counts = run.window.tolist()
     split = run.watch.read()
     seconds = sum(split.values())
+    images = (run.step - run.window_start) * run.s.global_batch      # those of skipped steps, too
     waited = split["data"] / seconds if run.step - run.start > run.s.log_every else 0.0   # not at the start
     norm = run.norm.item() if run.norm is not None and run.norm.isfinite() else None
     memory = torch.cuda.max_memory_allocated(run.device) / 1e9 if run.kind == "cuda" else 0.0
     return dict(
         step=run.step, images=run.seen, epoch=run.position / run.stream.length, lr=run.lr, **held_out,
         skipped=run.optimizer.skipped[0].item(), data_s=split["data"], loss=ratio(sum(losses), sum(counts)),
-        grad_norm=norm, images_per_s=ratio(sum(counts), seconds), unreadable=report_problems(run, waited),
+        grad_norm=norm, images_per_s=ratio(images, seconds), unreadable=report_problems(run, waited),
         split_s=split, text_tokens=run.text_tokens, memory_gb=memory,
         **{run.task.loss_by: [ratio(*sums) for sums in zip(losses, counts)]})
 
@@ -1287,7 +1291,7 @@ def save(run):
 
 def train(s, given, rank, ranks):
     run = open_run(s, given, rank, ranks)
-    stopped = False
+    stopped, failure = False, ""
     for step in tqdm(range(run.start, run.last + 1), disable=rank > 0 or not sys.stderr.isatty()):
         # What is due after `step` steps
         run.step = step
@@ -1300,7 +1304,7 @@ def train(s, given, rank, ranks):
         if "log" in due:
             log(run, held_out)
         if step % s.log_every == 0:
-            run.window = torch.zeros_like(run.window)
+            run.window, run.window_start = torch.zeros_like(run.window), step
             run.watch = Stopwatch(run.kind)
         if "save" in due:
             save(run)
@@ -1313,10 +1317,13 @@ def train(s, given, rank, ranks):
         run.text_tokens = 0.0
         stats = torch.zeros_like(run.window)                 # sums of losses, and their number: by bins
         for micro in range(1, run.micro_steps + 1):
-            stopped = any(hdm.gather(bool(run.signals) or time.monotonic() > run.deadline))   # all, or none
+            batch, failure = next_batch(run)
+            asked = bool(run.signals) or time.monotonic() > run.deadline
+            asks, failures = zip(*hdm.gather((asked, failure)))                       # all stop, or none
+            failure = next(filter(None, failures), "")
+            stopped = any(asks) or failure != ""
             if stopped:
                 break
-            batch = next(run.batches)
             run.watch("data")
             run.problems.append(batch["trouble"])
             run.network.require_backward_grad_sync = micro == run.micro_steps         # DDP's: once a step
@@ -1341,22 +1348,36 @@ def train(s, given, rank, ranks):
         run.seen += s.global_batch
         run.position += s.global_batch
         run.watch("optimizer")
-    return 0 if s.bench else finish(run, stopped)
+    return 0 if s.bench else finish(run, stopped, failure)
+
+
+def next_batch(run):
+    """-> this rank's next batch; or None, and why there is none: its disk is away, a loader process died."""
+    try:
+        return next(run.batches), ""
+    except hdm.UserError as error:                           # of a loader process: at a traceback's end
+        return None, str(error).rpartition("UserError: ")[2].strip()
 
 
 STOPPED = 3                    # exit code of a run that stopped before its end: a shell's && does not go on
 
 
-def finish(run, stopped):
-    """The last checkpoint, and the command that comes next. -> the exit code."""
+def finish(run, stopped, failure):
+    """The last checkpoint, and the command that comes next. -> the exit code. failure: why the run ends with
+    an error, or ""."""
     if not (run.out_dir / f"ckpt_{run.step:08d}").is_dir() and not save(run):
         raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved: make room, --resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
+    if failure:
+        raise hdm.UserError(f"{failure}; step {run.step} is saved: mend it and --resume")
     if not stopped:
         print(f"done: {run.task.next_command(run)}")
         return 0
     program = ["torchrun", f"--nproc_per_node={run.ranks}", "--"] if run.ranks > 1 else ["python"]
-    print(f"stopped at step {run.step}; to go on: {shlex.join([*program, *sys.argv, '--resume'])}")
+    command = shlex.join([*program, *sys.argv, "--resume"])
+    if int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks)) != run.ranks:
+        command = "on each machine the same torchrun command with --resume"
+    print(f"stopped at step {run.step}; to go on: {command}")
     return STOPPED
 
 
@@ -1368,13 +1389,23 @@ def explain(error, s):
         raise hdm.UserError(f"--workers={s.workers}: the loader processes lack shared memory or died "
                             f"({trace.strip().splitlines()[-1]}); --workers=0 needs none, in a container "
                             f"--shm-size=8g gives more") from error
-    if hdm.is_out_of_memory(error) and "in clean_latents" in trace:
-        chunk = hdm.vae_chunk(s)
-        raise hdm.UserError(f"out of memory in the VAE: --vae_chunk={max(1, chunk // 2)} for {chunk}, "
-                            f"or a cache of latents (prepare.py --latents)") from error
-    if hdm.is_out_of_memory(error):
-        raise hdm.UserError(f"out of memory: --batch_size={max(1, s.batch_size // 2)} in place of "
-                            f"{s.batch_size} (the global batch stays), or --checkpointing") from error
+    if not hdm.is_out_of_memory(error):
+        return
+    mends = []
+    if "in clean_latents" in trace:
+        where, chunk = " in the VAE", hdm.vae_chunk(s)
+        if chunk > 1:
+            mends.append(f"--vae_chunk={chunk // 2} for {chunk}")
+        mends.append("a cache of latents (prepare.py --latents)")
+    else:
+        where = ""
+        if s.batch_size > 1:
+            mends.append(f"--batch_size={s.batch_size // 2} in place of {s.batch_size} (the global batch "
+                         f"stays)")
+        if not s.checkpointing:
+            mends.append("--checkpointing")
+        mends.append("a smaller --image_size, or an adapter (--adapter=lora)")
+    raise hdm.UserError(f"out of memory{where}: {', or '.join(mends)}") from error
 
 
 def main(argv):
