@@ -3803,7 +3803,7 @@ def test_out_of_memory_is_one_line(trained, place, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(hdm, "loss_inputs", full)
     monkeypatch.setattr(sample, "sample_images", full)
     refused("--batch_size=2 in place of 4 --checkpointing", train_tiny, place, tmp_path / "run")
-    least = one_line(train_tiny, place, tmp_path / "run", batch_size=1, checkpointing=True)
+    least = one_line(train_tiny, place, tmp_path / "least", batch_size=1, checkpointing=True)
     assert "batch_size" not in least and "--checkpointing" not in least and "--image_size" in least
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--ckpt={trained}", "--prompt=a", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as caught:
