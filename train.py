@@ -20,6 +20,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import datetime
 import errno
 import gc
 import inspect
@@ -769,7 +770,8 @@ class OpenRun:
     latents: str                   # a hash of the frozen VAE: with another one a resumed run is refused
     config: hdm.XUTConfig          # by which training examples are made
     model: hdm.XUT | hdm.VAE       # float32
-    network: torch.nn.Module       # model, under DDP where there are several ranks
+    network: torch.nn.Module       # model, under DDP where there are several ranks, ...
+    group: object                  # ... the process group in which they sum up
     optimizer: hdm.OptimizerStep   # it holds the averaged weights, too: optimizer.average
     autocast: torch.autocast       # around forward passes
 
@@ -994,7 +996,10 @@ def open_run(s, given, rank, ranks):
                                   worker_init_fn=catch_signals, pin_memory=run.kind == "cuda"))
     run.network = run.model
     if ranks > 1:
-        run.network = torch.nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+        # All ranks reach a sum together: a GPU or a network that hangs there is an error, not a lost day.
+        run.group = torch.distributed.new_group(timeout=datetime.timedelta(minutes=30))
+        run.network = torch.nn.parallel.DistributedDataParallel(
+            run.model, process_group=run.group, gradient_as_bucket_view=True)
     run.autocast = torch.autocast(run.kind, run.dtype, enabled=run.dtype != torch.float32)
     if s.compile:
         compile_networks(run)
@@ -1342,7 +1347,7 @@ def train(s, given, rank, ranks):
 
         # Clip, step, average
         if ranks > 1:
-            torch.distributed.all_reduce(stats)
+            torch.distributed.all_reduce(stats, group=run.group)
         run.norm, done = run.optimizer.step(run.lr, step, stats.isfinite().all())
         run.window += torch.where(done, stats, 0)
         run.seen += s.global_batch
