@@ -1699,20 +1699,26 @@ def judge_camera(render, side):
         print(f"zoom={zoom:<41}{size:>17.2f}")
 
 
+def open_judged(options):
+    """The checkpoint of prepare.JudgeSettings -> a function (prompts, seeds) -> images; its settings."""
+    device = hdm.pick_device(options.device)
+    dtype = hdm.pick_dtype(options.dtype, device)
+    model, vae, settings = load_model(options.ckpt, device, dtype)
+    te = load_text_encoder(settings, device, dtype)
+    return partial(generate, model, vae, te, settings=settings), settings
+
+
 def judge_checkpoint(options):
     """Prints how many of the demo's unseen captions the images show; or, with options.camera, judge_camera.
     options: prepare.JudgeSettings."""
     prepare.check_extras(options)
-    device = hdm.pick_device(options.device)
-    dtype = hdm.pick_dtype(options.dtype, device)
-    model, vae, settings = load_model(options.ckpt, device, dtype)
+    draw, settings = open_judged(options)
     _, unseen = prepare.combinations(options.shape)
     filling = options.filling
     asked = [words for words in unseen for _ in range(options.seeds)]
     prompts = [prepare.caption(words, filling) for words in asked]
     seeds = list(range(options.seeds)) * len(unseen)
-    te = load_text_encoder(settings, device, dtype)
-    render = partial(generate, model, vae, te, prompts, seeds, settings)
+    render = partial(draw, prompts, seeds)
     if options.camera:
         return judge_camera(render, settings["image_size"])
     shapes = *prepare.SHAPES, *([options.shape] if options.shape else [])
@@ -1837,9 +1843,7 @@ def judge_by_data(options):
     image is the nearest real one of its group; beside it the same with another held-out image for the truth
     (shuffled), and with a real image of the same thing in another group in place of the sample."""
     pattern = prepare.read_regex("--group", options.group) if options.group else None
-    device = hdm.pick_device(options.device)
-    dtype = hdm.pick_dtype(options.dtype, device)
-    model, vae, settings = load_model(options.ckpt, device, dtype)
+    draw, settings = open_judged(options)
     if "validation" not in settings:
         raise hdm.UserError(f"--ckpt={options.ckpt}: does not say what its training held out")
     index = prepare.open_index(options.data)
@@ -1861,10 +1865,9 @@ def judge_by_data(options):
     if not held:
         raise hdm.UserError(f"--data={options.data}: none of its held-out images can be read")
     n = len(held)
-    te = load_text_encoder(settings, device, dtype)
     shown = []
     for seed in tqdm(range(options.seeds), disable=not sys.stderr.isatty()):
-        images = generate(model, vae, te, prompts, [seed] * n, settings)
+        images = draw(prompts, [seed] * n)
         if seed == 0 and options.grid:
             save_pairs(options.grid, images[:48], index, held)
         shown.append(thumbnails(images))
