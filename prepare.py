@@ -153,6 +153,7 @@ SYSTEM = ("$recycle.bin,$windows.~bt,#recycle,#snapshot,~snapshot,@eadir,@recent
 FILE_COLUMNS = ("file_name", "file", "path", "filename", "image", "img_path", "image_path", "filepath")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags", "tag_string", "tag_groups")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
+CAPTION_RULES = 2              # one more when the same files get other captions: an update reads them all again
 
 
 class Record(NamedTuple):
@@ -1152,7 +1153,7 @@ def scan_sources(sources, s, report, known, text):
 def build_index(sources, s, folder=None, old=None):
     """Scan (path, weight) pairs -> an Index, in memory or in the folder. What stands in old, an earlier one
     by the same settings, and has not changed since is not read again."""
-    options = [s.caption, s.name_column, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
+    options = [CAPTION_RULES, s.caption, s.name_column, s.caption_lines, s.sidecar, s.sidecar_place, s.verify]
     report = Report()
     data = None
     text = io.BytesIO() if folder is None else open(Path(folder, "text.bin"), "wb")
