@@ -1357,7 +1357,7 @@ def train(s, given, rank, ranks):
 
 
 def next_batch(run):
-    """-> this rank's next batch; or None, and why there is none: its disk is away, a loader process died."""
+    """-> this rank's next batch, ""; or None, and why it cannot be read, such as that the disk is away."""
     try:
         return next(run.batches), ""
     except hdm.UserError as error:                           # of a loader process: at a traceback's end
