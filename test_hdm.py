@@ -7033,6 +7033,17 @@ def test_what_fails_to_compile_runs_eagerly_and_is_reported(
     assert "compile: XUT's blocks failed, running eagerly (" in out and said in out
 
 
+def test_a_forks_term_of_the_loss_finds_the_settings_wherever_the_loss_is_counted(monkeypatch):
+    """README, "I want to change": a term's weight is a field of ExampleSettings."""
+    def with_term(*inputs, s, **others):
+        return (1 + s.t_shift) * flow_loss(*inputs, s=s, **others)
+    flow_loss = hdm.flow_loss
+    monkeypatch.setattr(hdm, "flow_loss", with_term)
+    config = tiny_xut().config
+    assert train.image_flops(config, 8, 8, 0.5, None, None)["xut"] > 0
+    assert train.activation_bytes(config, 8, 8, 0.5, torch.bfloat16, None)[0] > 0
+
+
 # ---- What it costs ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("side, T, rate, GFLOP", [
