@@ -153,7 +153,7 @@ SYSTEM = ("$recycle.bin,$windows.~bt,#recycle,#snapshot,~snapshot,@eadir,@recent
 FILE_COLUMNS = ("file_name", "file", "path", "filename", "image", "img_path", "image_path", "filepath")
 TEXT_COLUMNS = ("text", "caption", "prompt", "tags", "tag_string", "tag_groups")
 COLUMN = r"\{([^{}]+)\}"                         # in --caption
-CAPTION_RULES = 2              # one more when the same files get other captions: an update reads them all again
+CAPTION_RULES = 2              # raised when the same files get other captions: an update reads them again
 
 
 class Record(NamedTuple):
