@@ -514,10 +514,14 @@ def open_parquet(path):
         of_bytes = leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
         if of_bytes and not leaf.max_repetition_level:       # no list
             blobs.append(leaf.path)
-    images = [column for column in blobs if holds_images(file, column)]
+    blobs.sort(key=lambda path: path.split(".")[0] != "image")     # False first: the column image
+    images = []
+    for column in blobs:
+        if holds_images(file, column):
+            if column.split(".")[0] == "image":  # no look at the others: a file is opened for each row group
+                return file, column
+            images.append(column)
     if len(images) > 1:                          # such as an image before and after an edit
-        images = [column for column in images if column.split(".")[0] == "image"] or images
-    if len(images) > 1:
         raise hdm.UserError(f"parquet with several columns of images, {', '.join(images)}: name one image")
     return file, images[0] if images else None
 

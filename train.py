@@ -519,8 +519,7 @@ def report_problems(run, waited):
                   f"(now {s.workers}; {os.cpu_count()} cores), a faster disk, --latents")
     count, images = len(run.unreadable), run.stream.images
     if count > math.ceil(s.max_unreadable * images):
-        save(run)                                            # an outage of a disk looks like this, too
-        hdm.gather(None)                                     # the others wait for rank 0's files
+        save_last(run)                                       # an outage of a disk looks like this, too
         raise hdm.UserError(f"{count} of {images:,} images cannot be read, more than --max_unreadable="
                             f"{s.max_unreadable}, such as {min(run.unreadable)}; mend them and --resume")
     return count
@@ -1367,12 +1366,17 @@ def next_batch(run):
 STOPPED = 3                    # exit code of a run that stopped before its end: a shell's && does not go on
 
 
-def finish(run, stopped, failure):
-    """The last checkpoint, and the command that comes next. -> the exit code. failure: why the run ends with
-    an error, or ""."""
+def save_last(run):
+    """The checkpoint with which a run ends, however it ends."""
     if not (run.out_dir / f"ckpt_{run.step:08d}").is_dir() and not save(run):
         raise hdm.UserError(f"--out_dir={run.out_dir}: step {run.step} is not saved: make room, --resume")
     hdm.gather(None)                                         # the others wait for rank 0's files
+
+
+def finish(run, stopped, failure):
+    """The last checkpoint, and the command that comes next. -> the exit code. failure: why the run ends with
+    an error, or ""."""
+    save_last(run)
     if failure:
         raise hdm.UserError(f"{failure}; step {run.step} is saved: mend it and --resume")
     if not stopped:
